@@ -1,0 +1,140 @@
+"""Training checkpoints that can be trusted: written whole or not at all, verified before they are read, no pickle.
+
+A checkpoint is a folder `checkpoint-000500/` with `training.safetensors` (fp32 mapping, Adam's moments), `state.json`
+(step, best dev loss, what the run is) and `manifest.json` (bytes and sha256 of every other file, written last). It is
+written to `checkpoint-000500.tmp`, flushed to disk and then renamed, so a name without `.tmp` is a promise that the
+manifest then proves.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from runtime_utils import UserError, write_bytes_atomic, write_json_atomic
+
+MANIFEST = "manifest.json"
+TENSORS = "training.safetensors"
+STATE = "state.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_path(output_dir, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return Path(output_dir) / f"checkpoint-{step:06d}"
+
+
+def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: int | None) -> Path:
+    """Writes one checkpoint and then prunes older ones beyond `keep`. Call it on rank 0 only.
+
+    Arguments:
+        tensors: name to CPU tensor.
+        state: a JSON value with everything that is no tensor.
+        keep: how many checkpoints stay, this one included; None keeps all.
+
+    Raises:
+        UserError: naming path and bytes when the disk refuses them; earlier checkpoints stay untouched.
+    """
+    from safetensors.torch import save
+
+    final = checkpoint_path(output_dir, step)
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_bytes_atomic(temporary / TENSORS, save(tensors, metadata={"format": "pt"}))
+        write_json_atomic(temporary / STATE, state)
+        files = {name: describe_file(temporary / name) for name in (TENSORS, STATE)}
+        write_json_atomic(temporary / MANIFEST, {"files": files})
+        sync_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)  # an invalid one of the same step: a valid one would have been resumed from
+        os.replace(temporary, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise UserError(f"cannot write checkpoint {final}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    prune(output_dir, keep)
+    return final
+
+
+def prune(output_dir, keep: int | None) -> None:
+    """Removes the oldest valid checkpoints beyond `keep`, and what a killed writer left behind."""
+    folders = list_checkpoints(output_dir)
+    for folder in folders[keep:] if keep else []:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe_file(path: Path) -> dict:
+    """Bytes and sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's entries to disk, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def list_checkpoints(output_dir) -> list[Path]:
+    """Checkpoint folders, newest first, verified or not."""
+    if not Path(output_dir).is_dir():
+        return []
+    found = [entry for entry in Path(output_dir).iterdir() if entry.is_dir() and NAME.fullmatch(entry.name)]
+    return sorted(found, key=lambda entry: int(NAME.fullmatch(entry.name)[1]), reverse=True)
+
+
+def fault_of(folder) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when its manifest proves it whole."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name in (TENSORS, STATE):
+            path, expected = folder / name, files[name]
+            if not path.is_file():
+                return f"{name} is missing"
+            found = describe_file(path)
+            if found["bytes"] != expected["bytes"]:
+                return f"{name} has {found['bytes']} bytes, the manifest says {expected['bytes']}"
+            if found["sha256"] != expected["sha256"]:
+                return f"{name} differs from its sha256 in the manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
+    return None
+
+
+def newest_valid(output_dir) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    skipped = []
+    for folder in list_checkpoints(output_dir):
+        fault = fault_of(folder)
+        if fault is None:
+            return folder, skipped
+        skipped.append(f"{folder.name}: {fault}")
+    return None, skipped
+
+
+def read_checkpoint(folder) -> tuple[dict, dict]:
+    """Tensors and state of a checkpoint.
+
+    Raises:
+        UserError: when the folder does not verify, naming what differs.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint folder {folder}: pass one, or auto for the newest in the output folder")
+    fault = fault_of(folder)
+    if fault is not None:
+        raise UserError(f"checkpoint {folder} is damaged: {fault}; pass an older one, or auto")
+    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))

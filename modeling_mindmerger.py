@@ -1,0 +1,706 @@
+"""MindMerger: a frozen multilingual encoder whose states a small trained mapping turns into input of a frozen LLM.
+
+The method is that of Huang et al., "MindMerger: Efficiently Boosting LLM Reasoning in non-English Languages"
+(NeurIPS 2024, arXiv 2405.17386), section 3. This module knows no task and no file but model weights.
+
+Dimension letters, used as suffixes: B batch, S encoder tokens, P prompt tokens, T target tokens, L merged length,
+N all segments of a row side by side before packing, M target tokens of the whole batch, E encoder width, D LLM width,
+V vocabulary.
+"""
+
+import dataclasses
+import json
+import pickle
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    GenerationConfig,
+    M2M100Config,
+    MBartConfig,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+from transformers.models.mbart.modeling_mbart import MBartEncoder
+from transformers.utils import ModelOutput, cached_file, logging
+
+from runtime_utils import UserError, write_bytes_atomic, write_json_atomic, write_text_atomic
+
+FORMAT_VERSION = 1
+MAPPING_FILE = "mapping.safetensors"
+RELEASED_FILE = "pytorch_model.bin"
+CONFIG_FILE = "config.json"
+
+
+class ModelError(UserError):
+    """A model or mapping that cannot be used as asked; the message is one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mapping, the only trained part
+
+
+class Mapping(nn.Module):
+    """Encoder states to vectors in the LLM's input-embedding space, plus the learned end boundary (paper, section 3.1).
+
+    Parameter names and shapes are those of the released checkpoints: `mlp.linear1` (2E, E), `mlp.linear2` (D, 2E),
+    both with bias, and `end_boundary` (1, 1, D), which starts at zero.
+    """
+
+    def __init__(self, encoder_width: int, llm_width: int):
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.linear1 = nn.Linear(encoder_width, 2 * encoder_width)
+        self.mlp.linear2 = nn.Linear(2 * encoder_width, llm_width)
+        self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_width))
+
+    def forward(self, states_BSE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the mapped states (B, S, D) and the boundary (1, 1, D), in the mapping's own dtype.
+
+        The boundary is returned, not read from outside, because ZeRO-3 gathers a parameter only inside its module's
+        forward.
+        """
+        hidden = F.relu(self.mlp.linear1(states_BSE.to(self.mlp.linear1.weight.dtype)))
+        return self.mlp.linear2(hidden), self.end_boundary
+
+
+@dataclass
+class MindMergerConfig:
+    """What `config.json` beside a mapping records: which models it belongs to and what it was trained for."""
+
+    mt_path: str | None
+    llm_path: str
+    encoder_width: int | None
+    llm_width: int
+    stage: str | None = None
+    task: str | None = None
+    augmentation: bool | None = None
+    model_type: str = "mindmerger"
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass
+class MindMergerOutput(ModelOutput):
+    """`loss`: mean next-token cross-entropy over target tokens; `loss_sum`: its sum; `target_tokens`: their number."""
+
+    loss: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+    target_tokens: torch.Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+@dataclass
+class Packing:
+    """Where each position of the merged rows comes from: every tensor lives on the masks' device.
+
+    source_BL: index into the N unpacked positions of the row; mask_BL: 1 on real positions;
+    predictor_M: flat index into B*L of the position that predicts each target token, row by row.
+    """
+
+    source_BL: torch.Tensor
+    mask_BL: torch.Tensor
+    predictor_M: torch.Tensor
+
+
+def plan_packing(masks: list[torch.Tensor], padding_side: str, target_segment: int | None = None) -> Packing:
+    """Plans how segments, each padded on any side, become rows with contiguous real tokens.
+
+    Arguments:
+        masks: one (B, n_i) mask of 0/1 for each segment, in merged order, all on one device. On the CPU the plan
+            costs no device synchronisation, which is why callers may leave masks there.
+        padding_side: "right" for training, "left" for generation.
+        target_segment: the segment whose tokens are predicted.
+    """
+    mask_BN = torch.cat([mask.bool() for mask in masks], dim=1)
+    length = int(mask_BN.sum(1).max())
+    right = padding_side == "right"
+    # A stable sort by "is padding" keeps the order of the real tokens.
+    order_BN = torch.argsort(mask_BN.to(torch.uint8), dim=1, descending=right, stable=True)
+    source_BL = order_BN[:, :length] if right else order_BN[:, order_BN.shape[1] - length :]
+    mask_BL = mask_BN.gather(1, source_BL)
+    predictor_M = torch.empty(0, dtype=torch.long, device=mask_BN.device)
+    if target_segment is not None:
+        is_target_BN = torch.cat(
+            [
+                mask.bool() if i == target_segment else torch.zeros_like(mask, dtype=torch.bool)
+                for i, mask in enumerate(masks)
+            ],
+            dim=1,
+        )
+        # A target token at position p is predicted at p - 1; there always is one before it (the boundary at least).
+        predictor_M = torch.nonzero(is_target_BN.gather(1, source_BL).flatten()).squeeze(1) - 1
+    return Packing(source_BL, mask_BL.long(), predictor_M)
+
+
+def take_rows(values_BND: torch.Tensor, source_BL: torch.Tensor) -> torch.Tensor:
+    """Gathers (B, L, D) from (B, N, D) along the second dimension."""
+    rows, wide = values_BND.shape[:2]
+    start_B1 = torch.arange(rows, device=source_BL.device).unsqueeze(1) * wide
+    flat = (source_BL + start_B1).flatten().to(values_BND.device, non_blocking=True)
+    return values_BND.flatten(0, 1).index_select(0, flat).view(rows, source_BL.shape[1], *values_BND.shape[2:])
+
+
+@contextmanager
+def head_on_positions(head: nn.Module, flat_M: torch.Tensor):
+    """Within it, the LLM's output head sees hidden states of the given flat positions only, as (1, M, D).
+
+    Going through the head's own call leaves what a model does to its logits afterwards (Gemma 2's soft cap, Cohere's
+    and Granite's scales) and ZeRO-3's gathering as they are, while the (B, L, V) logits never exist.
+    """
+    calls = []
+
+    def select(_, inputs):
+        calls.append(1)
+        return (inputs[0].flatten(0, 1).index_select(0, flat_M).unsqueeze(0), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise RuntimeError(f"the LLM's output head was called {len(calls)} times in one forward pass, expected once")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+class MindMerger(nn.Module):
+    """Frozen encoder, trained mapping, frozen LLM.
+
+    Build it with `from_models` (fresh mapping) or `from_pretrained` (saved one). The towers are always frozen and in
+    eval mode, so `train()` changes nothing in them; only `mapping` has trainable parameters, in fp32.
+    """
+
+    def __init__(self, encoder: nn.Module | None, llm: nn.Module, config: MindMergerConfig, bos_token_id: int | None):
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.llm = llm
+        for tower in (encoder, llm):
+            if tower is not None:
+                tower.requires_grad_(False)
+        assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen part is trainable"
+        self.mapping = Mapping(config.encoder_width, config.llm_width) if encoder is not None else None
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = _eos_token_ids(llm)
+        self.pad_token_id = _pad_token_id(llm, self.eos_token_ids)
+        # Whatever sampling settings the LLM's folder ships, decoding here is plain greedy.
+        llm.generation_config = GenerationConfig(
+            bos_token_id=bos_token_id, eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id
+        )
+        self.train(False)
+
+    # -- building, loading, saving
+
+    @classmethod
+    def from_models(
+        cls,
+        mt_path: str | None,
+        llm_path: str,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+    ) -> "MindMerger":
+        """Loads both frozen towers from folders or hub names and puts a fresh fp32 mapping between them.
+
+        Arguments:
+            mt_path: the multilingual encoder; of an encoder-decoder only the encoder half is loaded. None gives the
+                LLM alone, for evaluation.
+            llm_path: any causal language model.
+            dtype: of the towers; "auto" is what their files hold.
+            attn_implementation: handed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...).
+
+        Raises:
+            ModelError: for a missing or unusable folder, or weights that leave parameters unset.
+        """
+        llm = load_llm(llm_path, dtype, attn_implementation)
+        encoder = load_encoder(mt_path, dtype, attn_implementation) if mt_path is not None else None
+        return cls.from_towers(encoder, llm, mt_path, llm_path)
+
+    @classmethod
+    def from_towers(cls, encoder: nn.Module | None, llm: nn.Module, mt_path: str | None, llm_path: str) -> "MindMerger":
+        """Puts a fresh mapping between two loaded towers; the paths are what `config.json` will record."""
+        config = MindMergerConfig(
+            mt_path=strip_slash(mt_path),
+            llm_path=strip_slash(llm_path),
+            encoder_width=encoder.config.hidden_size if encoder is not None else None,
+            llm_width=llm.get_input_embeddings().embedding_dim,
+        )
+        return cls(encoder, llm, config, find_bos_token_id(llm_path, llm.config))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str,
+        mt_path: str | None = None,
+        llm_path: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+    ) -> "MindMerger":
+        """Rebuilds what `save_pretrained` wrote; the paths override those in its `config.json`.
+
+        Raises:
+            ModelError: when the folder has no readable `config.json`, or a part of it does not fit the other.
+        """
+        config = read_config(folder)
+        if config is None:
+            raise ModelError(
+                f"{folder} has no {CONFIG_FILE}: use from_models and load_mapping, naming both base models"
+            )
+        model = cls.from_models(mt_path or config.mt_path, llm_path or config.llm_path, dtype, attn_implementation)
+        model.load_mapping(folder)
+        model.config.stage, model.config.task, model.config.augmentation = (
+            config.stage,
+            config.task,
+            config.augmentation,
+        )
+        return model
+
+    def load_mapping(self, path: str) -> None:
+        """Fills the mapping from a saved folder, a `.safetensors` file or a released `pytorch_model.bin`.
+
+        Every parameter must be there with the right shape and none besides.
+
+        Raises:
+            ModelError: naming the file and what does not fit.
+        """
+        state = read_mapping(path)
+        expected = {name: tuple(p.shape) for name, p in mapping_shapes(self.config).items()}
+        if state.keys() != expected.keys():
+            missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+            raise ModelError(f"{path} is not a mapping: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")
+        for name, shape in expected.items():
+            if tuple(state[name].shape) != shape:
+                raise ModelError(
+                    f"{path}: {name} has shape {tuple(state[name].shape)} but encoder {self.config.mt_path} (width "
+                    f"{self.config.encoder_width}) and LLM {self.config.llm_path} (width {self.config.llm_width}) need "
+                    f"{shape}: pass the models this mapping was trained with"
+                )
+        self.mapping.load_state_dict(state, strict=True)
+
+    def save_pretrained(self, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes `mapping.safetensors`, `config.json` and a model card `README.md`, each file whole or not at all.
+
+        Arguments:
+            folder: created when missing.
+            state: the mapping's parameters when they live elsewhere (sharded by ZeRO-3); default the module's own.
+        """
+        folder = Path(folder)
+        state = self.mapping.state_dict() if state is None else state
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        write_bytes_atomic(folder / MAPPING_FILE, save(tensors, metadata={"format": "pt"}))
+        write_json_atomic(folder / CONFIG_FILE, dataclasses.asdict(self.config))
+        write_text_atomic(folder / "README.md", _model_card(self.config, tensors))
+
+    # -- running
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM's parameters are."""
+        return next(self.llm.parameters()).device
+
+    def train(self, mode: bool = True) -> "MindMerger":
+        """Sets the mapping's mode; the frozen towers stay in eval mode (no dropout) whatever is asked."""
+        super().train(mode)
+        for tower in (self.encoder, self.llm):
+            if tower is not None:
+                tower.eval()
+        return self
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recomputes the LLM's layers in the backward pass: less memory, about a third more arithmetic.
+
+        transformers' own switch acts in train mode only, which frozen towers never are in.
+        """
+        for layer in self.llm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(_checkpointed, layer.forward)
+
+    def forward(
+        self,
+        encoder_input_ids: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
+        target_ids: torch.Tensor,
+        target_mask: torch.Tensor,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+    ) -> MindMergerOutput:
+        """Next-token loss on the target tokens of `<bos> mapped-source boundary [prompt] target` (paper, section 3.2).
+
+        Arguments:
+            encoder_input_ids, encoder_attention_mask: (B, S), any padding side.
+            target_ids, target_mask: (B, T), ending in EOS where they should.
+            prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
+            Masks may stay on the CPU while ids are on the model's device: packing then costs no synchronisation.
+        """
+        embeds, masks = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        embeds.append(self.llm.get_input_embeddings()(target_ids))
+        masks.append(target_mask)
+        plan = plan_packing(masks, "right", target_segment=len(masks) - 1)
+        embeds_BLD = take_rows(torch.cat(embeds, dim=1), plan.source_BL)
+        predictor_M = plan.predictor_M.to(embeds_BLD.device, non_blocking=True)
+        token_M = torch.nonzero(target_mask.flatten()).squeeze(1).to(target_ids.device, non_blocking=True)
+        labels_M = target_ids.flatten().index_select(0, token_M)
+        with head_on_positions(self.llm.get_output_embeddings(), predictor_M):
+            # Causal attention on right-padded rows never looks at padding: no mask, so the fused kernels apply.
+            logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False).logits[0]
+        loss_sum = F.cross_entropy(logits_MV.float(), labels_M, reduction="sum")
+        tokens = loss_sum.new_tensor(labels_M.numel())
+        return MindMergerOutput(loss=loss_sum / tokens, loss_sum=loss_sum, target_tokens=tokens)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        encoder_input_ids: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 512,
+        **generation_kwargs,
+    ) -> torch.Tensor:
+        """Greedy decoding after `<bos> mapped-source boundary [prompt]`; new ids only, (B, at most max_new_tokens).
+
+        Without `encoder_input_ids` it is the LLM alone: `<bos> prompt`. Rows that end early are filled with the LLM's
+        pad id. Further arguments go to transformers' `generate`; sampling is refused.
+
+        Raises:
+            ModelError: when neither an encoder input nor a prompt is given, or sampling is asked for.
+        """
+        if generation_kwargs.get("do_sample"):
+            raise ModelError("generate() is greedy: do_sample=True is not available")
+        if encoder_input_ids is None and prompt_ids is None:
+            raise ModelError("generate() needs encoder_input_ids, prompt_ids, or both")
+        embeds, masks = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        plan = plan_packing(masks, "left")
+        embeds_BLD = take_rows(torch.cat(embeds, dim=1), plan.source_BL)
+        return self.llm.generate(
+            inputs_embeds=embeds_BLD,
+            attention_mask=plan.mask_BL.to(embeds_BLD.device),
+            **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation_kwargs},
+        )
+
+    def _segments(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
+        """Embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order."""
+        embeds, masks = [], []
+        embed = self.llm.get_input_embeddings()
+        some_ids = encoder_input_ids if encoder_input_ids is not None else prompt_ids
+        some_mask = encoder_attention_mask if encoder_input_ids is not None else prompt_mask
+        rows = some_ids.shape[0]
+        one_B1 = torch.ones(rows, 1, dtype=torch.long, device=some_mask.device)
+        if self.bos_token_id is not None:
+            embeds.append(embed(some_ids.new_full((rows, 1), self.bos_token_id)))
+            masks.append(one_B1)
+        if encoder_input_ids is not None:
+            states_BSE, states_mask_BS = self.encode(encoder_input_ids, encoder_attention_mask)
+            mapped_BSD, boundary_11D = self.mapping(states_BSE)
+            dtype = next(self.llm.parameters()).dtype
+            embeds += [mapped_BSD.to(dtype), boundary_11D.to(dtype).expand(rows, 1, -1)]
+            masks += [states_mask_BS, one_B1]
+        if prompt_ids is not None:
+            embeds.append(embed(prompt_ids))
+            masks.append(prompt_mask)
+        return embeds, masks
+
+    def encode(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frozen encoder's last states (B, S', E) and their mask (B, S'), packed to the right-padded form.
+
+        Encoders with absolute positions give other states under left padding, so every input is packed first.
+        """
+        plan = plan_packing([mask_BS], "right")
+        packed_BS = take_rows(ids_BS, plan.source_BL)
+        mask_BS = plan.mask_BL.to(ids_BS.device, non_blocking=True)
+        pad = self.encoder.config.pad_token_id
+        if pad is not None:
+            packed_BS = packed_BS.masked_fill(mask_BS == 0, pad)
+        extra = (
+            {}
+            if self.encoder.config.is_encoder_decoder or not _is_decoder_only(self.encoder.config)
+            else {"use_cache": False}
+        )
+        with torch.no_grad():
+            states_BSE = self.encoder(input_ids=packed_BS, attention_mask=mask_BS, **extra).last_hidden_state
+        return states_BSE, plan.mask_BL
+
+
+def _checkpointed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading the frozen towers
+
+
+def strip_slash(path: str | None) -> str | None:
+    """`google/mt5-xl/` is meant as `google/mt5-xl`."""
+    return str(path).rstrip("/") or "/" if path is not None else None
+
+
+def load_config(path: str):
+    """The transformers config of a model folder or hub name.
+
+    Raises:
+        ModelError: when there is no such folder or model, or its `config.json` cannot be used.
+    """
+    path = strip_slash(path)
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise ModelError(f"no model folder {path}: pass an existing folder or a Hugging Face hub name")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load a model config from {path}: neither a folder with a usable config.json here nor a reachable "
+            f"hub name ({_first_line(error)})"
+        ) from error
+
+
+def load_llm(path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None) -> nn.Module:
+    """Any causal language model, in eval mode, in `dtype`, its weights memory-mapped where the files allow it.
+
+    Raises:
+        ModelError: when the folder is unusable or leaves parameters unset.
+    """
+    config = load_config(path)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{path} is a {config.model_type} model, not a causal language model: pass another --llm_path")
+    return _from_pretrained(AutoModelForCausalLM, path, config, dtype, attn_implementation)
+
+
+def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None) -> nn.Module:
+    """The encoder half of an encoder-decoder, an encoder, or a decoder-only model used as one, by its config's class.
+
+    Raises:
+        ModelError: when the folder is unusable, leaves parameters unset, or is a T5 asked for in fp16 (it overflows).
+    """
+    config = load_config(path)
+    if dtype == torch.float16 and config.model_type in ("t5", "mt5", "umt5"):
+        raise ModelError(f"{path}: {config.model_type} overflows in fp16, use bf16 or fp32")
+    own_encoders = {M2M100Config: M2M100Encoder, MBartConfig: MBartEncoder}
+    if type(config) in own_encoders:
+        # These classes share one embedding between both halves, stored under a name the encoder alone does not have.
+        names = {
+            r"^(model\.)?encoder\.embed_tokens\.": "embed_tokens.",
+            r"^(model\.)?encoder\.": "",
+            r"^(model\.)?shared\.": "embed_tokens.",
+        }
+        return _from_pretrained(own_encoders[type(config)], path, config, dtype, attn_implementation, key_mapping=names)
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        import inspect
+
+        takes = inspect.signature(MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)].__init__).parameters
+        extra = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+        return _from_pretrained(AutoModelForTextEncoding, path, config, dtype, attn_implementation, **extra)
+    model = _from_pretrained(AutoModel, path, config, dtype, attn_implementation)
+    return model.get_encoder() if config.is_encoder_decoder else model
+
+
+def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **extra):
+    previous = logging.get_verbosity()
+    logging.set_verbosity_error()  # an unused decoder half is no news; what is missing is an error below
+    logging.disable_progress_bar()  # one bar for each tower and rank would bury the run's own lines
+    try:
+        model, info = auto_class.from_pretrained(
+            strip_slash(path),
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **extra,
+        )
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(previous)
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())
+    if absent:
+        raise ModelError(
+            f"{path} leaves {len(absent)} parameters of {type(model).__name__} unset (first: {absent[0]}): the weight "
+            "files are incomplete or belong to another architecture"
+        )
+    return model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_decoder_only(config) -> bool:
+    return not config.is_encoder_decoder and type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING
+
+
+def find_bos_token_id(llm_path: str, llm_config) -> int | None:
+    """The id put before every merged sequence: the tokenizer's BOS where the folder has a tokenizer, else the LLM
+    config's, else none. (Qwen's config names one that its tokenizer does not have.)"""
+    path = strip_slash(llm_path)
+    for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"):
+        if cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None:
+            return AutoTokenizer.from_pretrained(path).bos_token_id
+    return llm_config.get_text_config().bos_token_id
+
+
+def _eos_token_ids(llm: nn.Module) -> list[int]:
+    """Every id that ends a generation: an instruction-tuned LLM may have several."""
+    found = []
+    for source in (llm.generation_config, llm.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [ids]
+    ids = [i for i in dict.fromkeys(found) if i is not None]
+    if not ids:
+        raise ModelError(f"the LLM {llm.config.name_or_path} names no eos_token_id: add it to its config.json")
+    return ids
+
+
+def _pad_token_id(llm: nn.Module, eos_token_ids: list[int]) -> int:
+    """The LLM's pad id; EOS where it has none (-1, as some old configs say, is none)."""
+    for source in (llm.generation_config, llm.config.get_text_config()):
+        pad = getattr(source, "pad_token_id", None)
+        if pad is not None and pad >= 0:
+            return pad
+    return eos_token_ids[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mapping files
+
+
+def mapping_shapes(config: MindMergerConfig) -> dict[str, torch.Tensor]:
+    """Names and shapes of the mapping's parameters as tensors without storage."""
+    with torch.device("meta"):
+        return dict(Mapping(config.encoder_width, config.llm_width).named_parameters())
+
+
+def read_config(path: str) -> MindMergerConfig | None:
+    """The `config.json` of a saved mapping, given its folder or a file in it; None where there is none of ours.
+
+    Raises:
+        ModelError: when it is there but cannot be read, or comes from a newer format.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
+    if not isinstance(values, dict) or values.get("model_type") != "mindmerger":
+        return None
+    if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+        raise ModelError(f"{file} has format version {values['format_version']}, this program knows {FORMAT_VERSION}")
+    known = {field.name for field in dataclasses.fields(MindMergerConfig)}
+    try:
+        return MindMergerConfig(**{name: value for name, value in values.items() if name in known})
+    except TypeError as error:
+        raise ModelError(f"{file} is incomplete: {_first_line(error)}") from error
+
+
+def find_mapping_file(path: str) -> Path:
+    """The file a mapping is read from, given itself or its folder.
+
+    Raises:
+        ModelError: when there is none, listing what the folder holds.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ModelError(f"no mapping at {path}: pass a saved folder, a .safetensors file or a pytorch_model.bin")
+    for name in (MAPPING_FILE, RELEASED_FILE):
+        if (path / name).is_file():
+            return path / name
+    there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+    raise ModelError(f"{path} holds neither {MAPPING_FILE} nor {RELEASED_FILE} (it holds: {there})")
+
+
+def read_mapping(path: str) -> dict[str, torch.Tensor]:
+    """Reads a mapping's tensors, without executing anything a file may contain.
+
+    Raises:
+        ModelError: when the file cannot be read or is a pickle of more than tensors.
+    """
+    file = find_mapping_file(path)
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{file} is not a plain file of tensors and was not read, since unpickling it could run code: if you trust "
+            "its origin, save its tensors alone with safetensors.torch.save_file and pass that"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{file} cannot be read, it may be cut short: {_first_line(error)}") from error
+    state = content.get("model_state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"{file} holds no 'model_state_dict' of tensors, as released mappings do")
+    return dict(state)
+
+
+def save_released(path: str, state: dict[str, torch.Tensor]) -> None:
+    """Writes a mapping in the released code's format, whole or not at all."""
+    import io
+
+    buffer = io.BytesIO()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    torch.save({"model_state_dict": tensors}, buffer, _use_new_zipfile_serialization=False)
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+def _model_card(config: MindMergerConfig, tensors: dict[str, torch.Tensor]) -> str:
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    form = {True: "Soft (mapped source and prompt)", False: "Hard (mapped source only)", None: "not recorded"}
+    return f"""---
+library_name: mindmerger
+tags: [mindmerger, multilingual]
+---
+
+# MindMerger mapping
+
+A mapping of {parameters:,} parameters from the states of the multilingual encoder `{config.mt_path}` (width
+{config.encoder_width}) into the input embeddings of the LLM `{config.llm_path}` (width {config.llm_width}).
+Both models stay as they are; only this mapping was trained.
+
+| | |
+|---|---|
+| task | {config.task or "not recorded"} |
+| stage | {config.stage or "not recorded"} |
+| form | {form[config.augmentation]} |
+
+```python
+from modeling_mindmerger import MindMerger
+
+model = MindMerger.from_pretrained("this/folder")
+```
+
+Method: Huang et al., "MindMerger: Efficiently Boosting LLM Reasoning in non-English Languages", NeurIPS 2024,
+arXiv 2405.17386.
+"""

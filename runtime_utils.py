@@ -1,0 +1,242 @@
+"""What both command lines share: the process group, errors of one line, and files that are never half-written.
+
+A leaf: it imports no other module of the project, and heavy libraries only inside functions, so that `--help` stays
+quick.
+"""
+
+import argparse
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line: what is wrong, where, and what to do."""
+
+
+class ReportedError(UserError):
+    """A `UserError` that all ranks have agreed on, so that rank 0 alone prints it."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, printed by rank 0 alone, with exit code 2 on every rank."""
+
+    def error(self, message: str):
+        """Ends the process."""
+        if is_main():
+            print(f"error: {message} (see {self.prog} --help)", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def parse_bool(text: str) -> bool:
+    """Reads a flag's True/False given as text.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything that is neither.
+    """
+    lowered = text.strip().lower()
+    if lowered in ("true", "yes", "1"):
+        return True
+    if lowered in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process group
+
+
+def _group_is_up() -> bool:
+    # Asking sys.modules keeps torch out of commands that never needed it.
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def rank() -> int:
+    """This process's number among all processes of the run, 0 when it is alone."""
+    if _group_is_up():
+        return sys.modules["torch"].distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    if _group_is_up():
+        return sys.modules["torch"].distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its own machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return rank() == 0
+
+
+def init_distributed(force: bool = False):
+    """Joins the process group that the launcher's environment describes and returns this rank's `torch.device`.
+
+    A plain `python` run has no such environment and stays alone, unless `force` asks for a group of one (DeepSpeed
+    wants a group even then).
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {rank()} needs GPU {local_rank()} but this machine shows {torch.cuda.device_count()}: "
+                "start no more processes than there are GPUs (deepspeed --num_gpus)"
+            )
+        torch.cuda.set_device(local_rank())
+    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+    if _group_is_up() or not ("WORLD_SIZE" in os.environ or force):
+        return device
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if _group_is_up():
+        sys.modules["torch"].distributed.barrier()
+
+
+def together(function, *args, **kwargs):
+    """Calls `function` on every rank and returns its result; where one rank fails, all fail.
+
+    Raises:
+        ReportedError: on every rank, with every distinct message, when `function` raised `UserError` on any.
+    """
+    result, message = None, None
+    try:
+        result = function(*args, **kwargs)
+    except UserError as error:
+        message = str(error)
+    if _group_is_up() and world_size() > 1:
+        messages = [None] * world_size()
+        sys.modules["torch"].distributed.all_gather_object(messages, message)
+    else:
+        messages = [message]
+    distinct = list(dict.fromkeys(text for text in messages if text is not None))
+    if distinct:
+        raise ReportedError("; ".join(distinct))
+    return result
+
+
+def first_on_each_node(function, *args, **kwargs):
+    """Calls `function` on the first process of each machine, then on the others, which find its work on disk."""
+
+    def call(is_turn):
+        return function(*args, **kwargs) if is_turn else None
+
+    first = together(call, local_rank() == 0)
+    others = together(call, local_rank() != 0)
+    return first if local_rank() == 0 else others
+
+
+def broadcast_object(value):
+    """Gives every rank the object that rank 0 holds."""
+    if not (_group_is_up() and world_size() > 1):
+        return value
+    box = [value]
+    sys.modules["torch"].distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages and endings
+
+
+def log(message: str) -> None:
+    """Prints one line to standard error, on rank 0."""
+    if is_main():
+        print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Prints one warning line to standard error, on rank 0."""
+    log(f"warning: {message}")
+
+
+def run_main(main) -> None:
+    """Runs a command's `main()` and leaves the process with its exit code.
+
+    A `UserError` becomes one line on standard error and exit code 2 on every rank. An error that all ranks share
+    (found by `together`, or before the process group is up, when every rank reads the same arguments) is printed by
+    rank 0 alone. Anything else is a fault of ours and keeps its traceback.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        shared = isinstance(error, ReportedError) or not _group_is_up()
+        if is_main() or not shared:
+            print("error: " + " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
+        code = 2
+        if isinstance(error, ReportedError):
+            # A launcher ends the other ranks as soon as one has left: leave together, each with its own exit code.
+            barrier()
+    except KeyboardInterrupt:
+        code = 130
+    if _group_is_up():
+        sys.modules["torch"].distributed.destroy_process_group()
+    sys.exit(code)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything a result may depend on."""
+    found = {"mindmerger": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "sentencepiece", "safetensors"):
+        found[name] = metadata.version(name)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_bytes_atomic(path, data: bytes) -> None:
+    """Replaces `path` by `data` so that a reader, or a crash, meets the old content or the new, never a part.
+
+    Raises:
+        UserError: naming the path and the number of bytes when the disk refuses them.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({len(data)} bytes): {error.strerror or error}") from error
+
+
+def write_text_atomic(path, text: str) -> None:
+    """`write_bytes_atomic` for UTF-8 text."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_json_atomic(path, value) -> None:
+    """`write_bytes_atomic` for a JSON value, indented, with its own scripts readable."""
+    write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")

@@ -1,0 +1,140 @@
+"""Tiny models with real tokenizers, made once for each test run, and the excerpt of real data."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Two ranks share two cores in the tests; more threads would only make them wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+
+
+def byte_tokenizer(folder, specials: dict[str, str], template: str | None = None):
+    """Saves a byte-level tokenizer without training: 256 bytes after the special tokens, any text round-trips.
+
+    Arguments:
+        specials: role to token, in id order, for instance {"pad_token": "<pad>", "eos_token": "</s>"}.
+        template: what the tokenizer puts around a text, for instance "$A </s>".
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials.values(), *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if template is not None:
+        used = [(token, vocabulary[token]) for token in specials.values() if token in template]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def make_tiny_llm(folder, width=32, layers=2, seed=0, **changes):
+    """A random Llama of `layers` layers with a byte tokenizer, as an ordinary model folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = byte_tokenizer(folder, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, "<s> $A")
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": size,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,  # large, so that different inputs give different answers
+        **changes,
+    }
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+    return str(folder)
+
+
+def make_tiny_encoder(folder, width=16, layers=2, seed=1):
+    """A random mT5 (encoder and decoder, as the hub's folders are) with a byte tokenizer."""
+    import torch
+    from transformers import MT5Config, MT5ForConditionalGeneration
+
+    size = byte_tokenizer(folder, {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}, "$A </s>")
+    torch.manual_seed(seed)
+    config = MT5Config(
+        vocab_size=size, d_model=width, d_kv=8, d_ff=2 * width, num_layers=layers, num_decoder_layers=1, num_heads=2
+    )
+    MT5ForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory):
+    """Folder of a tiny Llama."""
+    return make_tiny_llm(tmp_path_factory.mktemp("models") / "llm")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """Folder of a tiny mT5."""
+    return make_tiny_encoder(tmp_path_factory.mktemp("models") / "mt5")
+
+
+@pytest.fixture(scope="session")
+def datas():
+    """The excerpt of real data in the released layout (read only)."""
+    return str(DATA / "datas")
+
+
+def clean_environment(home=None) -> dict[str, str]:
+    """A user's environment without a compiler on PATH and, given `home`, with an empty extension cache."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    # Only the interpreter's own folder and what the launcher calls: a hidden need for g++ or ninja must show.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{ROOT / 'tests' / 'data' / 'empty_bin'}"
+    environment["CC"] = environment["CXX"] = "/nonexistent/compiler"
+    environment["OMP_NUM_THREADS"] = "1"
+    if home is not None:
+        environment["TORCH_EXTENSIONS_DIR"] = str(home / "extensions")
+    return environment
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command in a fresh folder as a user would; returns the finished process with text output."""
+
+    def call(*command, timeout=240, cwd=None, env=None, ranks=None):
+        command = [str(part) for part in command]
+        if ranks is not None:
+            launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
+            port = str(free_port())
+            command = [sys.executable, launcher, "--num_gpus", str(ranks), "--master_port", port, *command]
+        elif command[0].endswith(".py"):
+            command = [sys.executable, *command]
+        return subprocess.run(
+            command,
+            cwd=cwd or tmp_path,
+            env={**clean_environment(tmp_path), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return call
+
+
+def free_port() -> int:
+    """A port that is free now, so that launchers do not meet on DeepSpeed's default one."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
