@@ -156,9 +156,12 @@ def make_engine(model, config: dict, lr: float):
     Returns:
         the engine; its `basic_optimizer` is the torch AdamW whose learning rate the loop sets.
     """
+    import os
+
     import deepspeed
     import torch
 
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain python run
     parameters = list(model.mapping.parameters())
     on_cuda = parameters[0].device.type == "cuda" and not config["zero_optimization"].get("offload_optimizer")
     optimizer = torch.optim.AdamW(

@@ -282,18 +282,7 @@ class MindMerger(nn.Module):
         Raises:
             ModelError: naming the file and what does not fit.
         """
-        state = read_mapping(path)
-        expected = {name: tuple(p.shape) for name, p in mapping_shapes(self.config).items()}
-        if state.keys() != expected.keys():
-            missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-            raise ModelError(f"{path} is not a mapping: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")
-        for name, shape in expected.items():
-            if tuple(state[name].shape) != shape:
-                raise ModelError(
-                    f"{path}: {name} has shape {tuple(state[name].shape)} but encoder {self.config.mt_path} (width "
-                    f"{self.config.encoder_width}) and LLM {self.config.llm_path} (width {self.config.llm_width}) need "
-                    f"{shape}: pass the models this mapping was trained with"
-                )
+        state = check_mapping(path, self.config)
         self.mapping.load_state_dict(state, strict=True)
 
     def save_pretrained(self, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -590,9 +579,25 @@ def _pad_token_id(llm: nn.Module, eos_token_ids: list[int]) -> int:
 
 
 def mapping_shapes(config: MindMergerConfig) -> dict[str, torch.Tensor]:
-    """Names and shapes of the mapping's parameters as tensors without storage."""
+    """Names and shapes of the mapping's parameters, as tensors without storage."""
     with torch.device("meta"):
         return dict(Mapping(config.encoder_width, config.llm_width).named_parameters())
+
+
+def config_of_models(mt_path: str, llm_path: str) -> MindMergerConfig:
+    """The configuration of a mapping between two models, from their configs alone.
+
+    Raises:
+        ModelError: when one of them has no usable config.
+    """
+    llm = load_config(llm_path).get_text_config()
+    return MindMergerConfig(
+        mt_path=strip_slash(mt_path),
+        llm_path=strip_slash(llm_path),
+        encoder_width=load_config(mt_path).hidden_size,
+        # OPT-350m's embeddings are narrower than its layers.
+        llm_width=getattr(llm, "word_embed_proj_dim", None) or llm.hidden_size,
+    )
 
 
 def read_config(path: str) -> MindMergerConfig | None:
@@ -663,6 +668,27 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{file} holds no 'model_state_dict' of tensors, as released mappings do")
     return dict(state)
+
+
+def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor]:
+    """Reads a mapping and makes sure that it fits the two models of `config`; needs no model.
+
+    Raises:
+        ModelError: naming both shapes and both models, or the parameters that are missing or too many.
+    """
+    state = read_mapping(path)
+    expected = {name: tuple(p.shape) for name, p in mapping_shapes(config).items()}
+    if state.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+        raise ModelError(f"{path} is not a mapping: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise ModelError(
+                f"{path}: {name} has shape {tuple(state[name].shape)} but encoder {config.mt_path} (width "
+                f"{config.encoder_width}) and LLM {config.llm_path} (width {config.llm_width}) need {shape}: pass the "
+                "models this mapping was trained with"
+            )
+    return state
 
 
 def save_released(path: str, state: dict[str, torch.Tensor]) -> None:

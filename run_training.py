@@ -108,6 +108,7 @@ def check_arguments(args) -> Plan:
     """
     from data_utils import find_task, parse_languages
     from deepspeed_utils import effective_config, read_deepspeed_config
+    from modeling_mindmerger import check_mapping, config_of_models
 
     args.llm_path, args.mt_path = args.llm_path.rstrip("/") or "/", args.mt_path.rstrip("/") or "/"
     if args.gpu is not None:
@@ -143,7 +144,7 @@ def check_arguments(args) -> Plan:
         )
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
     check_reporting(args.report_to)
-    return Plan(
+    plan = Plan(
         task=task,
         languages=parse_languages(args.languages) if args.languages else None,
         with_prompt=with_prompt,
@@ -152,6 +153,9 @@ def check_arguments(args) -> Plan:
         output_dir=output_dir,
         init_file=find_initial_mapping(args, output_dir),
     )
+    if plan.init_file is not None:
+        check_mapping(plan.init_file, config_of_models(args.mt_path, args.llm_path))
+    return plan
 
 
 def settle_accumulation(args) -> int:

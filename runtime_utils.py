@@ -99,18 +99,19 @@ def init_distributed(force: bool = False):
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if _group_is_up() or not ("WORLD_SIZE" in os.environ or force):
         return device
-    if "WORLD_SIZE" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    backend = "nccl" if cuda else "gloo"
+    # Alone, the environment stays as it is: a child process must not take itself for a rank of this run.
+    alone = {} if "WORLD_SIZE" in os.environ else {"init_method": _local_address(), "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group(backend, device_id=device if cuda else None, **alone)
     return device
 
 
-def _free_port() -> str:
+def _local_address() -> str:
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def barrier() -> None:

@@ -1,0 +1,334 @@
+"""The training command: what it computes, what it leaves, what it refuses. Real runs of tiny models on CPU."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, byte_tokenizer, make_tiny_encoder
+from safetensors.torch import load_file
+
+import run_training
+from modeling_mindmerger import MindMerger
+
+OUTPUTS = {"pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"}
+OUTPUTS |= {"ds_config.json", "args.json", "last"}
+LINE = {"step", "epoch", "loss", "lr", "grad_norm", "target_tokens", "samples_per_s", "tokens_per_s", "padding_share"}
+LINE |= {"peak_memory_gb"}
+
+
+@pytest.fixture
+def flags(tiny_llm, tiny_encoder, datas):
+    """Flags of a short fp32 run of the math mapping stage on the excerpt."""
+    return [
+        *("--deepspeed", "--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"),
+        *("--precision", "fp32", "--dev_size", "5", "--train_batch_size", "8", "--train_micro_batch_size_per_gpu", "2"),
+        *("--max_seq_len", "60", "--max_gen_len", "80", "--lr", "1e-2", "--num_workers", "1"),
+    ]
+
+
+def read_log(folder, key="loss"):
+    """Values of one key in a run's log, in order."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def run_many(run, tmp_path, runs, ranks=1):
+    """Outcomes of several argument lists in one launch."""
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = run(ROOT / "tests/drivers/many_runs.py", tmp_path / "runs.json", tmp_path / "outcomes.json", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((tmp_path / "outcomes.json").read_text())
+
+
+def test_both_stages_leave_exactly_the_documented_files(run, flags, tmp_path):
+    steps = ["--max_steps", "4", "--eval_steps", "2", "--save_total_limit", "1"]
+    mapping, augmentation = run_many(
+        run, tmp_path, [[*flags, *steps], [*flags, *steps, "--stage_name", "augmentation"]]
+    )
+    for outcome in (mapping, augmentation):
+        assert outcome["code"] == 0, outcome
+    first, second = (tmp_path / "outputs/MindMerger/math" / stage for stage in ("mapping", "augmentation"))
+    for folder in (first, second):
+        assert {entry.name for entry in folder.iterdir()} == OUTPUTS | {"checkpoint-000004"}
+        last = {entry.name for entry in (folder / "last").iterdir()}
+        assert last == {"pytorch_model.bin", "mapping.safetensors", "config.json", "README.md"}
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+        assert all(set(line) == LINE for line in lines if "loss" in line)
+        assert [line["step"] for line in lines if "dev_loss" in line] == [2, 4]
+        assert all(line["dev_perplexity"] == math.exp(line["dev_loss"]) for line in lines if "dev_loss" in line)
+        released = torch.load(folder / "pytorch_model.bin", weights_only=True)["model_state_dict"]
+        safe = load_file(folder / "mapping.safetensors")
+        assert all(torch.equal(released[name], safe[name]) for name in safe)
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"starts from {Path('outputs/MindMerger/math/mapping/mapping.safetensors')}" in augmentation["printed"]
+    assert "trainable parameters: 1,632 (mapping only)" in mapping["printed"]
+    config = json.loads((second / "config.json").read_text())
+    assert (config["stage"], config["task"], config["augmentation"]) == ("augmentation", "math", True)
+    settings = json.loads((second / "args.json").read_text())
+    assert settings["versions"]["torch"] and settings["data"]["fingerprint"] and settings["world_size"] == 1
+    assert json.loads((second / "ds_config.json").read_text())["train_batch_size"] == 8
+    # The mapping file holds what the run ended with, and stage 2 went on from stage 1's best.
+    assert MindMerger.from_pretrained(str(second)).config.stage == "augmentation"
+
+
+def test_training_lowers_the_loss_and_keeps_the_best_mapping(run, flags, tmp_path):
+    more = ["--epoch_num", "6", "--eval_steps", "3", "--gradient_checkpointing", "--lr", "3e-2"]
+    (outcome,) = run_many(run, tmp_path, [[*flags, *more]])
+    assert outcome["code"] == 0, outcome
+    folder = tmp_path / "outputs/MindMerger/math/mapping"
+    losses, dev = read_log(folder), read_log(folder, "dev_loss")
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    steps = read_log(folder, "step")
+    assert set(read_log(folder, "epoch")) == set(range(6))
+    best, last = load_file(folder / "mapping.safetensors"), load_file(folder / "last/mapping.safetensors")
+    same = all(torch.equal(best[name], last[name]) for name in best)
+    assert same == (dev[-1] == min(dev)), (steps, dev)
+    state = json.loads((sorted(folder.glob("checkpoint-*"))[-1] / "state.json").read_text())
+    assert state["best_dev_loss"] == min(dev)
+
+
+@pytest.mark.slow
+def test_mapping_gradient_is_the_same_for_any_cut_and_number_of_ranks(run, flags, tmp_path):
+    """Averaging per micro-batch, as published, weighs a short target's tokens more than a long one's."""
+    folder = tmp_path / "gradients"
+    folder.mkdir()
+    one = {f"micro{m}": ["--train_micro_batch_size_per_gpu", str(m)] for m in (1, 2, 8)}
+    one["uneven"] = ["--train_micro_batch_size_per_gpu", "8", "--micro_batch_tokens", "300"]
+    two = {f"ranks{m}": ["--train_micro_batch_size_per_gpu", str(m)] for m in (1, 2, 4)}
+    two["ranks_uneven"] = ["--train_micro_batch_size_per_gpu", "4", "--micro_batch_tokens", "300"]
+    for ranks, cuts in ((1, one), (2, two)):
+        (tmp_path / "cuts.json").write_text(json.dumps(cuts))
+        done = run(ROOT / "tests/drivers/gradients.py", tmp_path / "cuts.json", folder, "--", *flags, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    reference = load_file(folder / "micro8.safetensors")
+    for name in (*one, *two):
+        state = load_file(folder / f"{name}.safetensors")
+        for key, expected in reference.items():
+            assert (state[key] - expected).norm() <= 5e-6 * expected.norm(), (name, key)
+
+
+@pytest.mark.slow
+def test_every_zero_stage_and_offload_trains_the_same_mapping_on_two_ranks(run, flags, tmp_path):
+    presets = ["ds_zero0", "ds_zero1", "ds_zero2", "ds_zero3", "ds_zero3_offload"]
+    steps = ["--max_steps", "3", "--eval_steps", "2", "--precision"]
+    runs = [
+        [
+            *flags,
+            *steps,
+            precision,
+            "--deepspeed_config",
+            f"{ROOT}/scripts/{name}.json",
+            "--save_name",
+            name + precision,
+        ]
+        for precision in ("fp32", "bf16")
+        for name in presets
+    ]
+    for outcome in run_many(run, tmp_path, runs, ranks=2):
+        assert outcome["code"] == 0, outcome
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-2)):
+        folders = {name: tmp_path / "outputs" / (name + precision) / "math/mapping" for name in presets}
+        expected = load_file(folders["ds_zero0"] / "last/mapping.safetensors")
+        assert {tensor.dtype for tensor in expected.values()} == {torch.float32}
+        for name, folder in folders.items():
+            found = load_file(folder / "last/mapping.safetensors")
+            for key in expected:
+                assert (found[key] - expected[key]).abs().max() <= tolerance, (name, precision, key)
+            for a, b in zip(read_log(folder), read_log(folders["ds_zero0"]), strict=True):
+                assert abs(a - b) <= tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_published_commands_run(run, tiny_llm, tiny_encoder, datas, tmp_path, ranks):
+    """The three training commands that users already have, flag by flag, only sizes made small."""
+    (tmp_path / "datas").symlink_to(datas)
+    small = ["--dev_size", "4", "--max_steps", "2"]
+    models = ["--llm_path", tiny_llm, "--mt_path", tiny_encoder + "/"]
+    math_flags = ["--deepspeed", *models, "--task", "math", "--train_num", "6", "--train_batch_size", "16"]
+    lengths = ["--epoch_num", "3", "--max_seq_len", "200", "--max_gen_len", "200"]
+    script = ROOT / "run_training.py"
+    mapping = [
+        *math_flags,
+        "--stage_name",
+        "mapping",
+        "--train_micro_batch_size_per_gpu",
+        "8",
+        "--augmentation",
+        "False",
+    ]
+    done = run(script, *mapping, *lengths, *small, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    hard = [*math_flags, "--stage_name", "augmentation", "--train_micro_batch_size_per_gpu", "2"]
+    done = run(script, *hard, "--augmentation", "False", *lengths, *small, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MindMerger-Hard" in done.stderr
+    translation = [
+        "--deepspeed",
+        *models,
+        "--stage_name",
+        "mapping",
+        "--train_num",
+        "100000",
+        "--train_batch_size",
+        "128",
+    ]
+    translation += ["--train_micro_batch_size_per_gpu", "8", "--gradient_accumulation", "16", "--augmentation", "False"]
+    done = run(script, *translation, "--epoch_num", "3", *small, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ("--gradient_accumulation 16 is overruled" in done.stderr) == (ranks == 2)
+    outputs = tmp_path / "outputs/MindMerger"
+    assert {p.parent.relative_to(outputs).as_posix() for p in outputs.rglob("loss.png")} == {
+        "math/mapping",
+        "math/augmentation",
+        "translation/mapping",
+    }
+
+
+@pytest.mark.slow
+def test_two_nodes_give_the_losses_of_one_node_with_two_ranks(run, flags, tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import clean_environment, free_port
+
+    steps = ["--max_steps", "3", "--eval_steps", "2"]
+    done = run(ROOT / "run_training.py", *flags, *steps, "--save_name", "one", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
+    common = [
+        "--hostfile",
+        tmp_path / "hostfile",
+        "--no_ssh",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        free_port(),
+    ]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, launcher, *map(str, common), "--node_rank", str(node), str(ROOT / "run_training.py")]
+            + [*flags, *steps, "--save_name", "two"],
+            cwd=tmp_path,
+            env=clean_environment(tmp_path),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    errors = [node.communicate(timeout=200)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    one, two = (tmp_path / "outputs" / name / "math/mapping" for name in ("one", "two"))
+    assert read_log(one) == read_log(two)
+    assert read_log(one, "dev_loss") == read_log(two, "dev_loss")
+
+
+def copy_data(datas, folder):
+    """A private copy of the excerpt that a test may damage."""
+    return Path(shutil.copytree(datas, folder))
+
+
+def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, tiny_encoder, datas, tmp_path):
+    bad_json, unequal, empty, absent = (copy_data(datas, tmp_path / name) for name in ("j", "u", "e", "a"))
+    xcsqa = bad_json / "query_translation/x-csqa/train_sw.jsonl"
+    xcsqa.write_text(xcsqa.read_text().splitlines()[0] + "\n{broken\n")
+    with open(unequal / "bilingual_pairs/en-sw/train_100k.sw", "a") as file:
+        file.write("moja zaidi\n")
+    for side in ("sw", "en"):
+        (empty / f"bilingual_pairs/en-sw/train_100k.{side}").write_text("")
+    (absent / "bilingual_pairs/en-sw/train_100k.sw").unlink()
+    wide = make_tiny_encoder(tmp_path / "wide", width=24)
+    MindMerger.from_models(wide, tiny_llm).save_pretrained(str(tmp_path / "wide_mapping"))
+    torch.save({"model_state_dict": Path("x")}, tmp_path / "code.bin")
+    no_eos = Path(shutil.copytree(tiny_llm, tmp_path / "no_eos"))
+    byte_tokenizer(no_eos, {"unk_token": "<unk>", "bos_token": "<s>"})
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_cliping": 1.0}))
+    (tmp_path / "ds_bf16.json").write_text(json.dumps({"bf16": {"enabled": True}}))
+    (tmp_path / "ds_batch.json").write_text(json.dumps({"train_batch_size": 99}))
+    fresh_augmentation = ["--stage_name", "augmentation", "--init_checkpoint", "none"]
+    cases = [
+        (["--data_root", str(absent)], ["train_100k.sw", "train_100k.en"]),
+        (["--data_root", str(tmp_path / "nowhere")], ["nowhere"]),
+        (["--data_root", str(unequal)], ["13", "12", "train_100k.sw"]),
+        (["--data_root", str(bad_json), "--task", "x-csqa", *fresh_augmentation], ["train_sw.jsonl:2"]),
+        (["--data_root", str(empty)], ["train_100k.sw", "empty"]),
+        (["--task", "maths"], ["maths", "math"]),
+        (["--languages", "Swahilli"], ["Swahilli", "Swahili"]),
+        (["--dev_size", "5000"], ["--dev_size", "5000"]),
+        (["--train_batch_size", "7"], ["--train_batch_size 7", "--train_micro_batch_size_per_gpu 2"]),
+        (["--init_checkpoint", str(tmp_path / "wide_mapping")], ["(48, 24)", "(32, 16)", tiny_encoder, tiny_llm]),
+        (["--init_checkpoint", str(tmp_path / "code.bin")], ["code.bin", "could run code"]),
+        (["--init_checkpoint", str(tmp_path / "absent.bin")], ["absent.bin"]),
+        (["--llm_path", str(no_eos)], ["no_eos", "EOS"]),
+        (["--llm_path", "/nowhere/llm"], ["/nowhere/llm"]),
+        (["--mt_path", "/nowhere/mt5/"], ["/nowhere/mt5"]),
+        (["--stage_name", "augmentation"], ["outputs/MindMerger/math/mapping", "--init_checkpoint"]),
+        (["--task", "translation", "--stage_name", "augmentation"], ["translation", "augmentation"]),
+        (["--deepspeed_config", str(tmp_path / "ds.json")], ["gradient_cliping", "gradient_clipping"]),
+        (["--deepspeed_config", str(tmp_path / "ds_bf16.json")], ["bf16", "--precision"]),
+        (["--deepspeed_config", str(tmp_path / "ds_batch.json")], ["train_batch_size", "99", "8"]),
+        (["--deepspeed_config", str(tmp_path / "none.json")], ["none.json"]),
+        (["--epoch_num", "0"], ["--epoch_num", "0"]),
+        (["--report_to", "wandb"], ["wandb", "pip install"]),
+        (["--train_batch_size", "many"], []),
+    ]
+    outcomes = run_many(run, tmp_path, [[*flags, *extra] for extra, _ in cases])
+    for (extra, expected), outcome in zip(cases, outcomes, strict=True):
+        assert outcome["code"] == 2, (extra, outcome)
+        message = outcome["error"] if outcome["error"] is not None else outcome["printed"]
+        assert "\n" not in message.strip(), message
+        for part in expected:
+            assert part in message, (part, message)
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_an_error_that_concerns_all_ranks_is_printed_once_and_all_exit_2(run, flags, tmp_path):
+    done = run(ROOT / "run_training.py", *flags, "--languages", "Swahilli", ranks=2)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    done = run(ROOT / "run_training.py", *flags, "--no_such_flag", ranks=2)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+
+
+def test_tokenizers_without_bos_or_pad_are_fine(run, flags, tiny_llm, tmp_path):
+    plain = Path(shutil.copytree(tiny_llm, tmp_path / "plain"))
+    byte_tokenizer(plain, {"unk_token": "<unk>", "other": "<other>", "eos_token": "</s>"})
+    (outcome,) = run_many(run, tmp_path, [[*flags, "--llm_path", str(plain), "--max_steps", "1"]])
+    assert outcome["code"] == 0, outcome
+
+
+def test_stage_form_and_defaults_follow_the_published_flags():
+    args = run_training.build_parser().parse_args([])
+    published = {
+        **{"llm_path": "../LLMs/Llama-2-7b-hf/", "mt_path": "../LLMs/mt5-xl/", "save_name": "MindMerger"},
+        **{"stage_name": "mapping", "lr": 2e-5, "epoch_num": 3, "train_num": 100000, "train_batch_size": 24},
+        **{"train_micro_batch_size_per_gpu": 1, "eval_batch_size": 2, "max_seq_len": 512, "max_gen_len": 512},
+        **{"dev_size": 3000, "augmentation": None, "task": "translation", "seed": 0, "logging_steps": 10},
+    }
+    assert {name: getattr(args, name) for name in published} == published
+    described = [a for a in run_training.build_parser()._actions if a.help]
+    assert len(described) == len(run_training.build_parser()._actions)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9]),
+        ("cosine", [0.5, *[(1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)]]),
+    ],
+)
+def test_learning_rate_warms_up_and_decays(scheduler, expected):
+    args = run_training.build_parser().parse_args(["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"])
+    fields = dict.fromkeys(("plan", "engine", "data", "tokenizers", "dev", "train", "device"))
+    trainer = run_training.Trainer(args=args, **fields, steps_per_epoch=5, total_steps=10, eval_steps=1, save_steps=1)
+    assert [trainer.learning_rate(step) / 2 for step in range(10)] == pytest.approx(expected)
