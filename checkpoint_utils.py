@@ -49,7 +49,7 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
         write_json_atomic(temporary / MANIFEST, {"files": files})
         sync_folder(temporary)
         if final.exists():
-            shutil.rmtree(final)  # an invalid one of the same step: a valid one would have been resumed from
+            discard(final)  # left by an earlier run that went further than the checkpoint this one resumed from
         os.replace(temporary, final)
         sync_folder(final.parent)
     except OSError as error:
@@ -60,11 +60,31 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
     return final
 
 
+def remove_leftovers(output_dir) -> None:
+    """Removes what a killed writer left half-done. Call it under the output folder's lock."""
+    for entry in Path(output_dir).glob("checkpoint-*.tmp"):
+        shutil.rmtree(entry, ignore_errors=True)
+    for folder in (Path(output_dir), Path(output_dir) / "last"):
+        for entry in folder.glob(".*.tmp"):
+            entry.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Removes a checkpoint such that a kill in between leaves no folder that looks like one."""
+    doomed = folder.with_name(folder.name + ".old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def prune(output_dir, keep: int | None) -> None:
-    """Removes the oldest valid checkpoints beyond `keep`, and what a killed writer left behind."""
-    folders = list_checkpoints(output_dir)
-    for folder in folders[keep:] if keep else []:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes the oldest checkpoints beyond the newest `keep` valid ones; damaged ones in between go too."""
+    valid = 0
+    for folder in list_checkpoints(output_dir) if keep else []:
+        if valid >= keep:
+            discard(folder)
+        elif fault_of(folder) is None:
+            valid += 1
 
 
 def describe_file(path: Path) -> dict:

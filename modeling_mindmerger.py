@@ -9,6 +9,7 @@ V vocabulary.
 """
 
 import dataclasses
+import hashlib
 import json
 import pickle
 from contextlib import contextmanager
@@ -574,6 +575,29 @@ def _pad_token_id(llm: nn.Module, eos_token_ids: list[int]) -> int:
     return eos_token_ids[0]
 
 
+def model_fingerprint(path: str) -> str:
+    """A short hash by which a model folder with other content is told apart without reading all of its weights.
+
+    Small files count whole; of large ones the size and 64 evenly spaced blocks count. A hub name gives its commit.
+    """
+    if not Path(path).is_dir():
+        return f"commit {Path(cached_file(path, 'config.json')).parent.name}"
+    digest, block = hashlib.sha256(), 16 * 1024
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt", ".py") or not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as content:
+            if size <= 64 * block:
+                digest.update(content.read())
+                continue
+            for i in range(64):
+                content.seek((size - block) * i // 63)
+                digest.update(content.read(block))
+    return digest.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mapping files
 
@@ -590,11 +614,11 @@ def config_of_models(mt_path: str, llm_path: str) -> MindMergerConfig:
     Raises:
         ModelError: when one of them has no usable config.
     """
-    llm = load_config(llm_path).get_text_config()
+    llm, encoder = load_config(llm_path).get_text_config(), load_config(mt_path)
     return MindMergerConfig(
         mt_path=strip_slash(mt_path),
         llm_path=strip_slash(llm_path),
-        encoder_width=load_config(mt_path).hidden_size,
+        encoder_width=encoder.get_text_config(encoder=encoder.is_encoder_decoder or None).hidden_size,
         # OPT-350m's embeddings are narrower than its layers.
         llm_width=getattr(llm, "word_embed_proj_dim", None) or llm.hidden_size,
     )

@@ -7,18 +7,27 @@ Reads top to bottom: flags, what can be checked before models load, the run's pa
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint_utils
 import runtime_utils
 from runtime_utils import UserError, is_main, log, parse_bool, rank, together, warn, world_size
+from training_log import Recorder, draw_loss, peak_memory_gb, perplexity
 
 DEFAULT_EVAL_MICRO_BATCHES = 2000
+EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
+# Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
+CHANGEABLE = {"train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_tokens", "epoch_num", "max_steps"}
+CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="outputs", help="where outputs of all runs go")
     add("--overwrite_output_dir", action="store_true", help="start over, removing this run's checkpoints and log")
     add("--resume_from_checkpoint", default="auto", help="auto (newest valid one in the output folder) or a folder")
+    add("--allow_changed", action="append", default=[], metavar="NAME", choices=sorted(CHANGEABLE),
+        help="let a resumed run go on with another value of this flag; may be given more than once")  # fmt: skip
+    add("--dry_run", action="store_true", help="load the data, print the effective settings, steps and a memory "
+        "estimate, write nothing")  # fmt: skip
     add("--eval_steps", type=int, help="optimizer steps between dev evaluations (default: 2000 micro-batches' worth)")
     add("--save_steps", type=int, help="optimizer steps between checkpoints (default: as eval_steps)")
     add("--save_total_limit", type=int, default=2, help="how many checkpoints to keep")
@@ -98,6 +111,7 @@ class Plan:
     config: dict
     output_dir: Path
     init_file: str | None
+    models: tuple[str, str]
 
 
 def check_arguments(args) -> Plan:
@@ -108,7 +122,7 @@ def check_arguments(args) -> Plan:
     """
     from data_utils import find_task, parse_languages
     from deepspeed_utils import effective_config, read_deepspeed_config
-    from modeling_mindmerger import check_mapping, config_of_models
+    from modeling_mindmerger import check_mapping, config_of_models, load_config, model_fingerprint
 
     args.llm_path, args.mt_path = args.llm_path.rstrip("/") or "/", args.mt_path.rstrip("/") or "/"
     if args.gpu is not None:
@@ -142,6 +156,8 @@ def check_arguments(args) -> Plan:
         warn(
             "--augmentation False in the augmentation stage: trains MindMerger-Hard, no prompt after the mapped source"
         )
+    for path in (args.llm_path, args.mt_path):
+        load_config(path)
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
     check_reporting(args.report_to)
     plan = Plan(
@@ -152,6 +168,7 @@ def check_arguments(args) -> Plan:
         config=config,
         output_dir=output_dir,
         init_file=find_initial_mapping(args, output_dir),
+        models=(model_fingerprint(args.llm_path), model_fingerprint(args.mt_path)),
     )
     if plan.init_file is not None:
         check_mapping(plan.init_file, config_of_models(args.mt_path, args.llm_path))
@@ -213,7 +230,7 @@ def check_reporting(where: str) -> None:
 # The run's parts
 
 
-def load_data(args, plan: Plan):
+def load_data(args, plan: Plan, cache_dir=None):
     """Tokenised training set, tokenizers and the dev/train split; tokenising happens once on each machine."""
     from data_utils import build_training_set, load_tokenizers, split_dev
 
@@ -229,10 +246,11 @@ def load_data(args, plan: Plan):
         max_seq_len=args.max_seq_len,
         max_gen_len=args.max_gen_len,
         with_prompt=plan.with_prompt,
+        cache_dir=cache_dir,
     )
     dev, train = together(split_dev, len(data.dataset), args.dev_size, args.seed)
     log(f"data: {len(train)} training and {len(dev)} dev examples; " + json.dumps(data.counts, ensure_ascii=False))
-    return tokenizers, data, dev, train
+    return tokenizers, data, (dev, train)
 
 
 def check_lengths(args, data) -> None:
@@ -279,7 +297,8 @@ def load_model(args, plan: Plan, device):
 
 @dataclass
 class Trainer:
-    """Everything the loop needs; no state of its own but `step` and the best dev loss."""
+    """Everything the loop needs. Its own state is where the run stands: `step`, (`epoch`, `batch`) and the best dev
+    loss so far; a checkpoint holds these, the mapping and the optimizer's moments, and nothing else."""
 
     args: argparse.Namespace
     plan: Plan
@@ -290,11 +309,15 @@ class Trainer:
     train: object
     device: object
     steps_per_epoch: int
-    total_steps: int
     eval_steps: int
     save_steps: int
+    total_steps: int = 0
+    signals: object = None
     step: int = 0
+    epoch: int = 0
+    batch: int = 0
     best_dev_loss: float = math.inf
+    evaluation_due: bool = False
 
     def cut(self, indices, micro_batch_size, token_budget=None):
         """This rank's micro-batches of a global batch, and the batch's number of target tokens."""
@@ -319,6 +342,7 @@ class Trainer:
         from torch.utils.data import DataLoader
 
         from data_utils import collate
+        from interrupt_utils import ignore_signals_in_worker
 
         return DataLoader(
             self.data.dataset,
@@ -327,6 +351,7 @@ class Trainer:
                 collate, encoder_pad_id=self.tokenizers.encoder_pad_id, llm_pad_id=self.tokenizers.llm_pad_id
             ),
             num_workers=self.args.num_workers,
+            worker_init_fn=ignore_signals_in_worker,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -351,41 +376,56 @@ class Trainer:
 # The loop
 
 
-def train(trainer: Trainer, record) -> None:
-    """Runs from `trainer.step` to the last step, with evaluations and checkpoints where they are due."""
+def train(trainer: Trainer, record) -> int:
+    """Runs from where the trainer stands to the last step, with evaluations and checkpoints where they are due.
+
+    Returns:
+        0, or the exit code of the signal that ended it; a checkpoint of that moment is then written.
+    """
     from tqdm import tqdm
 
-    bar = tqdm(total=trainer.total_steps, initial=trainer.step, desc=trainer.args.stage_name, disable=not is_main())
-    while trainer.step < trainer.total_steps:
-        epoch, first = divmod(trainer.step, trainer.steps_per_epoch)
+    args = trainer.args
+    bar = tqdm(total=trainer.total_steps, initial=trainer.step, desc=args.stage_name, disable=not is_main())
+    code = 0
+    if trainer.evaluation_due:  # the run was stopped between a step and its evaluation
+        code = evaluate_and_keep(trainer, record)
+    while trainer.step < trainer.total_steps and not code:
+        epoch, first = trainer.epoch, trainer.batch
         batches = iter(trainer.loader([m.indices for s in trainer.epoch_steps(epoch, first) for m in s[0]]))
         for micro_batches, target_tokens, indices in trainer.epoch_steps(epoch, first):
-            record(train_step(trainer, batches, micro_batches, target_tokens, indices), epoch)
+            line, code, save_asked = train_step(trainer, batches, micro_batches, target_tokens, indices)
+            record(line, epoch)
             trainer.step += 1
+            trainer.epoch, trainer.batch = divmod(
+                epoch * trainer.steps_per_epoch + trainer.batch + 1, trainer.steps_per_epoch
+            )
             bar.update()
-            end_of_epoch = trainer.step % trainer.steps_per_epoch == 0
             end = trainer.step == trainer.total_steps
-            if len(trainer.dev) and (trainer.step % trainer.eval_steps == 0 or end_of_epoch or end):
-                evaluate_and_keep(trainer, record)
+            due = len(trainer.dev) and (trainer.step % trainer.eval_steps == 0 or trainer.batch == 0 or end)
+            if due:
+                trainer.evaluation_due = True
+                code = code or evaluate_and_keep(trainer, record)
             elif end:
                 save_mapping(trainer, trainer.plan.output_dir)  # without a dev split the last mapping is the best known
-            if trainer.step % trainer.save_steps == 0 or end:
+            if trainer.step % trainer.save_steps == 0 or end or code or save_asked:
                 record.flush()
                 save_checkpoint(trainer)
-            if end:
+            if end or code:
                 break
     bar.close()
+    return code
 
 
-def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, indices) -> dict:
+def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, indices) -> tuple[dict, int, bool]:
     """One optimizer step: the loss is summed over all its target tokens and divided by their number, so that neither
     the cut into micro-batches nor the number of processes changes the gradient.
 
     Returns:
-        the step's line of the log.
+        the step's line of the log, the exit code of a stop that any rank was asked for or 0, and whether a checkpoint
+        was asked for.
 
     Raises:
-        UserError: on every rank, before the update, when loss or gradient is not finite.
+        UserError: on every rank, before the update, when loss or gradient is not finite, or memory ran out.
     """
     import torch
 
@@ -397,52 +437,90 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
     for number, micro in enumerate(micro_batches, start=1):
         batch = trainer.to_device(next(batches))
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-        out = engine(**batch)
-        # DeepSpeed averages gradients over processes, hence the factor. A process without rows passes with weight 0.
-        loss = out.loss_sum * (micro.weight * world_size() / target_tokens)
-        engine.backward(loss, scale_wrt_gas=False)
+        with out_of_memory_named(batch):
+            # DeepSpeed averages gradients over processes, hence the factor. Without rows, a rank passes with weight 0.
+            loss = engine(**batch).loss_sum * (micro.weight * world_size() / target_tokens)
+            engine.backward(loss, scale_wrt_gas=False)
         losses.append(loss.detach())
+        trainer.signals.alive()
     step_loss = torch.stack(losses).sum() / world_size()
-    if world_size() > 1:
-        torch.distributed.all_reduce(step_loss)
-    norm = update(trainer, step_loss, losses, micro_batches)
+    norm, loss, code, save_asked = update(trainer, step_loss, losses, micro_batches)
     seconds = time.perf_counter() - started
-    real = int(trainer.data.merged_lengths[indices].sum())
-    processed = sum(len(m.indices) * int(trainer.data.merged_lengths[m.indices].max()) for m in micro_batches)
-    return {
-        "loss": step_loss,
+    lengths = trainer.data.merged_lengths
+    processed = sum(len(m.indices) * int(lengths[m.indices].max()) for m in micro_batches)
+    line = {
+        "loss": loss,
         "lr": rate,
         "grad_norm": norm,
         "target_tokens": target_tokens,
         "samples_per_s": len(indices) / seconds,
-        "tokens_per_s": real / seconds,
-        "padding_share": 1 - sum(int(trainer.data.merged_lengths[m.indices].sum()) for m in micro_batches) / processed,
+        "tokens_per_s": int(lengths[indices].sum()) / seconds,
+        "padding_share": 1 - sum(int(lengths[m.indices].sum() * m.weight) for m in micro_batches) / processed,
         "peak_memory_gb": peak_memory_gb(trainer.device),
     }
+    return line, code, save_asked
 
 
-def update(trainer: Trainer, step_loss, losses, micro_batches) -> float:
-    """Clips and applies the gradient; returns its norm before clipping."""
+def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, float, int, bool]:
+    """Clips and applies the gradient.
+
+    Returns:
+        its norm before clipping, the global loss, and what `Signals.agree` says.
+    """
     import torch
 
     from deepspeed_utils import zero_stage
 
     engine = trainer.engine
-    if zero_stage(trainer.plan.config) == 0:
-        parameters = list(engine.module.mapping.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
-        # The one synchronisation of the step.
-        norm, loss_value = torch.stack([norm, step_loss]).tolist()
-    else:
-        norm, loss_value = None, step_loss.item()
-    if not (math.isfinite(loss_value) and (norm is None or math.isfinite(norm))):
-        raise not_finite(trainer, loss_value, norm, losses, micro_batches)
+    by_hand = zero_stage(trainer.plan.config) == 0
+    norm = step_loss.new_zeros(())
+    if by_hand:
+        norm = torch.nn.utils.clip_grad_norm_(list(engine.module.mapping.parameters()), trainer.args.max_grad_norm)
+    # The one synchronisation of the step. At ZeRO 0 all ranks have the same norm.
+    code, save_asked, sums = trainer.signals.agree(trainer.device, step_loss, norm / world_size())
+    loss, norm = sums.tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise not_finite(trainer, loss, norm, losses, micro_batches)
     engine.step()
-    if norm is None:
+    if not by_hand:
         norm = float(engine.get_global_grad_norm())
         if not engine.was_step_applied() or not math.isfinite(norm):
-            raise not_finite(trainer, loss_value, norm, losses, micro_batches)
-    return norm
+            raise not_finite(trainer, loss, norm, losses, micro_batches)
+    return norm, loss, code, save_asked
+
+
+@contextmanager
+def out_of_memory_named(batch: dict):
+    """Turns running out of memory into an error that names the micro-batch and the flags to lower."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows, longest = batch["encoder_input_ids"].shape
+        sizes = ", ".join(
+            f"{name} {tuple(batch[key].shape)[1]}"
+            for name, key in (("encoder", "encoder_input_ids"), ("prompt", "prompt_ids"), ("target", "target_ids"))
+            if batch.get(key) is not None
+        )
+        raise UserError(
+            f"out of memory on rank {rank()} with a micro-batch of {rows} rows, longest {sizes} tokens: lower "
+            "--train_micro_batch_size_per_gpu, --micro_batch_tokens, --max_seq_len or --max_gen_len, or use "
+            "--gradient_checkpointing"
+        ) from error
+
+
+def probe_memory(trainer: Trainer) -> None:
+    """One forward and backward pass on the longest rows there are, so that memory runs out now or not at all."""
+    args = trainer.args
+    order = trainer.train[trainer.data.merged_lengths[trainer.train].argsort(kind="stable")[::-1]]
+    rows = order[: args.train_micro_batch_size_per_gpu]
+    if args.micro_batch_tokens:
+        rows = order[: max(1, args.micro_batch_tokens // int(trainer.data.merged_lengths[order[0]]))]
+    batch = trainer.to_device(next(iter(trainer.loader([rows]))))
+    trainer.engine.set_gradient_accumulation_boundary(False)
+    with out_of_memory_named(batch):
+        trainer.engine.backward(trainer.engine(**batch).loss_sum * 0.0, scale_wrt_gas=False)
 
 
 def not_finite(trainer: Trainer, loss, norm, losses, micro_batches) -> UserError:
@@ -465,23 +543,38 @@ def not_finite(trainer: Trainer, loss, norm, losses, micro_batches) -> UserError
     )
 
 
-def dev_loss(trainer: Trainer) -> float:
-    """Mean cross-entropy over the dev split's target tokens, its examples shared among the ranks."""
+def dev_loss(trainer: Trainer) -> tuple[float, int]:
+    """Mean cross-entropy over the dev split's target tokens, its examples shared among the ranks.
+
+    Returns:
+        the loss and 0, or nan and the exit code of a signal that cut it short.
+    """
     import torch
 
     micro_batches, target_tokens = trainer.cut(trainer.dev, trainer.args.eval_batch_size)
     total = torch.zeros((), dtype=torch.float64, device=trainer.device)
+    nothing = torch.zeros((), device=trainer.device)
     with torch.no_grad():
-        for micro, batch in zip(micro_batches, trainer.loader([m.indices for m in micro_batches]), strict=True):
+        batches = trainer.loader([m.indices for m in micro_batches])
+        for number, (micro, batch) in enumerate(zip(micro_batches, batches, strict=True)):
             total += trainer.engine(**trainer.to_device(batch)).loss_sum.double() * micro.weight
-    if world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return total.item() / target_tokens
+            trainer.signals.alive()
+            if number % EVAL_BATCHES_PER_CHECK == 0 and (code := trainer.signals.agree(trainer.device, nothing)[0]):
+                return math.nan, code
+    code, _, (total,) = trainer.signals.agree(trainer.device, total)
+    return total.item() / target_tokens, code
 
 
-def evaluate_and_keep(trainer: Trainer, record) -> None:
-    """Evaluates on the dev split; keeps the mapping as the last one and, when it is, as the best."""
-    loss = dev_loss(trainer)
+def evaluate_and_keep(trainer: Trainer, record) -> int:
+    """Evaluates on the dev split; keeps the mapping as the last one and, when it is, as the best.
+
+    Returns:
+        0, or the exit code of a signal; the evaluation is then due again unless it was complete.
+    """
+    loss, code = dev_loss(trainer)
+    if math.isnan(loss) and code:
+        return code
+    trainer.evaluation_due = False
     record.evaluation(trainer.step, loss)
     best = loss < trainer.best_dev_loss
     if best:
@@ -491,23 +584,7 @@ def evaluate_and_keep(trainer: Trainer, record) -> None:
     log(
         f"step {trainer.step}: dev loss {loss:.4f}, perplexity {perplexity(loss):.3f}{' (best so far)' if best else ''}"
     )
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def peak_memory_gb(device) -> float:
-    """Peak memory so far: of the GPU's allocator, or of this process on CPU."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,10 +611,12 @@ def save_checkpoint(trainer: Trainer) -> None:
     from deepspeed_utils import mapping_state, optimizer_state
 
     tensors = {f"mapping.{k}": v for k, v in mapping_state(trainer.engine).items()} | optimizer_state(trainer.engine)
-    best = None if math.isinf(trainer.best_dev_loss) else trainer.best_dev_loss
     state = {
         "step": trainer.step,
-        "best_dev_loss": best,
+        "epoch": trainer.epoch,
+        "examples_in_epoch": trainer.batch * trainer.args.train_batch_size,
+        "best_dev_loss": None if math.isinf(trainer.best_dev_loss) else trainer.best_dev_loss,
+        "evaluation_due": trainer.evaluation_due,
         "identity": identity(trainer.args, trainer.plan, trainer.data),
     }
 
@@ -551,11 +630,19 @@ def save_checkpoint(trainer: Trainer) -> None:
 
 
 def identity(args, plan: Plan, data) -> dict:
-    """What must not change between a run and its continuation."""
-    names = ("stage_name", "seed", "llm_path", "mt_path", "precision", "dev_size", "train_batch_size", "epoch_num")
-    names += ("train_micro_batch_size_per_gpu", "micro_batch_tokens", "lr", "lr_scheduler", "warmup_ratio", "max_steps")
-    fixed = {name: getattr(args, name) for name in (*names, "max_grad_norm")}
-    return fixed | {"task": plan.task.training_name, "augmentation": plan.with_prompt, "data": data.fingerprint}
+    """What makes a run this run: what must not change in its continuation, and what may when the user says so."""
+    fixed = {
+        "task": plan.task.training_name,
+        "stage_name": args.stage_name,
+        "augmentation": plan.with_prompt,
+        "seed": args.seed,
+        "data": data.fingerprint,
+        "llm": plan.models[0],
+        "encoder": plan.models[1],
+        "precision": args.precision,
+        "dev_size": args.dev_size,
+    }
+    return fixed | {name: getattr(args, name) for name in sorted(CHANGEABLE)}
 
 
 def start_over(output_dir: Path) -> None:
@@ -571,7 +658,13 @@ def start_over(output_dir: Path) -> None:
 
 
 def read_resumable(args, plan: Plan, data) -> tuple:
-    """The checkpoint to continue from as (folder, tensors, state), or three times None."""
+    """The checkpoint to continue from as (folder, tensors, state), or three times None. Rank 0 reads it.
+
+    Raises:
+        UserError: when it belongs to another run, naming the first difference, or a named one is damaged.
+    """
+    if not is_main():
+        return None, None, None
     wanted = args.resume_from_checkpoint
     if wanted == "auto":
         folder, skipped = checkpoint_utils.newest_valid(plan.output_dir)
@@ -583,104 +676,21 @@ def read_resumable(args, plan: Plan, data) -> tuple:
         folder = Path(wanted)
     tensors, state = checkpoint_utils.read_checkpoint(folder)
     for name, value in identity(args, plan, data).items():
-        if state["identity"].get(name) != value:
+        before = state["identity"].get(name)
+        if before == value:
+            continue
+        if name not in CHANGEABLE:
             raise UserError(
-                f"{folder} was trained with {name} {state['identity'].get(name)!r}, this run has {value!r}: use the "
-                "same settings, another --save_name, or --overwrite_output_dir to start over"
+                f"{folder} was trained with another {name} ({before!r}, this run has {value!r}): use the same, or "
+                "another --save_name, or --overwrite_output_dir to start over"
             )
+        if name not in args.allow_changed:
+            raise UserError(
+                f"{folder} was trained with --{name} {before}, this run has {value}: use the same, or say "
+                f"--allow_changed {name} to go on with the new value, or --overwrite_output_dir to start over"
+            )
+        log(f"--{name} was {before}, from here on {value}")
     return folder, tensors, state
-
-
-class Recorder:
-    """Collects a line for every step and evaluation and writes them to `log.jsonl` on rank 0."""
-
-    def __init__(self, args, output_dir: Path):
-        self.args, self.path = args, output_dir / "log.jsonl"
-        self.lines, self.step, self.writer = [], 0, None
-        if is_main() and args.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(output_dir / "tensorboard"))
-        if is_main() and args.report_to == "wandb":
-            import wandb
-
-            wandb.init(project=args.save_name, config=vars(args), dir=str(output_dir))
-
-    def cut_back(self, step: int) -> None:
-        """Drops lines after `step`, which a resumed run writes again, and a half-written last one."""
-        self.step = step
-        if not is_main():
-            return
-        kept = []
-        if step and self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        runtime_utils.write_text_atomic(self.path, "".join(kept))
-
-    def __call__(self, values: dict, epoch: int) -> None:
-        """Takes one optimizer step's line; every `--logging_steps` lines reach the disk."""
-        self.step += 1
-        self._add({"step": self.step, "epoch": epoch, **values})
-        if self.step % self.args.logging_steps == 0:
-            self.flush()
-
-    def evaluation(self, step: int, loss: float) -> None:
-        """Takes an evaluation's line."""
-        self._add({"step": step, "dev_loss": loss, "dev_perplexity": perplexity(loss)})
-        self.flush()
-
-    def _add(self, line: dict) -> None:
-        if is_main():
-            self.lines.append(line)
-
-    def flush(self) -> None:
-        """Appends what has gathered to the file and sends it to the report target."""
-        if not self.lines:
-            return
-        text = ""
-        for line in self.lines:
-            line = {name: float(value) if hasattr(value, "item") else value for name, value in line.items()}
-            text += json.dumps(line) + "\n"
-            self._report(line)
-        self.lines = []
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-
-    def _report(self, line: dict) -> None:
-        values = {name: value for name, value in line.items() if name != "step"}
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, line["step"])
-        if self.args.report_to == "wandb":
-            import wandb
-
-            wandb.log(values, step=line["step"])
-
-
-def draw_loss(log_file: Path, picture: Path) -> None:
-    """Draws training and dev loss over optimizer steps."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "training"), ("dev_loss", "dev split")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o" if key == "dev_loss" else None, label=label, linewidth=1.2)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy per target token (nats)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    runtime_utils.write_bytes_atomic(picture, buffer.getvalue())
 
 
 def write_settings(args, plan: Plan, data) -> None:
@@ -705,20 +715,16 @@ def write_settings(args, plan: Plan, data) -> None:
 # The command
 
 
-def build_trainer(args, plan: Plan, device) -> Trainer:
-    """Data, model and engine, put together; resumes where a checkpoint is found."""
-    from deepspeed_utils import describe, make_engine
+def build_trainer(args, plan: Plan, device, tokenizers, data, split, checkpoint) -> Trainer:
+    """Model and engine put together with the data, standing where the checkpoint left off if there is one."""
+    from deepspeed_utils import describe, load_optimizer_state, make_engine
 
-    tokenizers, data, dev, train_indices = load_data(args, plan)
-    together(check_lengths, args, data)
-    if args.overwrite_output_dir:
-        together(start_over, plan.output_dir)
-    folder, tensors, state = together(read_resumable, args, plan, data)
+    folder, tensors, state = checkpoint
     model = together(load_model, args, plan, device)
     if folder is not None:
-        model.mapping.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("mapping.")}, strict=True)
+        mapping = {name.removeprefix("mapping."): t for name, t in tensors.items() if name.startswith("mapping.")}
+        model.mapping.load_state_dict(mapping, strict=True)
     engine = make_engine(model, plan.config, args.lr)
-    steps_per_epoch = math.ceil(len(train_indices) / args.train_batch_size)
     eval_steps = args.eval_steps or max(1, DEFAULT_EVAL_MICRO_BATCHES // plan.accumulation)
     trainer = Trainer(
         args=args,
@@ -726,58 +732,141 @@ def build_trainer(args, plan: Plan, device) -> Trainer:
         engine=engine,
         data=data,
         tokenizers=tokenizers,
-        dev=dev,
-        train=train_indices,
+        dev=split[0],
+        train=split[1],
         device=device,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=min(args.max_steps or math.inf, args.epoch_num * steps_per_epoch),
+        steps_per_epoch=steps_per_epoch(args, split),
         eval_steps=eval_steps,
         save_steps=args.save_steps or eval_steps,
     )
-    log(f"{describe(plan.config)}; {steps_per_epoch} steps per epoch, {trainer.total_steps} in all")
-    if folder is None:
-        log(f"starts at step 0: no checkpoint in {plan.output_dir}")
-        return trainer
-    first = trainer.to_device(next(iter(trainer.loader([trainer.train[:1]]))))
-    from deepspeed_utils import load_optimizer_state
-
-    load_optimizer_state(engine, tensors, state["step"], first)
-    trainer.step = state["step"]
-    trainer.best_dev_loss = math.inf if state["best_dev_loss"] is None else state["best_dev_loss"]
-    log(f"resumes from {folder} at step {trainer.step}")
+    if folder is not None:
+        first = trainer.to_device(next(iter(trainer.loader([trainer.train[:1]]))))
+        load_optimizer_state(engine, tensors, state["step"], first)
+        trainer.step, trainer.epoch = state["step"], state["epoch"]
+        # With another batch size, as --allow_changed permits, the epoch goes on at the nearest batch before.
+        trainer.batch = state["examples_in_epoch"] // args.train_batch_size
+        trainer.best_dev_loss = math.inf if state["best_dev_loss"] is None else state["best_dev_loss"]
+        trainer.evaluation_due = state["evaluation_due"]
+    left = (args.epoch_num - trainer.epoch) * trainer.steps_per_epoch - trainer.batch
+    trainer.total_steps = min(args.max_steps or math.inf, trainer.step + max(0, left))
+    log(f"{describe(plan.config)}; {trainer.steps_per_epoch} steps per epoch, {trainer.total_steps} in all")
+    where = f"resumes from {folder}" if folder is not None else f"starts fresh, no checkpoint in {plan.output_dir},"
+    log(f"{where} at step {trainer.step}")
     return trainer
+
+
+def steps_per_epoch(args, split) -> int:
+    """Optimizer steps of one pass over the training indices."""
+    return math.ceil(len(split[1]) / args.train_batch_size)
+
+
+def prepare(args):
+    """Checks and settles everything that needs no model: the plan, the data, the checkpoint to continue from."""
+    plan = together(check_arguments, args)
+    cache_dir = None
+    with contextlib.ExitStack() as stack:
+        if args.dry_run:
+            cache_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="mindmerger-dry-run-"))
+        tokenizers, data, split = load_data(args, plan, cache_dir)
+        together(check_lengths, args, data)
+        if args.dry_run:
+            together(print_estimate, args, plan, data, split)
+            return None
+    return plan, tokenizers, data, split
+
+
+def print_estimate(args, plan: Plan, data, split) -> None:
+    """Prints the effective settings, the steps and the memory that weights and optimizer take on each GPU."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from deepspeed_utils import zero_stage
+    from modeling_mindmerger import Mapping, config_of_models, load_config
+
+    if not is_main():
+        return
+    widths = config_of_models(args.mt_path, args.llm_path)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(load_config(args.llm_path))
+        encoder = AutoModel.from_config(load_config(args.mt_path))
+        encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
+        mapping = Mapping(widths.encoder_width, widths.llm_width)
+    frozen, trained = (
+        sum(p.numel() for model in models for p in model.parameters()) for models in ((llm, encoder), (mapping,))
+    )
+    stage, size = zero_stage(plan.config), world_size()
+    shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
+    frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
+    trained_gb = trained * 4 * (1 / shards["weights"] + 1 / shards["gradient"] + 2 / shards["Adam"]) / 1e9
+    print(json.dumps({"arguments": vars(args), "deepspeed": plan.config}, indent=2, default=str))
+    print(f"output folder: {plan.output_dir}")
+    print(f"examples: {len(split[1])} training, {len(split[0])} dev; {json.dumps(data.counts, ensure_ascii=False)}")
+    steps = steps_per_epoch(args, split)
+    print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}")
+    print(f"longest row: {int(data.merged_lengths.max())} positions, mean {data.merged_lengths.mean():.0f}")
+    print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")
+    print(
+        f"memory on each of {size} GPUs at ZeRO {stage}: {frozen_gb:.3f} GB frozen weights, {trained_gb:.3f} GB "
+        "mapping, gradient and Adam; activations come on top"
+    )
+    print("dry run: nothing was written")
+
+
+def run(args, device, plan: Plan, tokenizers, data, split) -> int:
+    """Trains the stage in its locked output folder; returns the exit code."""
+    from interrupt_utils import FolderLock, Signals
+
+    with contextlib.ExitStack() as stack:
+        lock = together(lambda: FolderLock(plan.output_dir) if is_main() else None)
+        if lock is not None:
+            stack.callback(lock.release)
+            checkpoint_utils.remove_leftovers(plan.output_dir)
+        if args.overwrite_output_dir:
+            together(start_over, plan.output_dir)
+        checkpoint = runtime_utils.broadcast_object(together(read_resumable, args, plan, data))
+        trainer = build_trainer(args, plan, device, tokenizers, data, split, checkpoint)
+        record = Recorder(args, plan.output_dir)
+        together(write_settings, args, plan, data)
+        together(record.cut_back, trainer.step)
+        trainer.engine.train()
+        together(probe_memory, trainer)
+        trainer.signals = Signals()
+        stack.callback(trainer.signals.close)
+        code = train(trainer, record)
+        together(record.flush)
+        if is_main():
+            draw_loss(record.path, plan.output_dir / "loss.png")
+    end = "ended by a signal" if code else "finished"
+    log(f"{end} at step {trainer.step} of {trainer.total_steps}: {plan.output_dir}")
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the flags, trains one stage, writes its outputs; returns the exit code."""
     args = build_parser().parse_args(argv)
-    import os
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after tokenizers were used
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = runtime_utils.init_distributed(force=True)
     import torch
 
     from deepspeed_utils import quiet_start
 
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(args.deterministic)
     quiet_start()
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
-    plan = together(check_arguments, args)
-    trainer = build_trainer(args, plan, device)
-    record = Recorder(args, plan.output_dir)
-    together(write_settings, args, plan, trainer.data)
-    record.cut_back(trainer.step)
-    trainer.engine.train()
-    train(trainer, record)
-    record.flush()
-    if is_main():
-        draw_loss(record.path, plan.output_dir / "loss.png")
-    log(f"finished at step {trainer.step}: {plan.output_dir}")
-    return 0
+    prepared = prepare(args)
+    if prepared is None:
+        return 0
+    try:
+        return run(args, device, *prepared)
+    except RuntimeError as error:
+        if world_size() == 1 or not runtime_utils.is_lost_peer(error):
+            raise
+        # The process group is broken: leave without the clean-up that would wait for the peer again.
+        runtime_utils.leave_at_once(
+            f"rank {rank()}: lost contact with another rank ({str(error).splitlines()[0][:160]}); start the same "
+            "command again to resume from the last checkpoint"
+        )
 
 
 if __name__ == "__main__":

@@ -102,7 +102,13 @@ def init_distributed(force: bool = False):
     backend = "nccl" if cuda else "gloo"
     # Alone, the environment stays as it is: a child process must not take itself for a rank of this run.
     alone = {} if "WORLD_SIZE" in os.environ else {"init_method": _local_address(), "rank": 0, "world_size": 1}
-    torch.distributed.init_process_group(backend, device_id=device if cuda else None, **alone)
+    try:
+        torch.distributed.init_process_group(backend, device_id=device if cuda else None, **alone)
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(
+            f"the ranks cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, another run "
+            "may be using the port: pass the launcher another --master_port"
+        ) from error
     return device
 
 
@@ -199,6 +205,20 @@ def run_main(main) -> None:
     if _group_is_up():
         sys.modules["torch"].distributed.destroy_process_group()
     sys.exit(code)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process of the run is gone."""
+    torch = sys.modules["torch"]
+    signs = ("onnection closed by peer", "onnection reset by peer", "ocket Timeout", "imed out", "roken pipe")
+    signs += ("onnection refused", "emote process exited")
+    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
+
+
+def leave_at_once(message: str):
+    """Prints one line and ends the process without any clean-up, exit code 1."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Tiny models with real tokenizers, made once for each test run, and the excerpt of real data."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -111,7 +112,7 @@ def clean_environment(home=None) -> dict[str, str]:
 def run(tmp_path):
     """Runs a command in a fresh folder as a user would; returns the finished process with text output."""
 
-    def call(*command, timeout=240, cwd=None, env=None, ranks=None):
+    def call(*command, timeout=240, cwd=None, env=None, ranks=None, preexec_fn=None):
         command = [str(part) for part in command]
         if ranks is not None:
             launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
@@ -126,6 +127,7 @@ def run(tmp_path):
             capture_output=True,
             text=True,
             timeout=timeout,
+            preexec_fn=preexec_fn,
         )
 
     return call
@@ -138,3 +140,27 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture
+def flags(tiny_llm, tiny_encoder, datas):
+    """Flags of a short fp32 run of the math mapping stage on the excerpt."""
+    return [
+        *("--deepspeed", "--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"),
+        *("--precision", "fp32", "--dev_size", "5", "--train_batch_size", "8", "--train_micro_batch_size_per_gpu", "2"),
+        *("--max_seq_len", "60", "--max_gen_len", "80", "--lr", "1e-2", "--num_workers", "1"),
+    ]
+
+
+def read_log(folder, key="loss"):
+    """Values of one key in a run's log, in order."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def run_many(run, tmp_path, runs, ranks=1):
+    """Outcomes of several argument lists in one launch."""
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = run(ROOT / "tests/drivers/many_runs.py", tmp_path / "runs.json", tmp_path / "outcomes.json", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((tmp_path / "outcomes.json").read_text())

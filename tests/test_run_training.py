@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, make_tiny_encoder
+from conftest import ROOT, byte_tokenizer, make_tiny_encoder, read_log, run_many
 from safetensors.torch import load_file
 
 import run_training
@@ -17,30 +17,6 @@ OUTPUTS = {"pytorch_model.bin", "mapping.safetensors", "config.json", "README.md
 OUTPUTS |= {"ds_config.json", "args.json", "last"}
 LINE = {"step", "epoch", "loss", "lr", "grad_norm", "target_tokens", "samples_per_s", "tokens_per_s", "padding_share"}
 LINE |= {"peak_memory_gb"}
-
-
-@pytest.fixture
-def flags(tiny_llm, tiny_encoder, datas):
-    """Flags of a short fp32 run of the math mapping stage on the excerpt."""
-    return [
-        *("--deepspeed", "--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"),
-        *("--precision", "fp32", "--dev_size", "5", "--train_batch_size", "8", "--train_micro_batch_size_per_gpu", "2"),
-        *("--max_seq_len", "60", "--max_gen_len", "80", "--lr", "1e-2", "--num_workers", "1"),
-    ]
-
-
-def read_log(folder, key="loss"):
-    """Values of one key in a run's log, in order."""
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
-
-
-def run_many(run, tmp_path, runs, ranks=1):
-    """Outcomes of several argument lists in one launch."""
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    done = run(ROOT / "tests/drivers/many_runs.py", tmp_path / "runs.json", tmp_path / "outcomes.json", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((tmp_path / "outcomes.json").read_text())
 
 
 def test_both_stages_leave_exactly_the_documented_files(run, flags, tmp_path):

@@ -1,27 +1,67 @@
-"""Runs `run_training.main` for every argument list of a JSON file in one launch, and writes how each ended.
+"""Runs `run_training.main` for every entry of a JSON file in one launch, and writes how each ended.
 
     many_runs.py RUNS.json OUTCOMES.json [--local_rank N]
 
+An entry is a list of flags, or {"argv": flags, "fault": {...}} with a fault that strikes at the start of an optimizer
+step (1-based "step", on "rank", default every rank): "signal" sends a real signal to this process; "nan" makes the
+loss of that step not a number; "memory" makes the first forward pass run out of memory.
 Importing torch and DeepSpeed costs seconds; this pays it once for many short runs.
 """
 
 import contextlib
 import io
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 import run_training  # noqa: E402
 import runtime_utils  # noqa: E402
+from modeling_mindmerger import MindMerger  # noqa: E402
 
 
-def outcome(argv):
+@contextlib.contextmanager
+def fault_injected(fault):
+    """Within it, runs meet the fault."""
+    step_function, forward = run_training.train_step, MindMerger.forward
+    state = {"step": 0}
+
+    def here():
+        return "rank" not in fault or fault["rank"] == runtime_utils.rank()
+
+    def train_step(trainer, *rest):
+        state["step"] = trainer.step + 1
+        if "signal" in fault and fault["step"] == state["step"] and here():
+            os.kill(os.getpid(), getattr(signal, fault["signal"]))
+            time.sleep(0.3)  # the listening thread hears it; the step then goes on
+        return step_function(trainer, *rest)
+
+    def damaged_forward(self, *arguments, **named):
+        if fault.get("memory"):
+            raise torch.OutOfMemoryError("out of memory, as a test has it")
+        out = forward(self, *arguments, **named)
+        if fault.get("nan") and fault["step"] == state["step"] and here():
+            out.loss_sum = out.loss_sum * float("nan")
+        return out
+
+    run_training.train_step, MindMerger.forward = train_step, damaged_forward
+    try:
+        yield
+    finally:
+        run_training.train_step, MindMerger.forward = step_function, forward
+
+
+def outcome(argv, fault):
     """How one run ended, with what it printed."""
     printed, error, code = io.StringIO(), None, None
-    with contextlib.redirect_stderr(printed):
+    with contextlib.redirect_stderr(printed), fault_injected(fault):
         try:
             code = run_training.main(argv)
         except runtime_utils.UserError as caught:
@@ -34,7 +74,8 @@ def outcome(argv):
 def main():
     """Runs all of them; an error of ours ends the process with its traceback."""
     runs_file, outcomes_file = [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2]
-    outcomes = [outcome(argv) for argv in json.loads(Path(runs_file).read_text())]
+    entries = [e if isinstance(e, dict) else {"argv": e} for e in json.loads(Path(runs_file).read_text())]
+    outcomes = [outcome(entry["argv"], entry.get("fault", {})) for entry in entries]
     if runtime_utils.is_main():
         Path(outcomes_file).write_text(json.dumps(outcomes))
     return 0

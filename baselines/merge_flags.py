@@ -1,0 +1,85 @@
+"""Flags that the merging commands share. Imports nothing heavy, so that `--help` answers at once."""
+
+import argparse
+from fractions import Fraction
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps formulas in the description as they are written, and gives long flags room."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=118)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --output, --dtype, --max_shard_gb and --overwrite."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", required=True, help="the new model folder; must not exist (see --overwrite)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the written tensors; auto: as the task expert stores each of them (default auto)",
+    )
+    group.add_argument(
+        "--max_shard_gb",
+        type=shard_gb,
+        default=5.0,
+        help="largest weight file in units of 10^9 bytes, at most 5 (default 5)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier merge wrote")
+
+
+def ratio(text: str) -> Fraction:
+    """Reads a share between 0 and 1 exactly: as a float, 0.29 of 100 would be 28.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = None
+    if value is None or not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
+    return value
+
+
+def number(text: str) -> float:
+    """Reads a finite number.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
+def count(text: str) -> int:
+    """Reads a whole number of at least 0.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def shard_gb(text: str) -> float:
+    """Reads a shard size in units of 10^9 bytes.
+
+    Raises:
+        argparse.ArgumentTypeError: unless it is above 0 and at most 5.
+    """
+    value = number(text)
+    if not 0 < value <= 5:
+        raise argparse.ArgumentTypeError(f"expected a size above 0 and at most 5, got {text!r}")
+    return value

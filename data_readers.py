@@ -1,0 +1,258 @@
+"""Reads data files as they come: every fault becomes one `file:line: what`, and nothing is dropped or cut silently.
+
+A leaf that knows no task: bytes in; lines, JSON values and checked fields out.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime_utils import UserError
+
+
+class DataError(UserError):
+    """Data, a language, a task or a tokenizer that cannot be used."""
+
+
+def shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def find_file(data_root, relative: str) -> Path:
+    """The path of a data file.
+
+    Raises:
+        DataError: naming the path and what the nearest existing folder holds, where the file is missing.
+    """
+    path = Path(data_root) / relative
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, a file was expected")
+        folder = path.parent
+        while not folder.is_dir() and folder != folder.parent:
+            folder = folder.parent
+        there = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"cannot look for {path}: {error.strerror}") from error
+    shown_names = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+    raise DataError(
+        f"no file {path}; {folder.resolve()} holds: {shown_names or 'nothing'} (--data_root names the data folder)"
+    )
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, text without its line end). Only LF ends a line: texts hold U+0085, U+001D and CR.
+
+    Raises:
+        DataError: where a line is not UTF-8 or holds NUL bytes, or the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                    if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
+                        raise DataError(f"{path}:1: lines end in CR alone: convert the file to LF line ends")
+                if b"\0" in raw:
+                    raise DataError(f"{path}:{number}: NUL byte: the file is damaged, or not UTF-8 text")
+                try:
+                    yield number, raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def count_lines(path: Path) -> int:
+    """Number of lines; a last line without LF counts."""
+    lines, last = 0, b"\n"
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                lines += block.count(b"\n")
+                last = block[-1:]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return lines + (last != b"\n")
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    # Plain json.loads keeps the last of two equal keys and drops the other one silently.
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {shown(twice)} stands twice in one object")
+    return value
+
+
+class _JsonCursor:
+    """Decodes JSON values one after another out of `text` and knows the line of each."""
+
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
+    blank = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, path: Path, text: str, line: int = 1):
+        self.path, self.text, self.line, self.at = path, text, line, 0
+        self._move(0)
+
+    def _move(self, to: int) -> None:
+        to = self.blank.match(self.text, to).end()
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    def fail(self, what: str, at: int | None = None) -> DataError:
+        line = self.line + self.text.count("\n", self.at, self.at if at is None else at)
+        return DataError(f"{self.path}:{line}: {what}")
+
+    def peek(self) -> str:
+        return self.text[self.at : self.at + 1]
+
+    def take(self, character: str) -> None:
+        if self.peek() != character:
+            found = repr(self.peek()) if self.peek() else "the end of the file"
+            raise self.fail(f"not valid JSON (expected {character!r}, found {found})")
+        self._move(self.at + 1)
+
+    def value(self) -> object:
+        try:
+            value, end = self.decoder.raw_decode(self.text, self.at)
+        except json.JSONDecodeError as error:
+            raise self.fail(f"not valid JSON ({error.msg}, character {error.colno})", error.pos) from None
+        except RecursionError:
+            raise self.fail("JSON is nested too deeply") from None
+        except ValueError as error:
+            raise self.fail(f"not usable JSON ({error})") from None
+        self._move(end)
+        return value
+
+    def end(self) -> None:
+        if self.at < len(self.text):
+            raise self.fail(f"not valid JSON (more text after the end: {shown(self.text[self.at : self.at + 40])})")
+
+
+def _json_list(path: Path) -> Iterator[tuple[int, object]]:
+    """Yields (line, element) of a JSON list, or of the list under "data" in a JSON object."""
+    try:
+        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{raw.count(10, 0, error.start) + 1}: not UTF-8") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    cursor = _JsonCursor(path, text)
+    if not cursor.peek():
+        return
+    wrapped = cursor.peek() == "{"
+    form = 'expected a JSON list, or {"data": [...]}'
+    if wrapped:
+        cursor.take("{")
+        while cursor.peek() != "}" and (key := cursor.value()) != "data":
+            cursor.take(":")
+            cursor.value()
+            if cursor.peek() != ",":
+                raise cursor.fail(f"{form}; there is no key 'data' but {shown(key)}")
+            cursor.take(",")
+        cursor.take(":")
+    if cursor.peek() != "[":
+        raise cursor.fail(form)
+    cursor.take("[")
+    while cursor.peek() != "]":
+        line = cursor.line
+        yield line, cursor.value()
+        if cursor.peek() != ",":
+            break
+        cursor.take(",")
+        if cursor.peek() == "]":
+            raise cursor.fail("not valid JSON (comma before the end of the list)")
+    cursor.take("]")
+    while wrapped and cursor.peek() == ",":
+        cursor.take(",")
+        cursor.value()
+        cursor.take(":")
+        cursor.value()
+    if wrapped:
+        cursor.take("}")
+    cursor.end()
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a data file and where it stands. `value` is a JSON value, or the list of a .tsv line's columns."""
+
+    path: Path
+    line: int
+    value: object
+
+    def fail(self, what: str) -> DataError:
+        return DataError(f"{self.path}:{self.line}: {what}")
+
+    def get(self, *keys: str | int) -> object:
+        """The value under nested keys.
+
+        Raises:
+            DataError: naming the file, the line and the field.
+        """
+        value, name = self.value, ""
+        for key in keys:
+            holder = list if isinstance(key, int) else dict
+            if not isinstance(value, holder):
+                kind = "list" if holder is list else "object"
+                raise self.fail(f"{name or 'row'} must be a JSON {kind}, got {shown(value)}")
+            name += f"[{key}]" if isinstance(key, int) else f".{key}" if name else key
+            if (key >= len(value)) if isinstance(key, int) else (key not in value):
+                present = f"; the row has {shown(list(self.value))}" if isinstance(self.value, dict) else ""
+                raise self.fail(f"field {name!r} is missing{present}")
+            value = value[key]
+        return value
+
+    def text(self, *keys: str | int, may_be_empty: bool = False) -> str:
+        """The text under nested keys, as it is.
+
+        Raises:
+            DataError: where it is missing, no text, empty, or holds half a surrogate pair (which no tokenizer takes).
+        """
+        value = self.get(*keys)
+        name = ".".join(map(str, keys))
+        if not isinstance(value, str):
+            raise self.fail(f"field {name!r} must be text, got {shown(value)}")
+        if not may_be_empty and not value.strip():
+            raise self.fail(f"field {name!r} is empty")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise self.fail(f"field {name!r} holds half a surrogate pair: {shown(value)}") from None
+        return value
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yields the rows of a .tsv, .jsonl or .json file; blank lines hold no row.
+
+    Raises:
+        DataError: `file:line: what` for the first fault, and for a file without rows.
+    """
+    rows = 0
+    if path.suffix == ".json":
+        for line, value in _json_list(path):
+            rows += 1
+            yield Record(path, line, value)
+    else:
+        for line, text in read_lines(path):
+            if not text.strip():
+                continue
+            rows += 1
+            if path.suffix == ".tsv":
+                yield Record(path, line, text.split("\t"))
+            else:
+                cursor = _JsonCursor(path, text, line)
+                value = cursor.value()
+                cursor.end()
+                yield Record(path, line, value)
+    if not rows:
+        raise DataError(f"{path}: the file holds no rows")

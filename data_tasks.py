@@ -1,0 +1,647 @@
+"""What the project knows of languages and benchmarks: one row per language, one `Task` per task.
+
+Prompt, gold answer, extraction and scoring of a task stand together here; the loops elsewhere know no task. To add a
+language, add a row to LANGUAGES; to add a task, an entry to TASKS with a function that parses its records.
+"""
+
+import difflib
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_readers import DataError, Record, count_lines, find_file, read_lines, read_records, shown
+from runtime_utils import warn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Languages
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language: English name (as in the data files), ISO 639-1 code (as in file names), and encoders' own tags."""
+
+    name: str
+    code: str
+    nllb: str | None  # NLLB-200
+    m2m100: str | None  # M2M-100
+    mbart: str | None  # mBART-50; mBART-cc25 knows some of these
+
+
+# A further language is one more row here. None: that encoder was not trained on the language.
+LANGUAGES: dict[str, Language] = {
+    row[0]: Language(*row)
+    for row in (
+        ("Albanian", "sq", "als_Latn", "sq", None),
+        ("Arabic", "ar", "arb_Arab", "ar", "ar_AR"),
+        ("Bengali", "bn", "ben_Beng", "bn", "bn_IN"),
+        ("Bulgarian", "bg", "bul_Cyrl", "bg", None),
+        ("Chinese", "zh", "zho_Hans", "zh", "zh_CN"),
+        ("Croatian", "hr", "hrv_Latn", "hr", "hr_HR"),
+        ("English", "en", "eng_Latn", "en", "en_XX"),
+        ("Flemish", "nl", "nld_Latn", "nl", "nl_XX"),
+        ("French", "fr", "fra_Latn", "fr", "fr_XX"),
+        ("German", "de", "deu_Latn", "de", "de_DE"),
+        ("Greek", "el", "ell_Grek", "el", None),
+        ("Hindi", "hi", "hin_Deva", "hi", "hi_IN"),
+        ("Hungarian", "hu", "hun_Latn", "hu", None),
+        ("Italian", "it", "ita_Latn", "it", "it_IT"),
+        ("Japanese", "ja", "jpn_Jpan", "ja", "ja_XX"),
+        ("Lithuanian", "lt", "lit_Latn", "lt", "lt_LT"),
+        ("Macedonian", "mk", "mkd_Cyrl", "mk", "mk_MK"),
+        ("Polish", "pl", "pol_Latn", "pl", "pl_PL"),
+        ("Portuguese", "pt", "por_Latn", "pt", "pt_XX"),
+        ("Russian", "ru", "rus_Cyrl", "ru", "ru_RU"),
+        ("Serbian", "sr", "srp_Cyrl", "sr", None),
+        ("Spanish", "es", "spa_Latn", "es", "es_XX"),
+        ("Swahili", "sw", "swh_Latn", "sw", "sw_KE"),
+        ("Telugu", "te", "tel_Telu", None, "te_IN"),
+        ("Thai", "th", "tha_Thai", "th", "th_TH"),
+        ("Turkish", "tr", "tur_Latn", "tr", "tr_TR"),
+        ("Urdu", "ur", "urd_Arab", "ur", "ur_PK"),
+        ("Vietnamese", "vi", "vie_Latn", "vi", "vi_VN"),
+    )
+}
+# The released files call Dutch "Flemish".
+LANGUAGE_ALIASES = {"dutch": "Flemish"}
+
+
+def _names(codes: str) -> tuple[str, ...]:
+    by_code = {language.code: language.name for language in LANGUAGES.values()}
+    return tuple(by_code[code] for code in codes.split())
+
+
+def _nearest(text: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(text.lower(), list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def find_language(text: str) -> Language:
+    """Finds a language by English name or ISO code, in any case.
+
+    Raises:
+        DataError: with the known languages and the nearest spelling.
+    """
+    exact = LANGUAGES.get(text)
+    if exact:
+        return exact
+    wanted = text.strip().lower()
+    wanted = LANGUAGE_ALIASES.get(wanted, wanted).lower()
+    for language in LANGUAGES.values():
+        if wanted in (language.name.lower(), language.code):
+            return language
+    near = difflib.get_close_matches(wanted, [name.lower() for name in LANGUAGES] + list(LANGUAGE_ALIASES), n=1)
+    hint = f"did you mean {LANGUAGE_ALIASES.get(near[0], near[0].capitalize())}? " if near else ""
+    known = ", ".join(f"{language.name} ({language.code})" for language in LANGUAGES.values())
+    raise DataError(f"unknown language {shown(text)}: {hint}known are {known}; others: add a row to LANGUAGES")
+
+
+def parse_languages(text: str) -> list[Language]:
+    """Reads a comma-separated list of languages; repeated ones count once.
+
+    Raises:
+        DataError: for an unknown language or an empty list.
+    """
+    languages = [find_language(part) for part in text.split(",") if part.strip()]
+    if not languages:
+        raise DataError(f"no language in {text!r}: give names or codes with commas between, such as Swahili,th")
+    return list(dict.fromkeys(languages))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples and prompts. The templates match the released mappings' training to the character.
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input: `source` goes to the encoder, `prompt` ("" for none) and `target` to the LLM.
+
+    `prompt[cut[0]:cut[1]]` is the part that may be shortened when the prompt is too long, never the template's end.
+    `id` is the language's code and the row's number within its language: parallel test sets share the numbers.
+    """
+
+    id: str
+    language: str
+    source: str
+    prompt: str
+    target: str
+    cut: tuple[int, int] = (0, 0)
+
+
+# What the parse functions below make of a record: source, prompt, cut, target.
+Parsed = tuple[str, str, tuple[int, int], str]
+
+
+def _fill(before: str, text: str, after: str) -> tuple[str, tuple[int, int]]:
+    return before + text + after, (len(before), len(before) + len(text))
+
+
+def math_prompt(query: str) -> tuple[str, tuple[int, int]]:
+    """The prompt MetaMath was tuned with, and the span of the query in it."""
+    return _fill(
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n",
+        query,
+        "\n\n### Response: Let's think step by step.",
+    )
+
+
+def translation_prompt(sentence: str, language: str) -> tuple[str, tuple[int, int]]:
+    """The prompt of the mapping stage, where one is asked for."""
+    return _fill(
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n### Instruction:\n"
+        f"Translate the following sentences from {language} to English.\n### Input:\n",
+        sentence,
+        "\n### Response:",
+    )
+
+
+def xnli_prompt(premise: str, hypothesis: str) -> tuple[str, tuple[int, int]]:
+    """The XNLI prompt and the span of the premise in it."""
+    return _fill("Premise: ", premise, f"\nHypothesis: {hypothesis}\nLabel:")
+
+
+def x_csqa_prompt(stem: str, choices: Sequence[tuple[str, str]]) -> tuple[str, tuple[int, int]]:
+    """The X-CSQA prompt of a question and its (label, text) options, and the span of the question in it."""
+    options = "\t".join(f"{label}. {text}" for label, text in choices)
+    return _fill("", stem, f"\nOptions:{options}\nAnswer:")
+
+
+def _whole_text(text: str) -> tuple[str, tuple[int, int]]:
+    return text, (0, 0)
+
+
+def _math_training(record: Record) -> Parsed:
+    query = record.text("query")
+    return (query, *math_prompt(query), record.text("response"))
+
+
+def _mgsm(record: Record) -> Parsed:
+    columns = [column.strip() for column in record.value]
+    if len(columns) != 2 or not all(columns):
+        raise record.fail(f"expected question TAB answer, found {len(columns)} columns: {shown(columns)}")
+    question, answer = columns
+    return (question, *math_prompt(question), _gold_number(record, answer))
+
+
+def _msvamp(record: Record) -> Parsed:
+    question = record.text("m_query")
+    return (question, *math_prompt(question), _gold_number(record, record.text("response")))
+
+
+def _gold_number(record: Record, answer: str) -> str:
+    # A gold answer without a number could never be matched, or be matched by every answer without one.
+    if corrected_number(answer) is None:
+        raise record.fail(f"the answer {shown(answer)} holds no number")
+    return answer
+
+
+def _x_csqa(record: Record) -> Parsed:
+    stem = record.text("question", "stem")
+    at = ("question", "choices")
+    choices = record.get(*at)
+    if isinstance(choices, dict):  # the other public form: {"label": [...], "text": [...]}
+        columns = record.get(*at, "label"), record.get(*at, "text")
+        if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(columns[1]):
+            raise record.fail("question.choices needs lists 'label' and 'text' of equal length")
+        fields = [((*at, "label", i), (*at, "text", i)) for i in range(len(columns[0]))]
+    elif isinstance(choices, list):
+        fields = [((*at, i, "label"), (*at, i, "text")) for i in range(len(choices))]
+    else:
+        raise record.fail(f"question.choices must be a list, got {shown(choices)}")
+    options = [(record.text(*label), record.text(*text, may_be_empty=True)) for label, text in fields]
+    labels = [label for label, _ in options]
+    if not labels or len(set(labels)) < len(labels):
+        raise record.fail(f"question.choices needs options with different labels, got {shown(labels)}")
+    answer = record.value.get("answerKey")
+    if answer not in labels:
+        found = shown(answer) if answer else "none (test files come without)"
+        raise record.fail(f"answerKey must be one of {', '.join(labels)}, found {found}")
+    prompt, cut = x_csqa_prompt(stem, options)
+    return prompt, prompt, cut, answer
+
+
+XNLI_LABELS = ("entailment", "neutral", "contradiction")
+
+
+def _xnli(record: Record) -> Parsed:
+    label = record.text("label")
+    # Translations of MultiNLI's training part spell it so.
+    label = "contradiction" if label == "contradictory" else label
+    if label not in XNLI_LABELS:
+        raise record.fail(f"label {shown(label)} is none of {', '.join(XNLI_LABELS)}")
+    prompt, cut = xnli_prompt(record.text("sentence1"), record.text("sentence2"))
+    return prompt, prompt, cut, label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def reference_number(text: str) -> float:
+    """The last number of a text exactly as the published evaluation reads it: no sign, 0 where there is none."""
+    found = re.findall(r"\d+(?:\.\d+)?", re.sub(r"(\d),(\d)", r"\1\2", text))
+    return float(found[-1]) if found else 0.0
+
+
+_NUMBER = re.compile(
+    r"""(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)      # thousands commas, Indian grouping too: 1,234 and 1,00,000
+        |\d{1,3}(?:[\u00a0\u2009\u202f]\d{3})+(?!\d)   # no-break or thin blanks; a plain blank separates numbers
+        |\d+)(?:\.\d+)?
+        |(?<![\w.])\.\d+                         # .5, but not the end of 3.14.15, No.5 or an ellipsis""",
+    re.VERBOSE,
+)
+_DIVISOR = re.compile(r"/\d+(?:\.\d+)?(?![\d/])")
+_EXPONENT = re.compile(r"[eE][+-]?\d{1,3}(?!\w|\.\d)")
+
+
+def corrected_number(text: str) -> float | None:
+    """The last number of a text as a reader would take it, or None where there is none.
+
+    Keeps the sign (`-` or U+2212 before the number or its currency sign, not between operands, in ranges or dates),
+    reads digits of any script, thousands commas, `.5`, powers of ten (`1e5`) and a single fraction (`1/2` is 0.5).
+    What is no grouping of thousands stays apart: `12,34` and `1 234` end in 34 and 234. Dates and times (`12:30`) are
+    read number by number.
+    """
+    digits = {ord(c): str(unicodedata.decimal(c)) for c in set(text) if not c.isascii() and c.isdecimal()}
+    text = text.translate(digits | {0x066B: ".", 0x066C: ",", 0x2212: "-"})
+    start, end, value = -1, 0, None
+    for match in _NUMBER.finditer(text):
+        if match.start() < end:
+            continue  # the exponent or the divisor of the number before
+        start, end = match.span()
+        number = re.sub(r"[^\d.]", "", match.group())
+        value = float(number)
+        if exponent := _EXPONENT.match(text, end):
+            value, end = float(number + exponent.group()), exponent.end()
+        elif (divisor := _DIVISOR.match(text, end)) and text[start - 1 : start] != "/":
+            below = float(divisor.group()[1:])
+            if below:
+                value, end = value / below, divisor.end()
+    if value is None or not math.isfinite(value):
+        return None
+    before = re.sub(r"(?:\\?[$€£¥₹])?$", "", text[:start])
+    if not before.endswith("-"):
+        return value
+    before = before[:-1]
+    # `5-3`, `10 -3`, `(a)-3`, `50%-3`: a minus between operands, a range or a date. `COVID-19`: a hyphen, known by a
+    # cased letter before it; scripts without case (Chinese, Thai) write a negative number right after a word.
+    operand, letter = before.rstrip(" ")[-1:], before[-1:]
+    joined = operand.isdigit() or operand in set(")]}%") or letter.lower() != letter.upper()
+    return value if joined else -value
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an output was read as and whether that is right, by our reading and by the published one."""
+
+    prediction: str | float | None
+    correct: bool
+    reference_prediction: str | float
+    reference_correct: bool
+
+
+def score_number(output: str, target: str) -> Score:
+    """Scores a math output: right where both texts hold a number and the last ones are exactly equal as floats."""
+    prediction, reference = corrected_number(output), reference_number(output)
+    correct = prediction is not None and prediction == corrected_number(target)
+    return Score(prediction, correct, reference, reference == reference_number(target))
+
+
+def score_text(output: str, target: str) -> Score:
+    """Scores an option letter or label: right where the stripped output equals it."""
+    prediction = output.strip()
+    return Score(prediction, prediction == target, prediction, prediction == target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything of one task: languages, files, what a row means, prompt, scoring, published numbers.
+
+    In file patterns {code} and {name} stand for the language; a file without them mixes languages and tells each
+    row's by `language_field`. `published` is {row label: {language name or "avg": accuracy in percent}}.
+    """
+
+    name: str
+    training_name: str
+    mapping_languages: tuple[str, ...]
+    augmentation_languages: tuple[str, ...] | None  # None: whatever is in the file
+    evaluation_languages: tuple[str, ...]
+    max_new_tokens: int
+    augmentation_file: str | None
+    evaluation_file: str | None
+    language_field: str
+    parse_augmentation: Callable[[Record], Parsed] | None
+    parse_evaluation: Callable[[Record], Parsed] | None
+    format_query: Callable[[str], tuple[str, tuple[int, int]]]
+    score: Callable[[str, str], Score]
+    published: Mapping[str, Mapping[str, float]]
+
+    def read_augmentation(
+        self, data_root, languages: Sequence[Language] | None = None, train_num: int | None = None
+    ) -> Iterator[Example]:
+        """Yields the augmentation stage's examples, at most `train_num` of each language.
+
+        Raises:
+            DataError: for a missing or faulty file, a language without rows, a task without this stage.
+        """
+        if self.augmentation_file is None:
+            raise DataError(
+                f"task {self.name} has no augmentation stage: choose --task {', '.join(_stage_tasks())}, "
+                "or --stage_name mapping"
+            )
+        if languages is None and self.augmentation_languages is not None:
+            languages = [LANGUAGES[name] for name in self.augmentation_languages]
+        return self._read(self.augmentation_file, self.parse_augmentation, data_root, languages, train_num)
+
+    def read_evaluation(self, data_root, language: Language) -> Iterator[Example]:
+        """Yields the evaluation examples of one language.
+
+        Raises:
+            DataError: for a missing or faulty file, a language without rows, a task without an evaluation set.
+        """
+        if self.evaluation_file is None:
+            raise DataError(f"task {self.name} has no evaluation set: choose one of {', '.join(_evaluation_tasks())}")
+        return self._read(self.evaluation_file, self.parse_evaluation, data_root, [language], None)
+
+    def _read(self, pattern, parse, data_root, languages, limit) -> Iterator[Example]:
+        mixed = "{" not in pattern
+        files = [(pattern, None)] if mixed else [(_file_of(pattern, language), language) for language in languages]
+        # All files are looked for before the first is read.
+        files = [(find_file(data_root, relative), language) for relative, language in files]
+        seen: Counter[str] = Counter()
+        for path, language_of_file in files:
+            for record in read_records(path):
+                language = language_of_file or _language_of(record, self.language_field)
+                seen[language.name] += 1
+                if (languages is None or language in languages) and (limit is None or seen[language.name] <= limit):
+                    source, prompt, cut, target = parse(record)
+                    id = f"{language.code}-{seen[language.name]}"
+                    yield Example(id, language.name, source, prompt, target, cut)
+                elif not mixed:
+                    break
+        absent = [language.name for language in languages or () if not seen[language.name]]
+        if absent:
+            held = ", ".join(f"{name} ({count})" for name, count in seen.items())
+            raise DataError(f"{path}: no rows in {', '.join(absent)}; the file holds {held}")
+
+
+def _file_of(pattern: str, language: Language) -> str:
+    return pattern.format(code=language.code, name=language.name)
+
+
+def _language_of(record: Record, field: str) -> Language:
+    try:
+        return find_language(record.text(field))
+    except DataError as error:
+        text = str(error)
+        raise error if text.startswith(f"{record.path}:") else record.fail(f"field {field!r}: {text}") from None
+
+
+def _row(codes: str, average: float, scores: str) -> dict[str, float]:
+    return {"avg": average} | dict(zip(_names(codes), map(float, scores.split()), strict=True))
+
+
+_NINE = "bn th sw ja zh de fr ru es"
+_MGSM = f"te {_NINE} en"
+_X_CSQA = "sw ur hi ar vi ja pl zh nl ru it de pt fr es en"
+_XNLI = "sw ur hi th ar tr el vi zh ru bg de fr es en"
+_MATH = {
+    "training_name": "math",
+    "mapping_languages": _names(_NINE),
+    "augmentation_languages": None,
+    "max_new_tokens": 512,
+    "augmentation_file": "query_translation/math.json",
+    "language_field": "lang",
+    "parse_augmentation": _math_training,
+    "format_query": math_prompt,
+    "score": score_number,
+}
+
+# Published numbers: Huang et al., NeurIPS 2024 (arXiv 2405.17386). Those of "LLM alone" on MGSM leave out Telugu.
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="math_mgsm",
+            evaluation_languages=_names(_MGSM),
+            evaluation_file="evaluation/mgsm/mgsm_{code}.tsv",
+            parse_evaluation=_mgsm,
+            published={
+                "LLM alone": {"avg": 37.9},
+                "MindMerger-Soft (MetaMath-7B)": _row(
+                    _MGSM, 57.6, "52.8 52.0 59.2 56.8 51.2 55.2 61.2 55.2 61.6 62.4 66.0"
+                ),
+            },
+            **_MATH,
+        ),
+        Task(
+            name="math_msvamp",
+            evaluation_languages=_names(f"{_NINE} en"),
+            evaluation_file="evaluation/msvamp/test_{name}.jsonl",
+            parse_evaluation=_msvamp,
+            published={"LLM alone": {"avg": 47.5}, "MindMerger-Soft (MetaMath-7B)": {"avg": 58.0}},
+            **_MATH,
+        ),
+        Task(
+            name="x-csqa",
+            training_name="x-csqa",
+            mapping_languages=_names("ur hi sw ja vi pl zh nl ru it de pt fr es ar"),
+            augmentation_languages=_names("ur sw hi ar vi ja pl zh nl ru it de pt fr es en"),
+            evaluation_languages=_names("ur sw hi ar vi ja pl zh nl ru it de pt fr es en"),
+            max_new_tokens=16,
+            augmentation_file="query_translation/x-csqa/train_{code}.jsonl",
+            evaluation_file="evaluation/x-csqa/{code}/dev.jsonl",
+            language_field="lang",
+            parse_augmentation=_x_csqa,
+            parse_evaluation=_x_csqa,
+            format_query=_whole_text,
+            score=score_text,
+            published={
+                "Llama2-7B-X-CSQA": _row(
+                    _X_CSQA, 50.9, "23.2 24.7 32.9 32.4 51.0 50.0 51.5 55.6 56.9 55.8 58.8 59.9 60.4 61.8 61.9 78.1"
+                ),
+                "Llama2-7B-X-CSQA + MindMerger": _row(
+                    _X_CSQA, 61.0, "45.5 46.2 48.4 51.4 60.6 53.9 63.3 62.9 63.8 63.7 66.8 67.0 67.1 68.1 69.1 78.1"
+                ),
+                "LLaMAX-7B-X-CSQA": _row(
+                    _X_CSQA, 55.1, "43.5 39.0 44.1 45.1 54.0 49.9 54.6 58.2 58.9 57.1 59.1 59.0 60.9 61.6 62.7 74.0"
+                ),
+                "LLaMAX-7B-X-CSQA + MindMerger": _row(
+                    _X_CSQA, 61.2, "51.2 50.7 50.8 54.4 60.4 55.9 63.8 64.4 64.3 61.5 64.2 64.1 65.3 64.6 67.7 75.4"
+                ),
+            },
+        ),
+        Task(
+            name="xnli",
+            training_name="xnli",
+            mapping_languages=_names("sw ur hi th ar tr el vi zh ru bg de fr es"),
+            augmentation_languages=None,
+            evaluation_languages=_names(_XNLI),
+            max_new_tokens=16,
+            augmentation_file="query_translation/xnli_dev.json",
+            evaluation_file="evaluation/xnli/test.json",
+            language_field="language",
+            parse_augmentation=_xnli,
+            parse_evaluation=_xnli,
+            format_query=_whole_text,
+            score=score_text,
+            published={
+                "Llama2-7B-X-XNLI": _row(
+                    _XNLI, 70.6, "44.6 55.1 62.2 58.4 64.7 64.9 65.6 75.4 75.9 78.9 78.6 80.7 81.7 83.1 89.5"
+                ),
+                "Llama2-7B-X-XNLI + MindMerger": _row(
+                    _XNLI, 78.4, "66.6 69.4 74.7 71.8 76.2 75.7 78.5 80.3 80.0 80.7 82.4 83.5 83.9 84.4 88.7"
+                ),
+                "LLaMAX-7B-X-XNLI": _row(
+                    _XNLI, 76.2, "66.7 65.3 69.1 66.2 73.6 71.8 74.3 77.4 78.3 80.3 81.6 82.2 83.0 84.1 89.7"
+                ),
+                "LLaMAX-7B-X-XNLI + MindMerger": _row(
+                    _XNLI, 79.2, "72.6 71.5 74.9 73.4 77.1 76.4 78.7 80.4 80.5 80.8 82.4 83.1 84.1 84.5 88.5"
+                ),
+            },
+        ),
+        # The released default task: the mapping stage alone, over XNLI's languages.
+        Task(
+            name="translation",
+            training_name="translation",
+            mapping_languages=_names("sw ur hi th ar tr el vi zh ru bg de fr es"),
+            augmentation_languages=None,
+            evaluation_languages=(),
+            max_new_tokens=16,
+            augmentation_file=None,
+            evaluation_file=None,
+            language_field="",
+            parse_augmentation=None,
+            parse_evaluation=None,
+            format_query=_whole_text,
+            score=score_text,
+            published={},
+        ),
+    )
+}
+TASK_ALIASES = {"math": "math_mgsm", "x_csqa": "x-csqa"}
+
+
+def _stage_tasks() -> list[str]:
+    return list(dict.fromkeys(task.training_name for task in TASKS.values() if task.augmentation_file))
+
+
+def _evaluation_tasks() -> list[str]:
+    return [task.name for task in TASKS.values() if task.evaluation_file]
+
+
+def find_task(name: str) -> Task:
+    """Finds a task by its name or an alias (`math` is `math_mgsm`, `x_csqa` is `x-csqa`).
+
+    Raises:
+        DataError: with the known tasks and the nearest spelling.
+    """
+    wanted = name.strip().lower()
+    task = TASKS.get(TASK_ALIASES.get(wanted, wanted))
+    if task is None:
+        known = [*TASKS, *TASK_ALIASES]
+        raise DataError(f"unknown task {shown(name)}{_nearest(wanted, known)} (known: {', '.join(known)})")
+    return task
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training examples of both stages
+
+
+def _pair_files(language: Language) -> tuple[str, str]:
+    folder = f"bilingual_pairs/en-{language.code}/train_100k"
+    return f"{folder}.{language.code}", f"{folder}.en"
+
+
+def read_pairs(data_root, language: Language, train_num: int | None = None) -> Iterator[Example]:
+    """Yields en–X sentence pairs, source X and target English, at most `train_num`.
+
+    Pairs with an empty side teach nothing and are left out with a warning that counts them.
+
+    Raises:
+        DataError: for a missing, empty or undecodable file, and where the two files differ in their number of lines.
+    """
+    sources, targets = (find_file(data_root, relative) for relative in _pair_files(language))
+    lines = count_lines(sources), count_lines(targets)
+    if lines[0] != lines[1]:
+        raise DataError(f"{sources} has {lines[0]} lines but {targets} has {lines[1]}: line i of both must be a pair")
+    given, empty = 0, []
+    for (line, source), (_, target) in zip(read_lines(sources), read_lines(targets), strict=True):
+        if train_num is not None and given >= train_num:
+            break
+        source, target = source.strip(), target.strip()
+        if not source or not target:
+            empty.append(line)
+            continue
+        given += 1
+        prompt, cut = translation_prompt(source, language.name)
+        yield Example(f"{language.code}-{line}", language.name, source, prompt, target, cut)
+    if not given:
+        raise DataError(f"{sources}: the file holds no pairs")
+    if empty:
+        warn(f"{sources}: {len(empty)} pairs with an empty side are left out, the first at line {empty[0]}")
+
+
+def _mapping_languages(task: Task, languages: Sequence[Language] | None) -> list[Language]:
+    if languages is None:
+        return [LANGUAGES[name] for name in task.mapping_languages]
+    chosen = [language for language in languages if language.name != "English"]
+    if not chosen:
+        raise DataError("the mapping stage pairs English with other languages: --languages names English only")
+    if len(chosen) < len(languages):
+        warn("English is left out of the mapping stage, whose pairs have it on the target side")
+    return chosen
+
+
+def training_examples(
+    task: Task, stage: str, data_root, languages: Sequence[Language] | None = None, train_num: int | None = None
+) -> Iterator[Example]:
+    """Yields the examples of one stage ("mapping" or "augmentation"), at most `train_num` of each language.
+
+    Args:
+        languages: None for the task's own.
+
+    Raises:
+        DataError: at once for a wrong argument or a missing file, while reading for a faulty one.
+    """
+    if train_num is not None and train_num <= 0:
+        raise DataError(f"--train_num must be positive, got {train_num}")
+    if stage == "augmentation":
+        return task.read_augmentation(data_root, languages, train_num)
+    if stage != "mapping":
+        raise DataError(f"unknown stage {stage!r}: choose mapping or augmentation")
+    chosen = _mapping_languages(task, languages)
+    for language in chosen:
+        for relative in _pair_files(language):
+            find_file(data_root, relative)
+    return (example for language in chosen for example in read_pairs(data_root, language, train_num))
+
+
+def training_files(task: Task, stage: str, data_root, languages: Sequence[Language] | None = None) -> list[Path]:
+    """The data files that `training_examples` reads.
+
+    Raises:
+        DataError: for a missing file.
+    """
+    if stage == "mapping":
+        relatives = [name for language in _mapping_languages(task, languages) for name in _pair_files(language)]
+    else:
+        task.read_augmentation(data_root)  # refuses a task without this stage
+        languages = languages or [LANGUAGES[name] for name in task.augmentation_languages or ()]
+        mixed = "{" not in task.augmentation_file
+        relatives = [task.augmentation_file] if mixed else [_file_of(task.augmentation_file, one) for one in languages]
+    return [find_file(data_root, relative) for relative in relatives]
+
+
+def evaluation_examples(task: Task, data_root, language: Language, limit: int | None = None) -> list[Example]:
+    """The evaluation examples of one language, the first `limit` of them; the whole file is checked all the same."""
+    return list(task.read_evaluation(data_root, language))[:limit]

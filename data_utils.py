@@ -1,0 +1,671 @@
+"""From examples to tensors: tokenising, the tokenised training set on disk, batch order, collation.
+
+The way of the data: raw file → `Example` (validated, errors say file:line) → ids on disk (`build_training_set`) →
+global batches, a function of (seed, epoch) → micro-batches of each rank (`cut_global_batch`) → tensors (`collate`).
+Languages, tasks and their readers stand in data_tasks.py, the reading of files in data_readers.py; all their public
+names can be imported from here. Nothing here knows a model or a device.
+
+Dimension letters: B rows, S encoder tokens, P prompt tokens, T target tokens.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_readers import DataError
+from data_tasks import (
+    LANGUAGES,
+    TASKS,
+    Example,
+    Language,
+    Score,
+    Task,
+    corrected_number,
+    evaluation_examples,
+    find_language,
+    find_task,
+    parse_languages,
+    read_pairs,
+    reference_number,
+    training_examples,
+    training_files,
+)
+from runtime_utils import is_main, log
+
+__all__ = [
+    "LANGUAGES",
+    "TASKS",
+    "DataError",
+    "Example",
+    "Language",
+    "MicroBatch",
+    "Score",
+    "Task",
+    "Tokenizers",
+    "TrainingSet",
+    "build_training_set",
+    "collate",
+    "corrected_number",
+    "cut_global_batch",
+    "epoch_batches",
+    "evaluation_examples",
+    "find_language",
+    "find_task",
+    "load_tokenizers",
+    "parse_languages",
+    "read_pairs",
+    "reference_number",
+    "source_language_code",
+    "split_dev",
+    "tokenise",
+    "training_examples",
+    "training_files",
+]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenising
+
+
+@dataclass
+class Tokenizers:
+    """The encoder's and the LLM's tokenizer (either may be None) and the ids that frame a text."""
+
+    encoder: object | None
+    llm: object | None
+    encoder_pad_id: int
+    llm_pad_id: int
+    eos_id: int | None
+    bos_id: int | None
+
+
+def load_tokenizers(mt_path: str | None, llm_path: str | None) -> Tokenizers:
+    """Loads both tokenizers from folders or hub names.
+
+    Raises:
+        DataError: for a folder or a tokenizer that is missing or damaged, and an LLM tokenizer without EOS.
+    """
+    encoder = _load_tokenizer(mt_path, "--mt_path") if mt_path else None
+    llm = _load_tokenizer(llm_path, "--llm_path") if llm_path else None
+    if llm is not None and llm.eos_token_id is None:
+        raise DataError(f"the tokenizer of {llm_path} has no EOS token: targets could not end (set its eos_token)")
+
+    def first(*ids):
+        return next((id for id in ids if id is not None), 0)
+
+    return Tokenizers(
+        encoder=encoder,
+        llm=llm,
+        encoder_pad_id=first(encoder.pad_token_id, encoder.eos_token_id) if encoder else 0,
+        llm_pad_id=first(llm.pad_token_id, llm.eos_token_id) if llm else 0,
+        eos_id=llm.eos_token_id if llm else None,
+        bos_id=llm.bos_token_id if llm else None,
+    )
+
+
+def _load_tokenizer(path: str, flag: str):
+    from transformers import AutoTokenizer
+
+    name = str(path).rstrip("/") or "/"
+    is_folder = os.path.isdir(name)
+    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise DataError(f"no folder {path} ({flag})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the libraries raise nearly every type here, the Rust one bare Exception
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"cannot load the tokenizer of {path} ({flag}): {type(error).__name__}: {reason}") from error
+    files = set(tokenizer.vocab_files_names.values()) - {"tokenizer_config.json"}
+    files |= {"tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+    if is_folder and not any(os.path.exists(os.path.join(name, file)) for file in files):
+        # transformers makes an empty tokenizer out of a bare config.json for some model types.
+        raise DataError(f"the folder {path} ({flag}) holds no tokenizer: none of {', '.join(sorted(files))}")
+    tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def _tag_column(tokenizer) -> str | None:
+    """Which column of the language table a tokenizer's source languages are named by; None where it takes none."""
+    if not hasattr(tokenizer, "src_lang"):
+        return None
+    english = LANGUAGES["English"]
+    for column in ("nllb", "mbart", "m2m100"):
+        if _knows(tokenizer, column, getattr(english, column)):
+            return column
+    raise DataError(f"{_named(tokenizer)} takes a source language but its codes are none of NLLB's, M2M100's, mBART's")
+
+
+def _knows(tokenizer, column: str, code: str) -> bool:
+    token = f"__{code}__" if column == "m2m100" else code
+    return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
+
+
+def _named(tokenizer) -> str:
+    return f"encoder {tokenizer.name_or_path or type(tokenizer).__name__}"
+
+
+def source_language_code(tokenizer, language: Language) -> str | None:
+    """The tag that an encoder's tokenizer wants for a language, None where it takes none.
+
+    Raises:
+        DataError: naming encoder and language where the encoder has no code for the language.
+    """
+    column = _tag_column(tokenizer)
+    if column is None:
+        return None
+    code = getattr(language, column)
+    if code is None or not _knows(tokenizer, column, code):
+        raise DataError(
+            f"{_named(tokenizer)} has no code for {language.name}: leave it out with --languages, "
+            "or take an encoder that knows it"
+        )
+    return code
+
+
+def _ids(tokenizer, texts: list[str], special: bool, max_length: int | None = None) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=special,
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no "longer than the maximum": the limits are ours
+    )["input_ids"]
+
+
+def _encode_sources(tokenizer, examples: Sequence[Example], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
+    """Encoder ids with the tokenizer's own special tokens, cut on the right inside them, and which were cut."""
+    if max_seq_len <= tokenizer.num_special_tokens_to_add():
+        raise DataError(f"--max_seq_len {max_seq_len} leaves no room for text in {_named(tokenizer)}")
+    groups: dict[str, list[int]] = {}
+    tagged = hasattr(tokenizer, "src_lang")
+    for row, example in enumerate(examples):
+        groups.setdefault(example.language if tagged else "", []).append(row)
+    ids: list[list[int]] = [[]] * len(examples)
+    was_cut = [False] * len(examples)
+    for language, rows in groups.items():
+        if tagged:
+            tokenizer.src_lang = source_language_code(tokenizer, find_language(language))
+        for row, row_ids in zip(rows, _ids(tokenizer, [examples[row].source for row in rows], True), strict=True):
+            ids[row], was_cut[row] = row_ids, len(row_ids) > max_seq_len
+        long = [row for row in rows if was_cut[row]]
+        cut_ids = _ids(tokenizer, [examples[row].source for row in long], True, max_seq_len)
+        for row, row_ids in zip(long, cut_ids, strict=True):
+            ids[row] = row_ids
+    return ids, was_cut
+
+
+def _shorten_prompt(tokenizer, example: Example, max_gen_len: int) -> list[int]:
+    """Ids of the prompt with as much of its cut span as fits, dropping the span's end; the template stays whole.
+
+    Where even the template alone is too long, its last `max_gen_len` tokens.
+    """
+    start, end = example.cut
+
+    def ids_with(characters: int) -> list[int]:
+        text = example.prompt[: start + characters] + example.prompt[end:]
+        return _ids(tokenizer, [text], False)[0]
+
+    best = ids_with(0)
+    if len(best) > max_gen_len:
+        return best[-max_gen_len:]
+    # Doubling first: a span of megabytes is never tokenised whole.
+    fits, too_long = 0, min(max_gen_len, end - start)
+    while too_long < end - start and len(ids := ids_with(too_long)) <= max_gen_len:
+        fits, best, too_long = too_long, ids, min(2 * too_long, end - start)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        ids = ids_with(middle)
+        if len(ids) <= max_gen_len:
+            fits, best = middle, ids
+        else:
+            too_long = middle
+    return best
+
+
+def tokenise(
+    tokenizers: Tokenizers,
+    examples: Sequence[Example],
+    *,
+    max_seq_len: int,
+    max_gen_len: int,
+    with_prompt: bool,
+    with_target: bool,
+    with_source: bool = True,
+) -> dict[str, list]:
+    """Turns examples into columns of ids, in their order; what is not asked for is an empty list.
+
+    Args:
+        max_seq_len: most encoder tokens, its special ones included.
+        max_gen_len: most prompt tokens, and most target tokens with EOS.
+
+    Returns:
+        `encoder_ids`, `prompt_ids`, `target_ids` (lists of ids) and `source_cut`, `prompt_cut`, `target_cut` (bools).
+        A target that fits ends in EOS, a cut one does not: the LLM must not learn to stop in mid-sentence.
+
+    Raises:
+        DataError: for a language that the encoder has no code for, or limits without room.
+    """
+    if max_gen_len < 1:
+        raise DataError(f"--max_gen_len must be positive, got {max_gen_len}")
+    empty = [[] for _ in examples]
+    columns = {"encoder_ids": empty, "prompt_ids": empty, "target_ids": empty}
+    columns |= {name: [False] * len(examples) for name in ("source_cut", "prompt_cut", "target_cut")}
+    if with_source:
+        columns["encoder_ids"], columns["source_cut"] = _encode_sources(tokenizers.encoder, examples, max_seq_len)
+    if with_prompt:
+        ids = _ids(tokenizers.llm, [example.prompt for example in examples], False)
+        columns["prompt_cut"] = [len(row) > max_gen_len for row in ids]
+        columns["prompt_ids"] = [
+            _shorten_prompt(tokenizers.llm, example, max_gen_len) if len(row) > max_gen_len else row
+            for example, row in zip(examples, ids, strict=True)
+        ]
+    if with_target:
+        ids = _ids(tokenizers.llm, [example.target for example in examples], False)
+        columns["target_cut"] = [len(row) + 1 > max_gen_len for row in ids]
+        columns["target_ids"] = [
+            row[:max_gen_len] if was_cut else [*row, tokenizers.eos_id]
+            for row, was_cut in zip(ids, columns["target_cut"], strict=True)
+        ]
+    return columns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenised training set on disk
+
+# Raised when the meaning of cached ids changes: older caches are then built anew.
+CACHE_VERSION = 1
+_TEXT_COLUMNS = ("id", "language", "source", "prompt", "target", "cut_start", "cut_end")
+_CUT_COLUMNS = ("source_cut", "prompt_cut", "target_cut")
+_ROWS_PER_BATCH = 1000
+
+
+@dataclass
+class TrainingSet:
+    """A tokenised training set. The rows stay on disk (memory-mapped, one copy for all processes of a machine).
+
+    `dataset` has the columns id, language, encoder_ids, prompt_ids, target_ids. The length arrays are (rows,) int32.
+    `counts` holds rows per language under "rows", and "source_cut", "prompt_cut", "target_cut".
+    """
+
+    dataset: object
+    encoder_lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    target_lengths: np.ndarray
+    fingerprint: str
+    counts: dict
+    files: dict[str, str]
+
+    @cached_property
+    def merged_lengths(self) -> np.ndarray:
+        """Positions of each merged row: BOS, source, boundary, prompt, target; shape (rows,)."""
+        return 2 + self.encoder_lengths + self.prompt_lengths + self.target_lengths
+
+
+def build_training_set(
+    task: Task,
+    stage: str,
+    tokenizers: Tokenizers,
+    *,
+    data_root,
+    languages: Sequence[Language] | None,
+    train_num: int | None,
+    max_seq_len: int,
+    max_gen_len: int,
+    with_prompt: bool,
+    cache_dir=None,
+    num_proc: int | None = None,
+) -> TrainingSet:
+    """Tokenises a stage's examples once and opens the result; a later call with the same inputs only opens it.
+
+    The cache is `cache_dir/<fingerprint>`, by default in the `datasets` cache folder. It appears by one rename when
+    it is whole; processes that want the same one wait for each other.
+
+    Args:
+        num_proc: processes that tokenise; None for as many as the machine and the number of rows call for.
+
+    Raises:
+        DataError: for faulty data or arguments (see `training_examples`), and where the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    examples = training_examples(task, stage, data_root, languages, train_num)
+    files = {path: _sha256(path) for path in training_files(task, stage, data_root, languages)}
+    hashes = {path.relative_to(data_root).as_posix(): digest for path, digest in files.items()}
+    settings = {
+        "version": CACHE_VERSION,
+        "task": task.training_name,
+        "stage": stage,
+        "files": hashes,
+        "languages": [language.code for language in languages] if languages else None,
+        "train_num": train_num,
+        "max_seq_len": max_seq_len,
+        "max_gen_len": max_gen_len,
+        "with_prompt": with_prompt,
+        "encoder": _tokenizer_identity(tokenizers.encoder),
+        "llm": _tokenizer_identity(tokenizers.llm),
+        "eos": tokenizers.eos_id,
+    }
+    # A template changed by the user shows in the first example.
+    first = next(iter(training_examples(task, stage, data_root, languages, train_num)))
+    settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "cut")]
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    limits = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "with_prompt": with_prompt}
+    folder = _cache_root(cache_dir) / fingerprint
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _waiting(FileLock(folder.parent / f".{fingerprint}.lock")):
+            manifest = _read_manifest(folder)
+            if manifest is None:
+                _build_cache(folder, examples, tokenizers, limits, num_proc)
+                manifest = _read_manifest(folder)
+        return _open_cache(folder, manifest, hashes)
+    except OSError as error:
+        raise DataError(f"cannot write the tokenised data to {folder.parent}: {error.strerror or error}") from error
+
+
+def _cache_root(cache_dir) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir)
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "mindmerger"
+
+
+def _waiting(lock):
+    """Takes a file lock, and says so when another process holds it."""
+    from filelock import Timeout
+
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        log(f"waiting for another process that tokenises the same data ({lock.lock_file})")
+        return lock.acquire()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _tokenizer_identity(tokenizer) -> str | None:
+    """A hash of everything that decides which ids a tokenizer gives, whatever it was used for before."""
+    if tokenizer is None:
+        return None
+    column = _tag_column(tokenizer)
+    parts = [type(tokenizer).__name__, column, [getattr(row, column) for row in LANGUAGES.values()] if column else None]
+    if column:
+        tokenizer.src_lang = getattr(LANGUAGES["English"], column)
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Left behind by earlier calls; each of ours sets its own.
+        parts.append({key: value for key, value in state.items() if key not in ("truncation", "padding")})
+    else:
+        parts.append(sorted(tokenizer.get_vocab().items()))
+        model = getattr(tokenizer, "sp_model", None)
+        parts.append(hashlib.sha256(model.serialized_model_proto()).hexdigest() if model else None)
+    probe = "Two  words, 3.5 and ﬁve: नौ 十 ۱۱"
+    parts += [_ids(tokenizer, [probe], True), _ids(tokenizer, [probe], False)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict | None:
+    """The manifest of a whole cache, None where there is none or a file of it is missing or cut."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["shards"].items())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest if whole else None
+
+
+def _build_cache(folder: Path, examples: Iterable[Example], tokenizers: Tokenizers, limits: dict, num_proc) -> None:
+    """Writes a cache folder: texts first, then ids by several processes, then the manifest, then one rename."""
+    prefix = f".{folder.name[:16]}-"
+    # Nobody else holds the lock: what an interrupted build or a damaged disk left goes.
+    for stale in [*folder.parent.glob(f"{prefix}*.tmp"), folder]:
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=folder.parent))
+    try:
+        rows = _write_texts(temporary / "texts.arrow", examples, limits["with_prompt"])
+        cut = _tokenise_file(temporary, sum(rows.values()), tokenizers, limits, num_proc)
+        (temporary / "texts.arrow").unlink()
+        shards = sorted(temporary.glob("ids*.arrow"))
+        manifest = {"shards": {shard.name: shard.stat().st_size for shard in shards}, "counts": {"rows": rows} | cut}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> dict[str, int]:
+    """Streams examples into an Arrow file and counts the rows of each language; memory holds one batch."""
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    text, number = pa.large_string(), pa.int32()
+    schema = pa.schema([(name, number if name.startswith("cut_") else text) for name in _TEXT_COLUMNS])
+    rows: Counter[str] = Counter()
+    batch: list[tuple] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+
+        def flush():
+            columns = [list(column) for column in zip(*batch, strict=True)]
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            batch.clear()
+
+        for example in tqdm(examples, "reading", unit=" rows", disable=not is_main(), delay=2):
+            prompt, cut = (example.prompt, example.cut) if with_prompt else ("", (0, 0))
+            batch.append((example.id, example.language, example.source, prompt, example.target, *cut))
+            rows[example.language] += 1
+            if len(batch) == _ROWS_PER_BATCH:
+                flush()
+        if batch:
+            flush()
+    return dict(rows)
+
+
+def _tokenise_columns(columns: dict[str, list], tokenizers: Tokenizers, limits: dict) -> dict[str, list]:
+    rows = zip(*(columns[name] for name in _TEXT_COLUMNS), strict=True)
+    return tokenise(tokenizers, [Example(*row[:5], cut=row[5:]) for row in rows], with_target=True, **limits)
+
+
+def _cpus() -> int:
+    # A container or a batch system may grant fewer than the machine has; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict, num_proc) -> dict[str, int]:
+    """Maps texts.arrow to ids*.arrow in the same folder and counts the cut rows."""
+    import datasets
+
+    if num_proc is None:
+        # A further process costs about a second to start: the time of some ten thousand rows.
+        num_proc = min(_cpus(), 16, rows // 20_000)
+    features = {name: datasets.Value("string") for name in ("id", "language")}
+    features |= {name: datasets.List(datasets.Value("int32")) for name in ("encoder_ids", "prompt_ids", "target_ids")}
+    features |= {name: datasets.Value("bool") for name in _CUT_COLUMNS}
+    bars_were_off = datasets.are_progress_bars_disabled()
+    if rows < 20_000 or not is_main():
+        datasets.disable_progress_bars()
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    if num_proc > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism; forks warn otherwise
+    try:
+        ids = datasets.Dataset.from_file(str(folder / "texts.arrow")).map(
+            _tokenise_columns,
+            batched=True,
+            batch_size=_ROWS_PER_BATCH,
+            fn_kwargs={"tokenizers": tokenizers, "limits": limits},
+            remove_columns=[name for name in _TEXT_COLUMNS if name not in features],
+            features=datasets.Features(features),
+            num_proc=num_proc if num_proc > 1 else None,
+            cache_file_name=str(folder / "ids.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=folder.name,
+            desc="tokenising",
+        )
+    finally:
+        if not bars_were_off:
+            datasets.enable_progress_bars()
+        if num_proc > 1:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+            if parallelism is not None:
+                os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+    import pyarrow.compute as pc
+
+    return {name: pc.sum(ids.data.column(name)).as_py() for name in _CUT_COLUMNS}
+
+
+def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str]) -> TrainingSet:
+    import datasets
+    import pyarrow.compute as pc
+
+    shards = [datasets.Dataset.from_file(str(folder / name)) for name in sorted(manifest["shards"])]
+    dataset = datasets.concatenate_datasets(shards).remove_columns(list(_CUT_COLUMNS))
+
+    def lengths(name):
+        # Only the lists' offsets are read, never the ids.
+        return pc.list_value_length(dataset.data.column(name)).to_numpy().astype(np.int32)
+
+    return TrainingSet(
+        dataset=dataset,
+        encoder_lengths=lengths("encoder_ids"),
+        prompt_lengths=lengths("prompt_ids"),
+        target_lengths=lengths("target_ids"),
+        fingerprint=folder.name,
+        counts=manifest["counts"],
+        files=hashes,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch order
+
+
+def _generator(*key: int) -> np.random.RandomState:
+    # RandomState over a SeedSequence: numpy promises never to change this stream, so a resumed run keeps its order.
+    if min(key) < 0:
+        raise DataError(f"--seed must not be negative, got {min(key)}")
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
+
+
+def split_dev(number_of_examples: int, dev_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits row numbers into (dev, train): dev is the first `dev_size` of the seeded shuffle. Both int64.
+
+    Raises:
+        DataError: where `dev_size` leaves nothing to train on.
+    """
+    if not 0 <= dev_size < number_of_examples:
+        raise DataError(
+            f"--dev_size {dev_size} must be at least 0 and below the number of examples ({number_of_examples})"
+        )
+    order = _generator(seed).permutation(number_of_examples).astype(np.int64)
+    return order[:dev_size], order[dev_size:]
+
+
+def epoch_batches(train_indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The global batches of an epoch (from 0), each (≤ batch_size,): an order that (seed, epoch) alone decides."""
+    order = np.asarray(train_indices)[_generator(seed, 1, epoch).permutation(len(train_indices))]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one rank passes through the model at once; weight 0 where it only keeps the ranks in step."""
+
+    indices: np.ndarray
+    weight: float
+
+
+def cut_global_batch(
+    indices: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int, token_budget: int | None = None
+) -> list[list[MicroBatch]]:
+    """Cuts a global batch into micro-batches of rows of like length: `[rank][i]`, equally many for every rank.
+
+    Args:
+        indices: rows of the global batch.
+        lengths: merged length of every row of the data set, indexed by row (`TrainingSet.merged_lengths`).
+        micro_batch_size: most rows of a micro-batch, unless there is a budget.
+        token_budget: most positions of a micro-batch, padding included; a longer row stands alone.
+
+    Every row is in exactly one micro-batch of weight 1. Ranks work on rows of like length at the same time, the
+    longest first, so that a lack of memory shows at once. A rank without rows passes one row with weight 0.
+    """
+    indices = np.asarray(indices)
+    if not len(indices):
+        return [[] for _ in range(world_size)]
+    order = indices[np.argsort(-np.asarray(lengths)[indices], kind="stable")]
+    if token_budget is None:
+        rounds = math.ceil(len(order) / (micro_batch_size * world_size))
+        parts = np.array_split(order, rounds * world_size)
+    else:
+        parts = _cut_by_budget(order, lengths, token_budget)
+        # Splitting the fullest keeps the budget and spares ranks without rows.
+        while len(parts) % world_size and max(map(len, parts)) > 1:
+            fullest = max(range(len(parts)), key=lambda i: len(parts[i]))
+            parts[fullest : fullest + 1] = np.array_split(parts[fullest], 2)
+    batches = [MicroBatch(part, 1.0) for part in parts if len(part)]
+    while len(batches) % world_size:
+        batches.append(MicroBatch(order[-1:], 0.0))  # the shortest row
+    return [batches[rank::world_size] for rank in range(world_size)]
+
+
+def _cut_by_budget(order: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, int(token_budget // max(1, lengths[order[start]])))
+        parts.append(order[start : start + rows])
+        start += rows
+    return parts
+
+
+def collate(rows: Sequence[Mapping[str, Sequence[int]]], encoder_pad_id: int, llm_pad_id: int) -> dict:
+    """Pads rows on the right into int64 tensors.
+
+    Returns:
+        `encoder_input_ids`, `encoder_attention_mask` (B, S); `prompt_ids`, `prompt_mask` (B, P); `target_ids`,
+        `target_mask` (B, T). Both of a pair are None where no row has that segment.
+    """
+    tensors = {}
+    for ids_name, mask_name, column, pad_id in (
+        ("encoder_input_ids", "encoder_attention_mask", "encoder_ids", encoder_pad_id),
+        ("prompt_ids", "prompt_mask", "prompt_ids", llm_pad_id),
+        ("target_ids", "target_mask", "target_ids", llm_pad_id),
+    ):
+        tensors[ids_name], tensors[mask_name] = _pad([row.get(column) or [] for row in rows], pad_id)
+    return tensors
+
+
+def _pad(segments: list[Sequence[int]], pad_id: int) -> tuple:
+    import torch
+
+    lengths = torch.tensor([len(ids) for ids in segments])
+    if not lengths.any():
+        return None, None
+    ids = torch.full((len(segments), int(lengths.max())), pad_id, dtype=torch.int64)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    for row, segment in enumerate(segments):
+        ids[row, : len(segment)] = torch.as_tensor(segment, dtype=torch.int64)
+    return ids, mask

@@ -1,0 +1,705 @@
+"""Evaluates a mapping, or the LLM alone, on one task: greedy answers, scores, one table.
+
+    python run_evaluation.py --task math --init_checkpoint outputs/MindMerger/math/augmentation
+    deepspeed run_evaluation.py --deepspeed --task xnli --init_checkpoint pytorch_model.bin --llm_path … --mt_path …
+    python run_evaluation.py --compare results/MindMerger/math_mgsm results/MindMerger/math_mgsm-llm_only
+
+Top to bottom: the flags, what is checked before any model loads, the results folder and how an interrupted run goes
+on, generation, merging, and `answer()` for use from Python.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict, astuple, dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+from baselines.parallel_input import add_arguments as add_parallel_arguments
+from runtime_utils import (
+    UserError,
+    broadcast_object,
+    init_distributed,
+    is_main,
+    log,
+    parse_bool,
+    rank,
+    run_main,
+    together,
+    versions,
+    warn,
+    world_size,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+# torch, transformers and our modules that need them are imported where they are used: --help answers at once.
+
+DEFAULT_LLM = "../LLMs/Llama-2-7b-hf"
+DEFAULT_ENCODER = "../LLMs/mt5-xl"
+DEFAULT_MAX_LEN = 512  # tokens, of the encoder's input and of the prompt
+FORM_SUFFIX = {"soft": "", "hard": "-hard", "llm_only": "-llm_only"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see python run_evaluation.py --help)")
+
+
+def _at_least(minimum: int):
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _path(text: str) -> str:
+    return text.rstrip("/") or "/"  # google/mt5-xl/ is meant as google/mt5-xl
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; every flag with its default and meaning."""
+    parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    what = parser.add_argument_group("what is evaluated")
+    what.add_argument(
+        "--task", default="math", help="math (means MGSM, the default), math_mgsm, math_msvamp, x-csqa, xnli"
+    )
+    what.add_argument(
+        "--init_checkpoint",
+        type=_path,
+        help="the mapping: a saved folder, a .safetensors file or a released pytorch_model.bin (default: what training "
+        "left in outputs/<save_name>/<task>/augmentation)",
+    )
+    what.add_argument(
+        "--llm_path", type=_path, help=f"default: what the mapping's config.json names, else {DEFAULT_LLM}"
+    )
+    what.add_argument("--mt_path", type=_path, help=f"the encoder; default: as for --llm_path, else {DEFAULT_ENCODER}")
+    what.add_argument(
+        "--augmentation",
+        type=parse_bool,
+        default=True,
+        help="True: Soft, mapped source and prompt; False: Hard, mapped source only",
+    )
+    what.add_argument("--llm_only", action="store_true", help="the LLM alone on the prompt: no encoder, no mapping")
+    add_parallel_arguments(parser.add_argument_group("parallel multilingual input (PMI), with --llm_only"))
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_root", type=_path, default="./datas", help="data folder (default ./datas)")
+    data.add_argument(
+        "--languages", help="only these, by name or code, with commas: Swahili,th (default: all of the task)"
+    )
+    data.add_argument("--limit", type=_at_least(1), help="only the first N examples of each language")
+    generation = parser.add_argument_group("generation")
+    generation.add_argument("--eval_batch_size", type=_at_least(1), default=8, help="examples per batch (default 8)")
+    generation.add_argument(
+        "--max_seq_len", type=_at_least(2), default=DEFAULT_MAX_LEN, help="limits the encoder's tokens (default 512)"
+    )
+    generation.add_argument(
+        "--max_gen_len",
+        type=_at_least(2),
+        help="limits the prompt's tokens (default 512) and, when given, the new tokens",
+    )
+    generation.add_argument(
+        "--max_new_tokens",
+        type=_at_least(1),
+        help="limits the new tokens, wins over --max_gen_len (default 512 math, 16 others)",
+    )
+    generation.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="of both models (default bf16 on a GPU, fp32 on a CPU)"
+    )
+    generation.add_argument("--attn_implementation", help="handed to transformers: sdpa, eager, flash_attention_2, …")
+    output = parser.add_argument_group("results")
+    output.add_argument("--save_name", default="MindMerger", help="name of the run (default MindMerger)")
+    output.add_argument("--results_dir", type=_path, default="results", help="default results")
+    output.add_argument(
+        "--overwrite", action="store_true", help="start over where results/<save_name>/<task> already exists"
+    )
+    output.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the bootstrap intervals (default 0); decoding is greedy"
+    )
+    output.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FOLDER",
+        help="evaluate nothing: compare finished results folders, the first with each other one",
+    )
+    launcher = parser.add_argument_group("launcher and older commands")
+    launcher.add_argument(
+        "--deepspeed",
+        action="store_true",
+        help="accepted; the launcher's processes share the examples with or without it",
+    )
+    launcher.add_argument("--local_rank", type=int, default=0, help="appended by the launcher")
+    launcher.add_argument(
+        "--gpu", help="accepted, changes nothing: set CUDA_VISIBLE_DEVICES or use deepspeed --include"
+    )
+    launcher.add_argument("--train_batch_size", help="accepted, changes nothing here")
+    launcher.add_argument("--train_micro_batch_size_per_gpu", help="accepted, changes nothing here")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks before any model loads
+
+
+@dataclass
+class Plan:
+    """All that is known before models load. Lists run parallel to `examples`, languages in table order."""
+
+    task: object
+    form: str  # soft, hard or llm_only
+    examples: list
+    columns: dict  # encoder_ids and source_cut, prompt_ids and prompt_cut, as far as the form has them
+    tokenizers: object
+    mt_path: str | None
+    llm_path: str
+    checkpoint: str | None
+    precision: str
+    attn_implementation: str | None
+    max_new_tokens: int
+    folder: Path
+    identity: dict  # everything the answers and scores depend on
+    parallel_input: dict | None = None  # what results.json says of --parallel_input
+
+    @property
+    def two_scorers(self) -> bool:
+        """Whether the released scorer reads this task's outputs otherwise than ours, which shows on an empty one."""
+        empty = self.task.score("", "0")
+        return empty.prediction != empty.reference_prediction
+
+
+def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
+    """Reads data, tokenizers and configs and checks that they fit each other.
+
+    Raises:
+        UserError: for the first thing that does not.
+    """
+    from data_utils import TASKS, evaluation_examples, find_task, load_tokenizers, parse_languages
+    from modeling_mindmerger import check_mapping, config_of_models, model_fingerprint
+
+    task = find_task(args.task)
+    if args.task == "math":
+        log(f"task math means {task.name}; the other set is --task math_msvamp")
+    if args.gpu is not None:
+        warn("--gpu changes nothing: choose GPUs by CUDA_VISIBLE_DEVICES or deepspeed --include localhost:0,1")
+    form = "llm_only" if args.llm_only else "soft" if args.augmentation else "hard"
+    if not task.evaluation_languages:
+        known = ", ".join(name for name, one in TASKS.items() if one.evaluation_languages)
+        raise UserError(f"task {task.name} has no evaluation set: choose --task {known}")
+    wanted = ",".join(task.evaluation_languages) if args.languages is None else args.languages
+    languages = parse_languages(wanted)
+    examples = [e for language in languages for e in evaluation_examples(task, args.data_root, language, args.limit)]
+    examples, parallel_input, suffix = _with_parallel_input(args, task, examples)
+    checkpoint, mt_path, llm_path = find_models(args, task, form)
+    # A PMI prompt holds the question several times: the default limit grows with it, or its translations would be cut.
+    prompt_limit = args.max_gen_len or DEFAULT_MAX_LEN * (1 + (args.parallel_input or 0))
+    tokenizers = load_tokenizers(mt_path, llm_path)
+    columns = tokenise_form(tokenizers, examples, form, args.max_seq_len, prompt_limit)
+    max_new_tokens = args.max_new_tokens or args.max_gen_len or task.max_new_tokens
+    precision = args.precision or ("bf16" if on_gpu else "fp32")
+    if checkpoint is not None:
+        check_mapping(checkpoint, config_of_models(mt_path, llm_path))
+    check_positions(llm_path, max(input_lengths(columns)) + 2 + max_new_tokens)
+    identity = {
+        "--task": task.name,
+        "form (--augmentation, --llm_only)": form,
+        "--init_checkpoint (sha256)": _sha256_of_file(checkpoint) if checkpoint else None,
+        "--llm_path (fingerprint)": model_fingerprint(llm_path),
+        "--mt_path (fingerprint)": model_fingerprint(mt_path) if mt_path else None,
+        "--languages": [language.name for language in languages],
+        "--limit": args.limit,
+        "--parallel_input": args.parallel_input,
+        "--translations": parallel_input and parallel_input["translations"],
+        "--order": parallel_input and parallel_input["order"],
+        "data (sha256)": _sha256(json.dumps([astuple(example) for example in examples]).encode()),
+        "--max_seq_len": args.max_seq_len,
+        "--max_gen_len": prompt_limit,
+        "--max_new_tokens": max_new_tokens,
+        "--precision": precision,
+        "--attn_implementation": args.attn_implementation,
+        "--seed": args.seed,
+    }
+    return Plan(
+        task=task,
+        form=form,
+        examples=examples,
+        columns=columns,
+        tokenizers=tokenizers,
+        mt_path=mt_path,
+        llm_path=llm_path,
+        checkpoint=checkpoint,
+        precision=precision,
+        attn_implementation=args.attn_implementation,
+        max_new_tokens=max_new_tokens,
+        folder=Path(args.results_dir) / args.save_name / (task.name + (suffix or FORM_SUFFIX[form])),
+        identity=identity,
+        parallel_input=parallel_input,
+    )
+
+
+def _with_parallel_input(args: argparse.Namespace, task, examples: list) -> tuple[list, dict | None, str | None]:
+    """The examples with --parallel_input's prompts, its record for results.json, and the results folder's suffix."""
+    from baselines.parallel_input import apply_parallel_input, options_of
+
+    options = options_of(args)
+    if options is None:
+        return examples, None, None
+    if not args.llm_only:
+        raise UserError("--parallel_input is for the LLM alone: pass --llm_only too")
+    examples, languages = apply_parallel_input(task, args.data_root, examples, options)
+    record = {"k": options.size, "translations": options.label, "source": options.translations, "order": options.order}
+    return examples, {"name": options.name, **record, "languages": languages}, options.suffix
+
+
+def tokenise_form(tokenizers, examples: list, form: str, max_seq_len: int, max_gen_len: int) -> dict:
+    """The columns of the ids that this form reads, and which of them were cut."""
+    from data_utils import tokenise
+
+    kept = {"soft": ("encoder", "prompt"), "hard": ("encoder",), "llm_only": ("prompt",)}[form]
+    columns = tokenise(
+        tokenizers,
+        examples,
+        max_seq_len=max_seq_len,
+        max_gen_len=max_gen_len,
+        with_source="encoder" in kept,
+        with_prompt="prompt" in kept,
+        with_target=False,
+    )
+    cut_of = {"encoder": "source_cut", "prompt": "prompt_cut"}
+    return {name: columns[name] for part in kept for name in (f"{part}_ids", cut_of[part])}
+
+
+def input_lengths(columns: dict) -> list[int]:
+    """Encoder plus prompt tokens of each example, as far as the form has them."""
+    parts = [columns[name] for name in ("encoder_ids", "prompt_ids") if name in columns]
+    return [sum(len(ids) for ids in row) for row in zip(*parts, strict=True)]
+
+
+def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, str | None, str]:
+    """(mapping file, encoder, LLM): from the flags, else from the mapping's config.json, else the defaults."""
+    from modeling_mindmerger import find_mapping_file, read_config
+
+    checkpoint = args.init_checkpoint
+    if checkpoint is None and form != "llm_only":
+        trained = Path("outputs") / args.save_name / task.training_name / "augmentation"
+        if not trained.is_dir():
+            raise UserError(
+                f"no --init_checkpoint given and training left nothing in {trained}: pass the mapping to evaluate, or "
+                "--llm_only for the LLM alone"
+            )
+        checkpoint = str(trained)
+        log(f"--init_checkpoint not given: taking {trained}")
+    mapping_file = str(find_mapping_file(checkpoint)) if checkpoint is not None else None
+    config = read_config(checkpoint) if checkpoint is not None else None
+    found = {}
+    defaults = {"llm_path": DEFAULT_LLM} | ({} if form == "llm_only" else {"mt_path": DEFAULT_ENCODER})
+    for flag, default in defaults.items():
+        given, recorded = getattr(args, flag), getattr(config, flag, None)
+        if given is None and recorded is not None:
+            log(f"--{flag} not given: taking {recorded}, named by the mapping's config.json")
+        elif given is not None and recorded is not None and Path(given).resolve() != Path(recorded).resolve():
+            warn(f"this mapping was trained with --{flag} {recorded}, not {given}")
+        found[flag] = given or recorded or default
+    if form == "llm_only":
+        return None, None, found["llm_path"]
+    if config is not None and config.augmentation is not None and config.augmentation != args.augmentation:
+        name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
+        warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[args.augmentation]}")
+    return mapping_file, found["mt_path"], found["llm_path"]
+
+
+def check_positions(llm_path: str, longest: int) -> None:
+    """Refuses inputs longer than a table of learned positions; warns where rotary positions merely get worse."""
+    from modeling_mindmerger import load_config
+
+    config = load_config(llm_path).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or longest <= positions:
+        return
+    message = (
+        f"the longest input and its new tokens may take {longest} positions but {llm_path} has {positions}: lower "
+        "--max_new_tokens, --max_gen_len or --max_seq_len"
+    )
+    if getattr(config, "rope_parameters", None) is None:
+        raise UserError(message)
+    warn(message)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@dataclass
+class Generation:
+    """One answer: its text, its tokens including the end token, and whether it ran into the limit instead."""
+
+    output: str
+    generated_tokens: int
+    hit_limit: bool
+
+
+def cut_batches(indices: list[int], lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Batches of similar length, longest first, so that running out of memory shows at the start.
+
+    Taking whole batches out of `indices` leaves the other batches as they were: a continued run relies on it.
+    """
+    order = sorted(indices, key=lambda i: (-lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_tokens: int) -> list[Generation]:
+    """Greedy answers to the examples numbered `batch`, in that order.
+
+    Raises:
+        UserError: out of GPU memory, naming what to lower.
+    """
+    import torch
+
+    from data_utils import collate
+
+    rows = [{name: columns[name][i] for name in ("encoder_ids", "prompt_ids") if name in columns} for i in batch]
+    tensors = collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
+    names = ("encoder_input_ids", "encoder_attention_mask", "prompt_ids", "prompt_mask")
+    inputs = {name: tensors[name] for name in names if tensors.get(name) is not None}
+    # Masks stay on the CPU, where packing is planned.
+    inputs = {name: value.to(model.device) if name.endswith("_ids") else value for name, value in inputs.items()}
+    try:
+        ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    except torch.cuda.OutOfMemoryError as error:
+        sizes = ", ".join(f"{value.shape[1]} {name}" for name, value in inputs.items() if name.endswith("_ids"))
+        raise UserError(
+            f"out of GPU memory on a batch of {len(batch)} examples ({sizes}, up to {max_new_tokens} new tokens): "
+            "lower --eval_batch_size (it continues where this run stopped), --max_new_tokens or --max_gen_len"
+        ) from error
+    generations = []
+    for ids in ids_BT.tolist():
+        end = next((i for i, token in enumerate(ids) if token in model.eos_token_ids), None)
+        text = tokenizers.llm.decode(ids[:end], skip_special_tokens=True)
+        generations.append(Generation(text, len(ids) if end is None else end + 1, end is None))
+    return generations
+
+
+def load_model(plan: Plan, device):
+    """Both towers and the mapping on this rank's device."""
+    import torch
+
+    from modeling_mindmerger import MindMerger
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
+    model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation)
+    if plan.checkpoint is not None:
+        model.load_mapping(plan.checkpoint)
+    try:
+        return model.to(device).eval()
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory while placing the models on {device}: use a larger GPU or --precision bf16"
+        ) from error
+
+
+def generate_share(model, plan: Plan, batches: list[list[int]]) -> None:
+    """Generates this rank's batches, each on disk before the next begins."""
+    from tqdm import tqdm
+
+    from results_utils import PARTIAL, append_records
+
+    shard = plan.folder / PARTIAL / f"rank{rank()}.jsonl"
+    total, done = sum(map(len, batches)), 0
+    # A log file gets a line now and then, a terminal a live bar.
+    interval = 0.1 if sys.stderr.isatty() else 30
+    with tqdm(
+        total=total, unit="example", desc=f"rank 0 of {world_size()}", disable=not is_main(), mininterval=interval
+    ) as progress:
+        try:
+            for batch in batches:
+                generations = generate_batch(model, plan.tokenizers, plan.columns, batch, plan.max_new_tokens)
+                keys = {"batch": batch[0], "batch_size": len(batch)}
+                append_records(
+                    shard, [{"index": i, **asdict(g), **keys} for i, g in zip(batch, generations, strict=True)]
+                )
+                done += len(batch)
+                progress.update(len(batch))
+        except KeyboardInterrupt:
+            log(f"stopped; {done} examples of this run are kept: the same command continues")
+            raise
+
+
+def wait_for_all(group) -> None:
+    """Waits for the slowest rank, however long that takes."""
+    if group is None:
+        return
+    import torch
+
+    try:
+        torch.distributed.barrier(group=group)
+    except RuntimeError as error:
+        raise UserError(
+            "another process of this run ended early; what is finished is kept: the same command continues"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging
+
+
+def finish(plan: Plan, args: argparse.Namespace, generated_now: set[int], seconds: float) -> dict:
+    """Scores all answers and writes predictions, scores.tsv and, last, results.json. Call it on rank 0 only."""
+    from results_utils import PARTIAL, read_finished
+
+    partial = plan.folder / PARTIAL
+    records = read_finished(partial)
+    missing = len(plan.examples) - len(records)
+    if missing:
+        raise UserError(
+            f"{missing} of {len(plan.examples)} answers are not in {partial}: --results_dir must be on a file system "
+            "that all machines of the run share"
+        )
+    items = {}
+    for i, example in enumerate(plan.examples):
+        items.setdefault(example.language, []).append(prediction_item(plan, example, records[i]["output"]))
+    for language, rows in items.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text_atomic(plan.folder / "predictions" / f"{language}.jsonl", lines)
+    results = summarise(plan, args, items, records)
+    tokens = sum(records[i]["generated_tokens"] for i in generated_now)
+    results["timing"] = {
+        "seconds": round(seconds, 3),
+        "examples": len(generated_now),
+        "examples_per_s": round(len(generated_now) / seconds, 3) if generated_now else None,
+        "generated_tokens": tokens,
+        "generated_tokens_per_s": round(tokens / seconds, 3) if generated_now else None,
+        "world_size": world_size(),
+        **_device_record(),
+    }
+    scores = "".join(f"{name}\t{one['accuracy']}\n" for name, one in results["languages"].items())
+    write_text_atomic(plan.folder / "scores.tsv", scores)
+    write_json_atomic(plan.folder / "results.json", results)
+    shutil.rmtree(partial)
+    return results
+
+
+def prediction_item(plan: Plan, example, output: str) -> dict:
+    """One line of predictions/<language>.jsonl."""
+    score = plan.task.score(output, example.target)
+    item = {
+        "id": example.id,
+        "source": example.source,
+        "prompt": example.prompt if plan.form != "hard" else "",
+        "output": output,
+        "prediction": score.prediction,
+        "answer": example.target,
+        "correct": score.correct,
+    }
+    if plan.two_scorers:
+        reference = score.reference_prediction
+        # Some 310 digits in a row overflow, and JSON has no infinity.
+        item["reference_prediction"] = reference if math.isfinite(reference) else "infinity"
+        item["reference_correct"] = score.reference_correct
+    return item
+
+
+def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]], records: dict[int, dict]) -> dict:
+    """The content of results.json but for the timing: scores first, then everything needed to run again."""
+    from results_utils import bootstrap_intervals, published_scores
+
+    number = len(plan.examples)
+    marks = {
+        "hit_limit": [records[i]["hit_limit"] for i in range(number)],
+        "cut_sources": plan.columns.get("source_cut", [False] * number),
+        "cut_prompts": plan.columns.get("prompt_cut", [False] * number),
+    }
+    intervals, mean_interval = bootstrap_intervals(
+        {name: (sum(row["correct"] for row in rows), len(rows)) for name, rows in items.items()}, args.seed
+    )
+    languages = {}
+    for name, rows in items.items():
+        correct = sum(row["correct"] for row in rows)
+        one = {
+            "n": len(rows),
+            "correct": correct,
+            "accuracy": round(100 * correct / len(rows), 4),
+            "interval": intervals[name],
+        }
+        if plan.two_scorers:
+            reference = sum(row["reference_correct"] for row in rows)
+            one |= {"reference_correct": reference, "reference_accuracy": round(100 * reference / len(rows), 4)}
+        for mark, values in marks.items():
+            one[mark] = sum(value for value, e in zip(values, plan.examples, strict=True) if e.language == name)
+        languages[name] = one
+    scores = ["accuracy", "reference_accuracy"] if plan.two_scorers else ["accuracy"]
+    mean = {key: round(sum(one[key] for one in languages.values()) / len(languages), 4) for key in scores}
+    # The published rows have no parallel input: beside a PMI run they would be taken for its own.
+    published = None
+    if plan.parallel_input is None:
+        published = published_scores(plan.task.published, plan.form, plan.llm_path, list(languages))
+    return {
+        "task": plan.task.name,
+        "form": plan.form,
+        "parallel_input": plan.parallel_input,
+        "mean": {**mean, "interval": mean_interval},
+        "languages": languages,
+        "counts": {"examples": number} | {mark: sum(values) for mark, values in marks.items()},
+        "published": published,
+        "max_new_tokens": plan.max_new_tokens,
+        "checkpoint": plan.checkpoint,
+        "llm_path": plan.llm_path,
+        "mt_path": plan.mt_path,
+        "identity": plan.identity,
+        "arguments": vars(args),
+        "command": sys.argv,
+        "versions": versions(),
+    }
+
+
+def _device_record() -> dict:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"device": "cpu"}
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"device": torch.cuda.get_device_name(), "peak_memory_gb": round(peak, 2)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From Python
+
+
+def answer(
+    model,
+    texts: list[str],
+    task: str = "math",
+    languages: list[str] | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 8,
+    augmentation: bool = True,
+) -> list[str]:
+    """Answers texts in any language: strings in, strings out, in the same order.
+
+    Arguments:
+        model: a `MindMerger`; one built without an encoder answers as the LLM alone.
+        texts: questions (math), or what the task's prompt looks like (x-csqa, xnli).
+        task: whose prompt is put around the texts.
+        languages: of each text, by name or code; one string for all alike; None only where the encoder's tokenizer
+            takes no source language.
+        max_new_tokens: default the task's.
+        batch_size: texts generated at once.
+        augmentation: True for the Soft form, False for Hard.
+
+    Raises:
+        UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer.
+    """
+    from data_utils import Example, find_language, find_task
+
+    if isinstance(texts, str):
+        raise UserError("answer() takes a list of texts, got one string: put it in a list")
+    if not texts:
+        return []
+    task = find_task(task)
+    languages = [languages] * len(texts) if languages is None or isinstance(languages, str) else languages
+    if len(languages) != len(texts):
+        raise UserError(f"answer() needs one language for each text: {len(texts)} texts, {len(languages)} languages")
+    tokenizers = _cached_tokenizers(model.config.mt_path if model.encoder is not None else None, model.config.llm_path)
+    if None in languages and hasattr(tokenizers.encoder, "src_lang"):
+        raise UserError(f"answer() needs the texts' languages: encoder {model.config.mt_path} reads a language tag")
+    names = ["English" if language is None else find_language(language).name for language in languages]
+    examples = []
+    for i, (text, name) in enumerate(zip(texts, names, strict=True)):
+        prompt, cut = task.format_query(text)
+        examples.append(Example(str(i), name, text, prompt, "", cut))
+    form = "llm_only" if model.encoder is None else "soft" if augmentation else "hard"
+    columns = tokenise_form(tokenizers, examples, form, DEFAULT_MAX_LEN, DEFAULT_MAX_LEN)
+    outputs = [""] * len(texts)
+    for batch in cut_batches(list(range(len(texts))), input_lengths(columns), batch_size):
+        answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)
+        for i, one in zip(batch, answers, strict=True):
+            outputs[i] = one.output
+    return outputs
+
+
+@lru_cache(maxsize=4)
+def _cached_tokenizers(mt_path: str | None, llm_path: str):
+    from data_utils import load_tokenizers
+
+    return load_tokenizers(mt_path, llm_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; see the module's docstring."""
+    args = build_parser().parse_args(argv)
+    from results_utils import compare_results, format_results, open_results
+
+    if args.compare:
+        if is_main():
+            print(compare_results(args.compare))
+        return 0
+    device = init_distributed()
+    plan = together(prepare, args, device.type == "cuda")
+    number = len(plan.examples)
+    opened = together(lambda: open_results(plan.folder, plan.identity, number, args.overwrite) if is_main() else None)
+    results, finished = broadcast_object(opened)
+    if results is None:
+        results = evaluate(plan, args, device, finished)
+    else:
+        log(f"{plan.folder} holds this evaluation already, nothing is generated; --overwrite starts over")
+    if is_main():
+        print(format_results(results))
+        log(f"results are in {plan.folder}")
+    return 0
+
+
+def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, dict]) -> dict | None:
+    """Generates what is not finished, merges on rank 0 and returns the results there."""
+    remaining = [i for i in range(len(plan.examples)) if i not in finished]
+    # Dealing out batches of falling length one by one gives every rank about the same work.
+    batches = cut_batches(remaining, input_lengths(plan.columns), args.eval_batch_size)[rank() :: world_size()]
+    everyone = _patient_group()
+    start = time.perf_counter()
+    if remaining:
+        where = f"{world_size()} processes" if world_size() > 1 else device.type
+        log(f"{plan.task.name}, {plan.form}: generating {len(remaining)} answers in {plan.precision} on {where}")
+        model = together(load_model, plan, device)
+        start = time.perf_counter()
+        generate_share(model, plan, batches)
+    wait_for_all(everyone)
+    seconds = time.perf_counter() - start
+    return together(lambda: finish(plan, args, set(remaining), seconds) if is_main() else None)
+
+
+def _patient_group():
+    """A process group whose barrier outlasts NCCL's ten minutes: ranks may finish far apart."""
+    if world_size() == 1:
+        return None
+    import torch
+
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+if __name__ == "__main__":
+    run_main(main)

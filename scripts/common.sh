@@ -1,0 +1,136 @@
+# shellcheck shell=bash
+# Sourced by the reproduction scripts beside it; does nothing on its own. Works with bash 3.2 and later.
+#
+# Every setting NAME=VALUE of a script is a flag --NAME of the Python program. Its value is the first of
+#   1. <STAGE>_<NAME>  in the environment, for one stage only   (MAPPING_TRAIN_NUM=5000, AUGMENTATION_TRAIN_NUM=2000)
+#   2. <NAME>          in capitals                              (TRAIN_NUM=5000)
+#   3. <name>          as the flag is written                   (train_num=5000)
+#   4. the published value.
+# Arguments after the script's name come last on the command line, so they win over all of these.
+#
+# The launcher: NUM_GPUS, NUM_NODES, HOSTFILE, MASTER_ADDR, MASTER_PORT, and DEEPSPEED_ARGS for anything else it takes.
+# STAGE_NAME=mapping or STAGE_NAME=augmentation runs that stage alone.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+# An environment that is already active comes first; else the one that setup_venv.sh makes.
+use_environment() {
+    if ! command -v "$1" >/dev/null 2>&1 && [[ -f .venv/bin/activate ]]; then
+        # shellcheck disable=SC1091
+        source .venv/bin/activate
+    fi
+    command -v "$1" >/dev/null 2>&1 || fail "$1 is not on PATH: run 'source scripts/setup_venv.sh', or activate the environment that holds requirements.txt"
+}
+
+# setting PREFIX NAME [DEFAULT]: puts the value that holds into REPLY, empty if there is none.
+setting() {
+    local capitals candidate
+    capitals=$(printf '%s' "$2" | tr '[:lower:]' '[:upper:]')
+    for candidate in ${1:+"${1}_${capitals}"} "$capitals" "$2"; do
+        REPLY=${!candidate-}
+        if [[ -n $REPLY ]]; then return; fi
+    done
+    REPLY=${3-}
+}
+
+# add_settings PREFIX NAME[=DEFAULT]...: appends --NAME VALUE to `command_line` for each that has a value.
+add_settings() {
+    local prefix=$1 entry published_value
+    shift
+    for entry in "$@"; do
+        published_value=""
+        if [[ $entry == *=* ]]; then published_value=${entry#*=}; fi
+        setting "$prefix" "${entry%%=*}" "$published_value"
+        if [[ -n $REPLY ]]; then
+            command_line+=("--${entry%%=*}" "$REPLY")
+        fi
+    done
+}
+
+# launch PROGRAM ARGUMENT...: one process per GPU, on this machine or on those of HOSTFILE.
+launch() {
+    local options=() word
+    if [[ -n ${HOSTFILE-} ]]; then options+=(--hostfile "$HOSTFILE"); fi
+    if [[ -n ${NUM_NODES-} ]]; then options+=(--num_nodes "$NUM_NODES"); fi
+    if [[ -n ${NUM_GPUS-} ]]; then options+=(--num_gpus "$NUM_GPUS"); fi
+    if [[ -n ${MASTER_ADDR-} ]]; then options+=(--master_addr "$MASTER_ADDR"); fi
+    if [[ -n ${MASTER_PORT-} ]]; then options+=(--master_port "$MASTER_PORT"); fi
+    for word in ${DEEPSPEED_ARGS-}; do options+=("$word"); done
+    use_environment deepspeed
+    deepspeed ${options[@]+"${options[@]}"} "$@"
+}
+
+# train TASK STAGE NAME=PUBLISHED... -- ARGUMENT...
+train() {
+    local task=$1 stage=$2 published=() prefix command_line
+    shift 2
+    case ${STAGE_NAME:-${stage_name:-$stage}} in
+        "$stage") ;;
+        mapping | augmentation) return ;;
+        *) fail "STAGE_NAME is '${STAGE_NAME:-$stage_name}': it may be mapping or augmentation" ;;
+    esac
+    while [[ $1 != -- ]]; do
+        published+=("$1")
+        shift
+    done
+    shift
+    prefix=$(printf '%s' "$stage" | tr '[:lower:]' '[:upper:]')
+    command_line=(--deepspeed --task "$task" --stage_name "$stage")
+    # Passed only when set: the program's own defaults are the published ones.
+    add_settings "$prefix" "${published[@]}" \
+        data_root languages output_dir seed deepspeed_config lr_scheduler warmup_ratio max_grad_norm precision \
+        micro_batch_tokens gradient_accumulation eval_batch_size eval_steps save_steps save_total_limit logging_steps \
+        report_to max_steps num_workers attn_implementation resume_from_checkpoint
+    # INIT_CHECKPOINT is where the whole run starts: the later stage then starts from the earlier one's mapping.
+    if [[ $stage == mapping || -n ${STAGE_NAME:-${stage_name-}} ]]; then
+        add_settings "$prefix" init_checkpoint
+    else
+        add_settings "$prefix" ${AUGMENTATION_INIT_CHECKPOINT:+init_checkpoint}
+    fi
+    launch run_training.py "${command_line[@]}" "$@"
+}
+
+# last_argument NAME DEFAULT ARGUMENT...: puts the value of the last --NAME among the arguments, else DEFAULT, into REPLY.
+last_argument() {
+    local wanted=--$1
+    REPLY=$2
+    shift 2
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+            "$wanted") REPLY=${2-$REPLY} ;;
+            "$wanted"=*) REPLY=${1#*=} ;;
+        esac
+        shift
+    done
+}
+
+# evaluate TASK TRAINED_TASK NAME=PUBLISHED... -- ARGUMENT...
+# The mapping defaults to what the augmentation stage of TRAINED_TASK left; the LLM alone needs none.
+evaluate() {
+    local task=$1 trained_task=$2 published=() command_line trained word alone=""
+    shift 2
+    while [[ $1 != -- ]]; do
+        published+=("$1")
+        shift
+    done
+    shift
+    for word in "$@"; do
+        if [[ $word == --llm_only ]]; then alone=yes; fi
+    done
+    command_line=(--deepspeed --task "$task")
+    if [[ -z $alone ]]; then
+        setting "" output_dir outputs
+        trained=$REPLY
+        setting "" save_name MindMerger
+        last_argument save_name "$REPLY" "$@"
+        published+=("init_checkpoint=$trained/$REPLY/$trained_task/augmentation/pytorch_model.bin" augmentation=True)
+    fi
+    add_settings "" "${published[@]}" data_root languages limit max_new_tokens precision attn_implementation \
+        results_dir seed
+    launch run_evaluation.py "${command_line[@]}" "$@"
+}

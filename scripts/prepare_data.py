@@ -1,0 +1,448 @@
+"""Fills the data folder: arranges the released archive, or fetches MGSM, X-CSQA and XNLI from the Hugging Face hub.
+
+    python scripts/prepare_data.py --archive datas.zip          # the released data: everything
+    python scripts/prepare_data.py                              # what the hub has
+
+Files that exist are kept unless --overwrite is given; each file appears whole or not at all. The last thing printed is
+what every task has and what it still lacks.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_utils import LANGUAGES, find_task
+from runtime_utils import UserError, log, run_main, write_text_atomic
+
+DATA_FOLDERS = ("bilingual_pairs", "query_translation", "evaluation")
+XNLI_LABELS = ("entailment", "neutral", "contradiction")  # the hub's integers, in order
+CODES = {language.name: language.code for language in LANGUAGES.values()}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--data_root", type=Path, default=Path("datas"), help="the folder to fill (default: ./datas)")
+    parser.add_argument(
+        "--archive", type=Path, help="the released data: a .zip or .tar archive, or its unpacked folder"
+    )
+    parser.add_argument(
+        "--tasks",
+        default="mgsm,x-csqa,xnli",
+        help="what to fetch from the hub: mgsm, x-csqa, xnli (default: all three)",
+    )
+    parser.add_argument(
+        "--hub_mirror", type=Path, help="a folder with clones of the hub's repositories (FOLDER/facebook/xnli, ...)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the hub's rows to lines of the released layout
+
+
+def mgsm_line(row: dict) -> str:
+    """One line of `mgsm_XX.tsv` from a hub row `{question, answer, answer_number, equation_solution}`.
+
+    `answer` is empty in the test split; `answer_number` holds the gold answer.
+
+    Raises:
+        UserError: when the row lacks one of the two fields that are needed.
+    """
+    question, number = field(row, "question"), field(row, "answer_number")
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    # A TSV line has no room for these; none of the published questions holds one.
+    question = question.translate({ord(character): " " for character in "\t\r\n"})
+    return f"{question}\t{number}"
+
+
+def x_csqa_line(row: dict) -> str:
+    """One line of an X-CSQA file from a hub row `{id, lang, question, answerKey}`.
+
+    `question.choices` may be a list of `{label, text}` or, as `datasets` shows it, a pair of lists; it is written as
+    the release has it, a list.
+    """
+    question = field(row, "question")
+    choices = field(question, "choices")
+    if isinstance(choices, dict):
+        pairs = zip(field(choices, "label"), field(choices, "text"), strict=True)
+        choices = [{"label": label, "text": text} for label, text in pairs]
+    record = {"id": field(row, "id"), "lang": field(row, "lang")}
+    record["question"] = {"stem": field(question, "stem"), "choices": choices}
+    record["answerKey"] = field(row, "answerKey")
+    return json.dumps(record, ensure_ascii=False)
+
+
+def xnli_records(rows: Iterable[dict]) -> list[dict]:
+    """`{sentence1, sentence2, label, language}` for every language of hub rows of the config `all_languages`.
+
+    A row's premise is `{code: text}`, its hypothesis `{"language": [code, ...], "translation": [text, ...]}`, its label
+    an integer. The result goes language by language, in the task's order.
+
+    Raises:
+        UserError: for a label that XNLI does not have, or a language that one row has and another lacks.
+    """
+    by_language = {name: [] for name in find_task("xnli").evaluation_languages}
+    for number, row in enumerate(rows):
+        label = field(row, "label")
+        if not (label in XNLI_LABELS or (isinstance(label, int) and 0 <= label < len(XNLI_LABELS))):
+            raise UserError(f"XNLI row {number}: label {label!r} is none of {', '.join(XNLI_LABELS)}")
+        premise, hypothesis = translations(field(row, "premise")), translations(field(row, "hypothesis"))
+        for name, records in by_language.items():
+            sentences = {"sentence1": field(premise, CODES[name]), "sentence2": field(hypothesis, CODES[name])}
+            text_label = label if isinstance(label, str) else XNLI_LABELS[label]
+            records.append({**sentences, "label": text_label, "language": name})
+    return [record for records in by_language.values() for record in records]
+
+
+def translations(value: dict) -> dict[str, str]:
+    """`{code: text}` from either of the two forms in which the hub writes translations."""
+    if set(value) == {"language", "translation"}:
+        return dict(zip(value["language"], value["translation"], strict=True))
+    return value
+
+
+def field(row: dict, name: str):
+    """A field that must be there.
+
+    Raises:
+        UserError: naming the field and the fields that are there.
+    """
+    if row.get(name) is None:
+        raise UserError(f"the hub's row format has changed: no {name!r} among {', '.join(map(str, row))}")
+    return row[name]
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_mgsm(path: Path, rows: Iterable[dict]) -> None:
+    write_lines(path, map(mgsm_line, rows))
+
+
+def write_x_csqa(path: Path, rows: Iterable[dict]) -> None:
+    write_lines(path, map(x_csqa_line, rows))
+
+
+def write_xnli(path: Path, rows: Iterable[dict]) -> None:
+    records = ",\n".join(json.dumps(record, ensure_ascii=False) for record in xnli_records(rows))
+    write_text_atomic(path, f"[\n{records}\n]\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of the data folder and the split of a hub data set that it is made from."""
+
+    path: str
+    repository: str
+    config: str
+    split: str
+    write: Callable[[Path, Iterable[dict]], None]
+
+
+def hub_sources() -> dict[str, list[Source]]:
+    """Everything the hub can give, by the name that `--tasks` uses."""
+    mgsm = [CODES[name] for name in find_task("math_mgsm").evaluation_languages]
+    x_csqa = [CODES[name] for name in find_task("x-csqa").evaluation_languages]
+    # The data set calls Japanese `jap`.
+    configs = {code: f"X-CSQA-{'jap' if code == 'ja' else code}" for code in x_csqa}
+    questions = "INK-USC/xcsr"
+    return {
+        "mgsm": [Source(f"evaluation/mgsm/mgsm_{x}.tsv", "juletxara/mgsm", x, "test", write_mgsm) for x in mgsm],
+        # X-CSQA keeps the answers of its test split to itself: the dev split is what everybody reports.
+        "x-csqa": [
+            Source(f"evaluation/x-csqa/{x}/dev.jsonl", questions, configs[x], "validation", write_x_csqa)
+            for x in x_csqa
+        ]
+        + [Source("query_translation/x-csqa/train_en.jsonl", questions, configs["en"], "train", write_x_csqa)],
+        "xnli": [
+            Source("evaluation/xnli/test.json", "facebook/xnli", "all_languages", "test", write_xnli),
+            Source("query_translation/xnli_dev.json", "facebook/xnli", "all_languages", "validation", write_xnli),
+        ],
+    }
+
+
+def load_rows(source: Source, mirror: Path | None):
+    """The rows of one split, through `datasets`.
+
+    Raises:
+        UserError: one line, when neither the hub nor the mirror has them.
+    """
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    repository = str(mirror / source.repository) if mirror else source.repository
+    where = f"{source.repository} ({source.config}, {source.split})"
+    if mirror and not Path(repository).is_dir():
+        raise UserError(f"--hub_mirror: no folder {repository}; clone the data set {source.repository} there")
+    # Whatever the client libraries raise for a missing name, a refused or broken connection or a changed repository
+    # (their classes differ from version to version) means the same to the user, and is shown.
+    try:
+        if not mirror and not constants.HF_HUB_OFFLINE:
+            HfApi().dataset_info(source.repository, timeout=20)  # fails at once where `datasets` retries for long
+        try:
+            return datasets.load_dataset(repository, source.config, split=source.split)
+        except RuntimeError as error:
+            if mirror or "scripts are no longer supported" not in str(error):
+                raise
+            # The hub keeps a parquet copy of data sets that are still published as a loading script.
+            return datasets.load_dataset(
+                repository, data_dir=source.config, split=source.split, revision="refs/convert/parquet"
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"cannot fetch {where}: {reason}") from error
+
+
+def fetch(data_root: Path, names: list[str], mirror: Path | None, overwrite: bool) -> list[str]:
+    """Fetches every missing file of the named data sets; returns the names of those that failed, which it reports."""
+    failed = []
+    for name in names:
+        try:
+            for source in hub_sources()[name]:
+                path = data_root / source.path
+                if path.exists() and not overwrite:
+                    log(f"kept     {path}")
+                    continue
+                source.write(path, load_rows(source, mirror))
+                log(f"written  {path}")
+        except UserError as error:
+            failed.append(name)
+            log(f"failed   {name}: {error}")
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The released archive
+
+
+def canonical_path(name: str) -> PurePosixPath | None:
+    """Where a member of the archive belongs in the data folder; None for what is no data.
+
+    Whatever folders stand before `bilingual_pairs`, `query_translation` or `evaluation` are dropped. Two spellings of
+    the data sets' own releases become those of the released layout: `jap` for `ja`, MSVAMP's `.json` for `.jsonl`.
+
+    Raises:
+        UserError: for a path that leads out of the folder.
+    """
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0]):
+        raise UserError(f"refused: the archive's member {name!r} leads out of the data folder; nothing was written")
+    start = next((index for index, part in enumerate(parts) if part in DATA_FOLDERS), None)
+    if start is None or parts[0] == "__MACOSX" or parts[-1].startswith("."):
+        return None
+    path = "/".join(parts[start:]).replace("x-csqa/jap/", "x-csqa/ja/").replace("train_jap.jsonl", "train_ja.jsonl")
+    if path.startswith("evaluation/msvamp/") and path.endswith(".json"):
+        path += "l"
+    return PurePosixPath(path)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file inside an archive or folder."""
+
+    name: str
+    size: int
+    open: Callable
+
+
+def refuse_link(name: str) -> None:
+    raise UserError(f"refused: {name!r} in the archive is a link or a device, not a file; nothing was written")
+
+
+def zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
+    for info in archive.infolist():
+        # The upper half of the external attributes is the Unix mode where the archive was made on Unix.
+        kind = (info.external_attr >> 16) & 0o170000
+        if kind not in (0, 0o100000, 0o040000):
+            refuse_link(info.filename)
+        if info.flag_bits & 1:
+            raise UserError(f"{archive.filename} is encrypted: unpack it and give the folder")
+        if not info.is_dir():
+            yield Member(info.filename, info.file_size, lambda info=info: archive.open(info))
+
+
+def tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
+    for info in archive:
+        if not (info.isfile() or info.isdir()):
+            refuse_link(info.name)
+        if info.isfile():
+            yield Member(info.name, info.size, lambda info=info: archive.extractfile(info))
+
+
+def folder_members(folder: Path) -> Iterator[Member]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            refuse_link(name)
+        if path.is_file():
+            # The folder itself may be the data root, or one of its three folders may be all there is.
+            inside = f"{folder.name}/{name}" if folder.name in DATA_FOLDERS else name
+            yield Member(inside, path.stat().st_size, lambda path=path: path.open("rb"))
+
+
+def arrange(archive: Path, data_root: Path, overwrite: bool) -> None:
+    """Copies the data files of the released archive, or of its unpacked folder, into the data folder.
+
+    Every member is looked at before the first file is written.
+
+    Raises:
+        UserError: no such file, no archive, broken or encrypted; a member that is a link or leads out of the folder;
+            no data inside; not enough room on the disk.
+    """
+    if not archive.exists():
+        raise UserError(f"--archive {archive}: no such file or folder")
+    try:
+        if archive.is_dir():
+            copy_members(folder_members(archive), archive, data_root, overwrite)
+        elif zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                copy_members(zip_members(opened), archive, data_root, overwrite)
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as opened:
+                copy_members(tar_members(opened), archive, data_root, overwrite)
+        else:
+            raise UserError(f"--archive {archive}: neither a zip nor a tar archive nor a folder")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, OSError) as error:
+        raise UserError(
+            f"--archive {archive}: {' '.join(str(error).split())}; files copied so far are whole"
+        ) from error
+
+
+def copy_members(members: Iterable[Member], archive: Path, data_root: Path, overwrite: bool) -> None:
+    """Plans all copies first, so that an archive that is refused changes nothing; then makes them."""
+    plan: dict[Path, Member] = {}
+    for member in members:
+        target = canonical_path(member.name)
+        if target is None:
+            continue
+        path = data_root / target
+        if path in plan:
+            raise UserError(f"--archive {archive}: both {plan[path].name} and {member.name} would become {path}")
+        plan[path] = member
+    if not plan:
+        raise UserError(f"--archive {archive}: holds none of the folders {', '.join(DATA_FOLDERS)}")
+    wanted = {path: member for path, member in plan.items() if overwrite or not path.exists()}
+    data_root.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(member.size for member in wanted.values()), shutil.disk_usage(data_root).free
+    if needed > free:
+        raise UserError(f"{data_root}: the data needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+    for path, member in wanted.items():
+        copy_atomic(member, path)
+    log(f"{archive}: {len(wanted)} files written, {len(plan) - len(wanted)} kept")
+
+
+def copy_atomic(member: Member, path: Path) -> None:
+    """Streams a member to `path`, which appears only when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with member.open() as source, open(temporary, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there
+
+
+def expected_files() -> list[tuple[str, list[str], str]]:
+    """`(purpose, paths, where to get what is missing)` for every task and stage."""
+
+    def codes(names: Iterable[str]) -> list[str]:
+        return [CODES[name] for name in names]
+
+    def pairs(task: str) -> list[str]:
+        return [
+            f"bilingual_pairs/en-{code}/train_100k.{side}"
+            for code in codes(find_task(task).mapping_languages)
+            for side in (code, "en")
+        ]
+
+    math, x_csqa = find_task("math_mgsm"), find_task("x-csqa")
+    msvamp = find_task("math_msvamp").evaluation_languages
+    own_pairs = "the released archive, or any parallel text as bilingual_pairs/en-XX/train_100k.{XX,en}"
+    hub = "this script fetches it from the hub"
+    return [
+        ("math: mapping", pairs("math"), own_pairs),
+        (
+            "math: augmentation",
+            ["query_translation/math.json"],
+            "the released archive, or a translated GSM8K-style training set as a list of {lang, query, response}",
+        ),
+        ("math: MGSM", [f"evaluation/mgsm/mgsm_{x}.tsv" for x in codes(math.evaluation_languages)], hub),
+        (
+            "math: MSVAMP",
+            [f"evaluation/msvamp/test_{name}.jsonl" for name in msvamp],
+            "the released archive, or MathOctopus on GitHub (data/msvamp/test_LANGUAGE.json, renamed to .jsonl)",
+        ),
+        ("x-csqa: mapping", pairs("x-csqa"), own_pairs),
+        (
+            "x-csqa: augmentation",
+            [f"query_translation/x-csqa/train_{x}.jsonl" for x in codes(x_csqa.evaluation_languages)],
+            "the released archive; the hub has the English file only, the translated ones are not there",
+        ),
+        (
+            "x-csqa: dev",
+            [f"evaluation/x-csqa/{x}/dev.jsonl" for x in codes(x_csqa.evaluation_languages)],
+            hub,
+        ),
+        ("xnli: mapping", pairs("xnli"), own_pairs),
+        ("xnli: augmentation", ["query_translation/xnli_dev.json"], hub),
+        ("xnli: test", ["evaluation/xnli/test.json"], hub),
+    ]
+
+
+def report(data_root: Path) -> str:
+    """A few lines: per task and stage how many files are there, which are missing and where those can be had."""
+    lines = [f"data root: {data_root}"]
+    for purpose, paths, where in expected_files():
+        missing = [path for path in paths if not (data_root / path).is_file()]
+        lines.append(f"  {purpose:22} {len(paths) - len(missing):>2} of {len(paths):>2} files")
+        if missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            lines += [f"      missing: {shown}", f"      from:    {where}"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    unknown = [name for name in names if name not in hub_sources()]
+    if unknown or not names:
+        raise UserError(f"--tasks {arguments.tasks}: choose from {', '.join(hub_sources())}")
+    failed = []
+    if arguments.archive:
+        arrange(arguments.archive, arguments.data_root, arguments.overwrite)
+    else:
+        failed = fetch(arguments.data_root, names, arguments.hub_mirror, arguments.overwrite)
+    print(report(arguments.data_root))
+    if failed:
+        raise UserError(
+            f"{', '.join(failed)} could not be fetched, for the reasons above: check the network (proxy, HF_ENDPOINT, "
+            "HF_TOKEN) and run this again, or use --archive (released data) or --hub_mirror (clones of the data sets)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

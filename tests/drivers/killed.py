@@ -1,0 +1,65 @@
+"""Runs `run_training.main` and kills itself with SIGKILL at a named point.
+
+    killed.py POINT flags…
+
+POINT is `train_step:N` (at the start of that optimizer step) or `write_checkpoint:N:os.CALL:M` (at the M-th call of
+`os.CALL` inside the N-th checkpoint this process writes).
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint_utils  # noqa: E402
+import run_training  # noqa: E402
+import runtime_utils  # noqa: E402
+
+
+def kill():
+    """Ends this process at once, as a machine failure would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(point):
+    """Sets the trap."""
+    name, number, *inside = point.split(":")
+    if name == "train_step":
+        original_step = run_training.train_step
+
+        def train_step(trainer, *rest):
+            if trainer.step + 1 == int(number):
+                kill()
+            return original_step(trainer, *rest)
+
+        run_training.train_step = train_step
+        return
+    original_write, written = checkpoint_utils.write_checkpoint, [0]
+    call_name, limit = inside[0].removeprefix("os."), int(inside[1])
+    original_call, calls = getattr(os, call_name), [0]
+
+    def call(*arguments, **named):
+        calls[0] += 1
+        if written[0] == int(number) and calls[0] == limit:
+            kill()
+        return original_call(*arguments, **named)
+
+    def write_checkpoint(*arguments):
+        written[0] += 1
+        calls[0] = 0
+        setattr(os, call_name, call)
+        try:
+            return original_write(*arguments)
+        finally:
+            setattr(os, call_name, original_call)
+
+    checkpoint_utils.write_checkpoint = write_checkpoint
+
+
+if __name__ == "__main__":
+    flags = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    arm(flags[0])
+    runtime_utils.run_main(lambda: run_training.main(flags[1:]))

@@ -1,0 +1,381 @@
+"""Runs that are cut short and go on: what remains must equal an uninterrupted run's, bit for bit."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_log, run_many
+from safetensors.torch import load_file
+
+import checkpoint_utils
+from checkpoint_utils import fault_of, list_checkpoints, newest_valid, write_checkpoint
+from runtime_utils import UserError, write_text_atomic
+
+STEPS = ["--epoch_num", "2", "--eval_steps", "4", "--save_steps", "3", "--logging_steps", "1"]
+# Everything of a log line but how fast it went.
+EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "target_tokens", "padding_share", "dev_loss", "dev_perplexity")
+
+
+def exact_log(folder):
+    """The log's lines without timings and memory."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in EXACT if key in line} for line in lines]
+
+
+def assert_same_run(one, two):
+    """Equal logs, equal best and last mapping, equal final checkpoint."""
+    assert exact_log(one) == exact_log(two)
+    newest = sorted(Path(one).glob("checkpoint-*"))[-1].name
+    for name in ("mapping.safetensors", "last/mapping.safetensors", f"{newest}/training.safetensors"):
+        a, b = load_file(Path(one) / name), load_file(Path(two) / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), (name, key)
+    assert torch.load(Path(one) / "pytorch_model.bin", weights_only=True).keys() == {"model_state_dict"}
+
+
+def named(flags, name, *more):
+    """Flags of a run with an output folder of its own."""
+    return [*flags, *STEPS, *more, "--save_name", name]
+
+
+def stopped_at(argv, step, **fault):
+    """An entry for the driver: SIGTERM strikes at the start of a step."""
+    return {"argv": argv, "fault": {"step": step, "signal": "SIGTERM", **fault}}
+
+
+def outputs(tmp_path, name, stage="mapping"):
+    """Output folder of a named run."""
+    return tmp_path / "outputs" / name / "math" / stage
+
+
+def test_losses_after_a_stop_equal_an_uninterrupted_run(run, flags, tmp_path):
+    """Stopped in mid-epoch, exactly at an epoch's end (13 steps), before a due evaluation, with accumulation, and
+    with a scheduler: the data order, the moments, the rate and the best mapping must all go on as if nothing had happened."""
+    variants = {
+        "plain": (5, []),
+        "epoch_end": (13, []),
+        "evaluation": (8, []),
+        "scheduler": (7, ["--lr_scheduler", "cosine", "--warmup_ratio", "0.3"]),
+        "cut_by_tokens": (6, ["--micro_batch_tokens", "400", "--train_micro_batch_size_per_gpu", "1"]),
+    }
+    runs = []
+    for name, (step, more) in variants.items():
+        whole, cut = named(flags, f"{name}_whole", *more), named(flags, f"{name}_cut", *more)
+        runs += [whole, stopped_at(cut, step), cut]
+    results = run_many(run, tmp_path, runs)
+    for (name, (step, _)), i in zip(variants.items(), range(0, len(runs), 3), strict=True):
+        assert [result["code"] for result in results[i : i + 3]] == [0, 143, 0], results[i : i + 3]
+        assert f"resumes from outputs/{name}_cut/math/mapping/checkpoint-{step:06d}" in results[i + 2]["printed"]
+        assert_same_run(outputs(tmp_path, f"{name}_whole"), outputs(tmp_path, f"{name}_cut"))
+
+
+@pytest.mark.slow
+def test_resume_is_exact_at_every_zero_stage_with_two_ranks_and_in_stage_2(run, flags, tmp_path):
+    runs, names = [], []
+    for preset in ("ds_zero0", "ds_zero1", "ds_zero2", "ds_zero3"):
+        config = ["--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--max_steps", "7"]
+        whole, cut = named(flags, f"{preset}_whole", *config), named(flags, f"{preset}_cut", *config)
+        runs += [whole, stopped_at(cut, 5, rank=1), cut]
+        names.append((preset, "mapping"))
+    first = outputs(Path(), "ds_zero0_whole") / "mapping.safetensors"
+    second = ["--stage_name", "augmentation", "--init_checkpoint", str(first), "--max_steps", "7"]
+    whole, cut = named(flags, "stage2_whole", *second), named(flags, "stage2_cut", *second)
+    runs += [whole, stopped_at(cut, 5, rank=0), cut]
+    names.append(("stage2", "augmentation"))
+    results = run_many(run, tmp_path, runs, ranks=2)
+    for (name, stage), i in zip(names, range(0, len(runs), 3), strict=True):
+        assert [result["code"] for result in results[i : i + 3]] == [0, 143, 0], results[i : i + 3]
+        assert_same_run(outputs(tmp_path, f"{name}_whole", stage), outputs(tmp_path, f"{name}_cut", stage))
+
+
+@pytest.mark.slow
+def test_another_world_size_or_zero_stage_continues_with_the_same_global_batches(run, flags, tmp_path):
+    zero2 = ["--deepspeed_config", f"{ROOT}/scripts/ds_zero2.json"]
+    short = ["--max_steps", "8"]
+    first = [named(flags, "whole", *short), stopped_at(named(flags, "grow", *short), 4)]
+    assert [r["code"] for r in run_many(run, tmp_path, first, ranks=1)] == [0, 143]
+    second = [named(flags, "grow", *zero2, *short), stopped_at(named(flags, "shrink", *zero2, *short), 5)]
+    assert [r["code"] for r in run_many(run, tmp_path, second, ranks=2)] == [0, 143]
+    assert [r["code"] for r in run_many(run, tmp_path, [named(flags, "shrink", *short)], ranks=1)] == [0]
+    whole = outputs(tmp_path, "whole")
+    for name in ("grow", "shrink"):
+        for key in ("loss", "dev_loss"):
+            found, expected = read_log(outputs(tmp_path, name), key), read_log(whole, key)
+            assert len(found) == len(expected)
+            assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-5
+        assert read_log(outputs(tmp_path, name), "target_tokens") == read_log(whole, "target_tokens")
+
+
+def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
+    run, flags, tiny_llm, tiny_encoder, datas, tmp_path
+):
+    from conftest import make_tiny_llm
+
+    other_data = Path(shutil.copytree(datas, tmp_path / "data"))
+    pairs = other_data / "bilingual_pairs/en-sw/train_100k.sw"
+    pairs.write_text(pairs.read_text().replace("a", "o", 1))
+    other_llm = make_tiny_llm(tmp_path / "llm", seed=9)
+    base = named(flags, "base", "--max_steps", "3")
+    save = [base, stopped_at([*base, "--save_name", "signal"], 2)]
+    cases = [
+        (["--seed", "1"], "seed"),
+        (["--data_root", str(other_data)], "data"),
+        (["--llm_path", other_llm], "llm"),
+        (["--dev_size", "6"], "dev_size"),
+        (["--precision", "bf16"], "precision"),
+        (["--augmentation", "True"], "augmentation"),
+        (["--train_batch_size", "4"], "--allow_changed train_batch_size"),
+        (["--lr", "0.5"], "--allow_changed lr"),
+    ]
+    allowed = [*base, "--train_batch_size", "4", "--max_steps", "9", "--allow_changed", "max_steps"]
+    allowed += ["--allow_changed", "train_batch_size"]
+    results = run_many(run, tmp_path, [*save, *([*base, *extra] for extra, _ in cases), allowed])
+    assert [r["code"] for r in results] == [0, 143, *[2] * len(cases), 0], results
+    for (extra, expected), result in zip(cases, results[2:], strict=False):
+        assert expected in result["error"], (extra, result)
+        assert "\n" not in result["error"]
+    assert read_log(outputs(tmp_path, "base"), "step")[-2:] == [9, 9]  # 3 steps of 8, then 6 of 4, then its evaluation
+    assert "--train_batch_size was 8, from here on 4" in results[-1]["printed"]
+
+
+# -- checkpoints on disk
+
+
+def small_checkpoint(folder, step, keep=None):
+    """Writes a checkpoint whose tensors say which step it is."""
+    tensors = {"mapping.w": torch.full((50,), float(step)), "exp_avg.w": torch.arange(50.0)}
+    return write_checkpoint(folder, step, tensors, {"step": step}, keep)
+
+
+def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one(tmp_path):
+    """Each child is killed with SIGKILL at its n-th call that changes the disk, n = 1, 2, … until none is left."""
+    calls = ("fsync", "replace", "open", "mkdir", "unlink", "rmdir")
+    survived, points = False, 0
+    while not survived:
+        folder = tmp_path / str(points)
+        folder.mkdir()
+        small_checkpoint(folder, 1)
+        child = os.fork()
+        if child == 0:
+            count = [0]
+
+            def counted(original, count=count, limit=points):
+                def call(*arguments, **named):
+                    if count[0] == limit:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    count[0] += 1
+                    return original(*arguments, **named)
+
+                return call
+
+            for name in calls:
+                setattr(os, name, counted(getattr(os, name)))
+            small_checkpoint(folder, 2, keep=1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        survived = os.WIFEXITED(status)
+        found, skipped = newest_valid(folder)
+        assert skipped == []
+        step = int(found.name[-6:])
+        assert checkpoint_utils.read_checkpoint(found)[0]["mapping.w"].tolist() == [float(step)] * 50
+        checkpoint_utils.remove_leftovers(folder)
+        assert all(fault_of(entry) is None for entry in folder.iterdir())
+        # A restart writes the same step again over whatever is there.
+        small_checkpoint(folder, 2, keep=1)
+        assert [entry.name for entry in folder.iterdir()] == ["checkpoint-000002"]
+        points += 1
+    assert points > 10
+
+
+@pytest.mark.slow
+def test_kill_9_in_mid_run_and_in_a_checkpoint_write_goes_on_exactly(run, flags, tmp_path):
+    argv = named(flags, "cut", "--max_steps", "8")
+    (whole,) = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "8")])
+    assert whole["code"] == 0
+    driver = ROOT / "tests/drivers/killed.py"
+    for point in ("train_step:5", "write_checkpoint:2:os.replace:3", "write_checkpoint:2:os.fsync:5"):
+        done = run(driver, point, *argv)
+        assert done.returncode == -signal.SIGKILL, (point, done.stderr[-2000:])
+    done = run(ROOT / "run_training.py", *argv)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumes from" in done.stderr
+    assert_same_run(outputs(tmp_path, "whole"), outputs(tmp_path, "cut"))
+    assert not list(outputs(tmp_path, "cut").rglob("*.tmp"))
+
+
+def cut_short(file):
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip_a_byte(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_byte, Path.unlink])
+@pytest.mark.parametrize("name", [checkpoint_utils.TENSORS, checkpoint_utils.STATE, checkpoint_utils.MANIFEST])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, damage):
+    """safetensors loads a flipped data byte in silence; only the manifest's sha256 sees it."""
+    older, newer = small_checkpoint(tmp_path, 1), small_checkpoint(tmp_path, 2)
+    damage(newer / name)
+    found, skipped = newest_valid(tmp_path)
+    assert found == older
+    assert len(skipped) == 1 and "checkpoint-000002" in skipped[0] and name in skipped[0]
+    with pytest.raises(UserError, match=rf"checkpoint-000002 is damaged.*{name}"):
+        checkpoint_utils.read_checkpoint(newer)
+    small_checkpoint(tmp_path, 3, keep=2)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [
+        "checkpoint-000003",
+        "checkpoint-000002",
+        older.name,
+    ]
+
+
+def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(run, flags, tmp_path):
+    argv = named(flags, "cut", "--max_steps", "7")
+    results = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "7"), stopped_at(argv, 5)])
+    assert [r["code"] for r in results] == [0, 143]
+    newest = outputs(tmp_path, "cut") / "checkpoint-000005"
+    flip_a_byte(newest / checkpoint_utils.TENSORS)
+    named_one = [*argv, "--resume_from_checkpoint", str(newest)]
+    refused, resumed = run_many(run, tmp_path, [named_one, argv])
+    assert refused["code"] == 2 and "sha256" in refused["error"]
+    assert resumed["code"] == 0
+    assert "skipped checkpoint-000005: training.safetensors differs from its sha256" in resumed["printed"]
+    assert "resumes from outputs/cut/math/mapping/checkpoint-000003" in resumed["printed"]
+    assert_same_run(outputs(tmp_path, "whole"), outputs(tmp_path, "cut"))
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, tiny_llm, tmp_path):
+    witness = tmp_path / "executed"
+    folder = small_checkpoint(tmp_path / "checkpoints", 1)
+    (folder / checkpoint_utils.TENSORS).write_bytes(pickle.dumps(Payload(witness)))
+    (folder / "optimizer.bin").write_bytes(pickle.dumps(Payload(witness)))
+    manifest = {name: checkpoint_utils.describe_file(folder / name) for name in ("training.safetensors", "state.json")}
+    write_text_atomic(folder / checkpoint_utils.MANIFEST, json.dumps({"files": manifest}))
+    with pytest.raises(UserError, match="training.safetensors"):
+        checkpoint_utils.read_checkpoint(folder)
+    llm = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
+    (llm / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Payload(witness)}, llm / "pytorch_model.bin")
+    (result,) = run_many(run, tmp_path, [[*flags, "--llm_path", str(llm)]])
+    assert result["code"] == 2 and str(llm) in result["error"] and "safetensors" in result["error"], result
+    assert not witness.exists()
+
+
+# -- the disk, the numbers, the memory
+
+
+def test_a_full_disk_names_path_and_bytes_and_leaves_earlier_work_valid(run, flags, tmp_path):
+    """A limit on file sizes stops a write in its middle, as a full disk does."""
+    argv = named(flags, "full", "--max_steps", "3")
+    (first,) = run_many(run, tmp_path, [argv])
+    assert first["code"] == 0
+    folder = outputs(tmp_path, "full")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "checkpoint" in str(p)}
+    more = [*argv, "--max_steps", "6", "--allow_changed", "max_steps"]
+    limit = 12_000  # the checkpoint's tensors take about 20 kB, the mapping alone 7 kB
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = run(ROOT / "run_training.py", *more, preexec_fn=limited)
+    assert done.returncode == 2, done.stderr[-2000:]
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and "training.safetensors" in error[0] and "bytes" in error[0], error
+    assert "Traceback" not in done.stderr
+    assert {p: p.read_bytes() for p in before} == before
+    assert fault_of(folder / "checkpoint-000003") is None
+    assert not list(folder.rglob("*.tmp"))
+    load_file(folder / "mapping.safetensors")
+    done = run(ROOT / "run_training.py", *more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (whole,) = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "6")])
+    assert exact_log(folder)[-4:] == exact_log(outputs(tmp_path, "whole"))[-4:]
+
+
+def test_a_full_tmpfs_leaves_the_earlier_checkpoint_valid(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if mount is None or subprocess.run([mount, *options], capture_output=True).returncode:
+        pytest.skip("this machine does not let the test mount a small tmpfs")
+    try:
+        small_checkpoint(disk, 1)
+        with pytest.raises(UserError, match=r"cannot write .*training.safetensors \(\d+ bytes\): No space left"):
+            write_checkpoint(disk, 2, {"mapping.w": torch.zeros(30_000)}, {"step": 2}, 1)
+        assert [entry.name for entry in disk.iterdir()] == ["checkpoint-000001"]
+        assert fault_of(disk / "checkpoint-000001") is None
+    finally:
+        subprocess.run([shutil.which("umount"), str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_examples(run, flags, tmp_path):
+    """At ZeRO 0 nothing in DeepSpeed looks, and the weights would be lost."""
+    entries = []
+    for preset in ("ds_zero0", "ds_zero1", "ds_zero3"):
+        argv = named(flags, preset, "--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--max_steps", "6")
+        entries += [{"argv": argv, "fault": {"step": 5, "rank": 1, "nan": True}}, argv]
+    entries.append(named(flags, "whole", "--max_steps", "6"))
+    results = run_many(run, tmp_path, entries, ranks=2)
+    for broken, resumed in zip(results[0:6:2], results[1:6:2], strict=True):
+        assert broken["code"] == 2, broken
+        assert "at step 5 is not finite" in broken["error"] and "examples: " in broken["error"]
+        assert "-" in broken["error"].split("examples: ")[1].split(";")[0]
+        assert resumed["code"] == 0 and "checkpoint-000003 at step 3" in resumed["printed"]
+    assert_same_run(outputs(tmp_path, "whole"), outputs(tmp_path, "ds_zero0"))
+
+
+def test_running_out_of_memory_is_known_before_training_and_names_the_flags(run, flags, tmp_path):
+    (result,) = run_many(run, tmp_path, [{"argv": named(flags, "oom"), "fault": {"memory": True}}])
+    assert result["code"] == 2
+    for part in ("2 rows", "encoder ", "target ", "--train_micro_batch_size_per_gpu", "--gradient_checkpointing"):
+        assert part in result["error"], (part, result["error"])
+    assert (outputs(tmp_path, "oom") / "log.jsonl").read_text() == ""
+
+
+def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):
+    done = run(
+        ROOT / "run_training.py",
+        *named(flags, "dry"),
+        "--dry_run",
+        "--deepspeed_config",
+        f"{ROOT}/scripts/ds_zero3.json",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for part in ("steps per epoch: 13; in all: 26", "1,632 trained in fp32", "at ZeRO 3", "nothing was written"):
+        assert part in done.stdout, (part, done.stdout)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_no_code_loads_pickles_without_weights_only():
+    import re
+
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("baselines/*.py")]
+    assert len(sources) > 8
+    for path in sources:
+        for call in re.findall(r"torch\.load\([^)]*\)", path.read_text(encoding="utf-8")):
+            assert "weights_only=True" in call, (path, call)
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bpickle\.loads?\(|allow_pickle=True|trust_remote_code=True", text), path

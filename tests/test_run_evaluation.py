@@ -1,0 +1,664 @@
+"""The evaluation command on tiny models: files, forms, continuing, ranks, wrong inputs, and `answer()`."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, clean_environment, free_port, make_tiny_encoder, make_tiny_llm
+from safetensors.torch import save_file
+
+import run_evaluation
+from modeling_mindmerger import MindMerger, model_fingerprint, save_released
+from run_evaluation import Generation, answer, build_parser, cut_batches, generate_batch, main, prepare
+from runtime_utils import UserError
+
+FEW = ("--languages", "Swahili,th,English", "--max_new_tokens", "4", "--eval_batch_size", "4")  # 12 examples, 3 batches
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_llm, tiny_encoder):
+    """Paths of a mapping in all three forms, trained (as its config.json says) as Soft between the tiny models."""
+    folder = tmp_path_factory.mktemp("mapping")
+    torch.manual_seed(5)
+    model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
+    torch.nn.init.normal_(model.mapping.mlp.linear2.weight, std=0.5)  # so that different sources give different answers
+    model.config.task, model.config.stage, model.config.augmentation = "math", "augmentation", True
+    model.save_pretrained(folder / "saved")
+    save_file(model.mapping.state_dict(), folder / "mapping.safetensors")
+    save_released(folder / "pytorch_model.bin", model.mapping.state_dict())
+    return SimpleNamespace(
+        model=model,
+        folder=str(folder / "saved"),
+        safetensors=str(folder / "mapping.safetensors"),
+        released=str(folder / "pytorch_model.bin"),
+        llm=tiny_llm,
+        encoder=tiny_encoder,
+    )
+
+
+@pytest.fixture
+def evaluate(world, datas, tmp_path, monkeypatch, capsys):
+    """Runs the command in this process, in a fresh folder; returns (stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, checkpoint=world.folder):
+        given = ["--data_root", datas, *(["--init_checkpoint", checkpoint] if checkpoint else []), *arguments]
+        assert main([str(part) for part in given]) == 0
+        return capsys.readouterr()
+
+    return call
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def outcome(folder):
+    """All bytes of a results folder but what depends on when, where and how often it was started."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    results = json.loads(files.pop("results.json"))
+    for name in ("timing", "arguments", "command"):
+        del results[name]
+    return files, results
+
+
+# -- what a run leaves
+
+
+def test_a_finished_run_leaves_exactly_these_files_and_one_table(evaluate, tmp_path):
+    out, err = evaluate(*FEW)
+    folder = tmp_path / "results/MindMerger/math_mgsm"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"results.json", "scores.tsv", *(f"predictions/{n}.jsonl" for n in ("English", "Swahili", "Thai"))}
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[:2] for row in rows if row and row[0] in ("Swahili", "Thai", "English", "mean")] == [
+        ["Swahili", "4"],
+        ["Thai", "4"],
+        ["English", "4"],
+        ["mean", "12"],
+    ]
+    assert "56.8" in out and "MindMerger-Soft" in out and out.count("95 % interval") == 1
+    assert "task math means math_mgsm" in err
+
+
+def test_predictions_are_in_the_data_files_order_with_all_fields(evaluate, tmp_path, datas):
+    evaluate(*FEW)
+    rows = read_lines(tmp_path / "results/MindMerger/math_mgsm/predictions/Thai.jsonl")
+    with open(f"{datas}/evaluation/mgsm/mgsm_th.tsv", encoding="utf-8") as file:
+        questions = [line.split("\t") for line in file.read().split("\n") if line]
+    assert [(row["source"], row["answer"]) for row in rows] == [(q.strip(), a.strip()) for q, a in questions]
+    fields = "id source prompt output prediction answer correct reference_prediction reference_correct"
+    assert all(list(row) == fields.split() for row in rows)
+    assert all(row["source"] in row["prompt"] for row in rows)
+
+
+def test_scores_file_and_results_agree_with_the_predictions(evaluate, tmp_path, monkeypatch):
+    """Both scorers count on their own: a lost minus sign and a missing number make them differ."""
+    texts = {"sw": "the answer is {}", "th": "-{}", "en": "no number"}
+
+    def fixed(model, tokenizers, columns, batch, max_new_tokens):
+        chosen = [examples[i] for i in batch]
+        return [Generation(texts[e.id[:2]].format(e.target), 3, e.language == "Thai") for e in chosen]
+
+    examples = []
+    real = run_evaluation.tokenise_form
+    monkeypatch.setattr(run_evaluation, "generate_batch", fixed)
+    monkeypatch.setattr(run_evaluation, "tokenise_form", lambda *a: (examples.extend(a[1]), real(*a))[1])
+    out, _ = evaluate(*FEW)
+    folder = tmp_path / "results/MindMerger/math_mgsm"
+    results = json.loads((folder / "results.json").read_text())
+    found = {n: (o["n"], o["correct"], o["reference_correct"], o["hit_limit"]) for n, o in results["languages"].items()}
+    assert found == {"Swahili": (4, 4, 4, 0), "Thai": (4, 0, 4, 4), "English": (4, 0, 0, 0)}
+    assert results["mean"]["accuracy"] == 33.3333 and results["mean"]["reference_accuracy"] == 66.6667
+    assert results["languages"]["Swahili"]["interval"] == [100, 100]
+    assert results["counts"]["hit_limit"] == 4 and "4 of 12 answers stopped at the limit of 4" in out
+    assert (folder / "scores.tsv").read_text() == "Swahili\t100.0\nThai\t0.0\nEnglish\t0.0\n"
+    thai = read_lines(folder / "predictions/Thai.jsonl")
+    assert all(row["prediction"] == -row["reference_prediction"] for row in thai)
+
+
+def test_results_hold_everything_needed_to_run_again(evaluate, tmp_path, world):
+    evaluate(*FEW, "--limit", 2, "--seed", 3)
+    results = json.loads((tmp_path / "results/MindMerger/math_mgsm/results.json").read_text())
+    assert results["arguments"]["limit"] == 2 and results["arguments"]["seed"] == 3
+    assert results["identity"]["--languages"] == ["Swahili", "Thai", "English"]
+    assert len(results["identity"]["--init_checkpoint (sha256)"]) == len(results["identity"]["data (sha256)"]) == 64
+    assert (results["llm_path"], results["mt_path"]) == (world.llm, world.encoder)
+    assert {"torch", "transformers", "python", "mindmerger"} <= results["versions"].keys()
+    assert results["timing"]["examples"] == results["counts"]["examples"] == 6
+    assert results["timing"]["generated_tokens"] <= 6 * 4 and results["timing"]["examples_per_s"] > 0
+
+
+def test_the_three_forms_differ_and_never_collide(evaluate, tmp_path, world):
+    evaluate(*FEW)
+    evaluate(*FEW, "--augmentation", "False")
+    evaluate(*FEW, "--llm_only", "--llm_path", world.llm, checkpoint=None)
+    root = tmp_path / "results/MindMerger"
+    assert {path.name for path in root.iterdir()} == {"math_mgsm", "math_mgsm-hard", "math_mgsm-llm_only"}
+    outputs = {
+        path.name: [row["output"] for row in read_lines(path / "predictions/Swahili.jsonl")] for path in root.iterdir()
+    }
+    assert len({tuple(texts) for texts in outputs.values()}) == 3
+    assert read_lines(root / "math_mgsm-hard/predictions/Thai.jsonl")[0]["prompt"] == ""
+    main(["--compare", str(root / "math_mgsm"), str(root / "math_mgsm-llm_only")])
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "new_tokens"),
+    [("x_csqa", "x-csqa", 16), ("xnli", "xnli", 16), ("math_msvamp", "math_msvamp", 512)],
+)
+def test_every_task_runs_into_the_folder_of_its_canonical_name(
+    evaluate, tmp_path, task, folder, new_tokens, monkeypatch
+):
+    limits = []
+    monkeypatch.setattr(
+        run_evaluation,
+        "generate_batch",
+        lambda m, t, c, b, limit: limits.append(limit) or [Generation("A", 1, False)] * len(b),
+    )
+    out, _ = evaluate("--task", task)
+    assert (tmp_path / "results/MindMerger" / folder / "results.json").is_file()
+    assert set(limits) == {new_tokens}
+    assert "published: " in out and out.count("\n") >= 14  # ten languages at least
+
+
+def test_released_file_safetensors_and_folder_are_the_same_mapping(evaluate, tmp_path, world):
+    found = []
+    for i, checkpoint in enumerate((world.folder + "/", world.released, world.safetensors)):
+        evaluate(
+            *FEW,
+            "--results_dir",
+            f"r{i}",
+            "--llm_path",
+            world.llm + "/",
+            "--mt_path",
+            world.encoder + "/",
+            checkpoint=checkpoint,
+        )
+        found.append(outcome(tmp_path / f"r{i}/MindMerger/math_mgsm")[0])
+    assert found[0] == found[1] == found[2]
+
+
+# -- flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), 512),
+        (("--max_gen_len", "6"), 6),
+        (("--max_gen_len", "60", "--max_new_tokens", "7"), 7),
+        (("--max_new_tokens", "70", "--max_gen_len", "60"), 70),
+        (("--task", "xnli"), 16),
+    ],
+)
+def test_new_tokens_are_limited_by_the_flag_that_wins(world, datas, flags, expected):
+    given = ["--init_checkpoint", world.folder, "--data_root", datas, "--limit", "1", "--languages", "en", *flags]
+    assert prepare(build_parser().parse_args(given), on_gpu=False).max_new_tokens == expected
+
+
+def test_precision_follows_the_device_unless_given(world, datas):
+    given = ["--init_checkpoint", world.folder, "--data_root", datas, "--limit", "1", "--languages", "en"]
+    assert prepare(build_parser().parse_args(given), on_gpu=True).precision == "bf16"
+    assert prepare(build_parser().parse_args(given), on_gpu=False).precision == "fp32"
+    assert prepare(build_parser().parse_args([*given, "--precision", "fp32"]), on_gpu=True).precision == "fp32"
+
+
+def test_older_flags_are_accepted_and_change_nothing(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "untouched")
+    evaluate(*FEW, "--results_dir", "plain")
+    old = [
+        "--deepspeed",
+        "--local_rank=0",
+        "--gpu",
+        "1",
+        "--train_batch_size",
+        128,
+        "--train_micro_batch_size_per_gpu",
+        1,
+    ]
+    _, err = evaluate(*FEW, "--results_dir", "old", *old, "--augmentation", "True")
+    assert err.count("warning: ") == 1 and "--gpu changes nothing" in err
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "untouched"
+    assert outcome(tmp_path / "plain/MindMerger/math_mgsm") == outcome(tmp_path / "old/MindMerger/math_mgsm")
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys, run_evaluation; run_evaluation.build_parser().format_help(); "
+        "assert not {'torch', 'transformers', 'datasets', 'deepspeed', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_mapping_evaluated_otherwise_than_trained_warns(evaluate, tmp_path, world):
+    _, err = evaluate(*FEW, "--augmentation", "False")
+    assert "warning: this mapping was trained as Soft" in err
+    other = make_tiny_llm(tmp_path / "other_llm", seed=9)
+    _, err = evaluate(*FEW, "--llm_path", other, "--overwrite")
+    assert f"warning: this mapping was trained with --llm_path {world.llm}, not {other}" in err
+    assert f"--mt_path not given: taking {world.encoder}" in err
+
+
+def test_other_spellings_of_a_path_do_not_warn(evaluate, tmp_path, world):
+    (tmp_path / "link").symlink_to(world.llm)
+    _, err = evaluate(*FEW, "--llm_path", "./link/")
+    assert "warning" not in err
+
+
+def test_llm_alone_takes_the_llm_that_the_mapping_names(evaluate, tmp_path, world):
+    _, err = evaluate(*FEW, "--llm_only")
+    assert f"--llm_path not given: taking {world.llm}" in err and "--mt_path" not in err
+    results = json.loads((tmp_path / "results/MindMerger/math_mgsm-llm_only/results.json").read_text())
+    assert (results["llm_path"], results["mt_path"], results["checkpoint"]) == (world.llm, None, None)
+
+
+def test_the_mapping_that_training_left_is_found_and_named(evaluate, tmp_path, world):
+    trained = tmp_path / "outputs/mine/math/augmentation"
+    with pytest.raises(UserError, match="no --init_checkpoint given.*outputs/mine/math/augmentation.*--llm_only"):
+        evaluate(*FEW, "--save_name", "mine", checkpoint=None)
+    shutil.copytree(world.folder, trained)
+    _, err = evaluate(*FEW, "--save_name", "mine", checkpoint=None)
+    assert "taking outputs/mine/math/augmentation" in err
+    assert (tmp_path / "results/mine/math_mgsm/scores.tsv").is_file()
+
+
+# -- batches and continuing
+
+
+def test_batches_are_longest_first_and_survive_the_removal_of_others():
+    lengths = [3, 9, 9, 1, 7, 5, 2]
+    batches = cut_batches(list(range(7)), lengths, 2)
+    assert batches == [[1, 2], [4, 5], [0, 6], [3]]
+    assert cut_batches([4, 5, 3, 1, 2], lengths, 2) == [[1, 2], [4, 5], [3]]
+
+
+def test_batch_size_changes_no_answer(evaluate, tmp_path):
+    found = []
+    for size in (1, 5, 12):
+        evaluate(*FEW[:4], "--eval_batch_size", size, "--results_dir", f"r{size}")
+        found.append(outcome(tmp_path / f"r{size}/MindMerger/math_mgsm"))
+    assert found[0] == found[1] == found[2]
+
+
+def interrupt_after(monkeypatch, batches):
+    """Ends the next run as Ctrl-C does after that many batches; returns the list of batches that were begun."""
+    begun, real = [], generate_batch
+
+    def counted(model, tokenizers, columns, batch, max_new_tokens):
+        begun.append(batch)
+        if len(begun) > batches:
+            raise KeyboardInterrupt
+        return real(model, tokenizers, columns, batch, max_new_tokens)
+
+    monkeypatch.setattr(run_evaluation, "generate_batch", counted)
+    return begun
+
+
+def test_an_interrupted_run_continues_to_the_same_bytes(evaluate, tmp_path, monkeypatch, capsys):
+    evaluate(*FEW, "--results_dir", "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        evaluate(*FEW, "--results_dir", "parts")
+    assert "8 examples of this run are kept: the same command continues" in capsys.readouterr().err
+    folder = tmp_path / "parts/MindMerger/math_mgsm"
+    assert not (folder / "results.json").exists()
+    shard = folder / ".partial/rank0.jsonl"
+    shard.write_bytes(shard.read_bytes()[:-20])  # a crash while the second batch was being written
+    with monkeypatch.context() as patch:
+        begun = interrupt_after(patch, 99)
+        _, err = evaluate(*FEW, "--results_dir", "parts")
+    assert "continuing: 4 of 12 examples are finished" in err
+    assert [len(batch) for batch in begun] == [4, 4]
+    assert outcome(folder) == outcome(tmp_path / "whole/MindMerger/math_mgsm")
+
+
+def test_a_run_out_of_memory_continues_with_a_smaller_batch(evaluate, tmp_path, monkeypatch):
+    """Finished examples stay finished when --eval_batch_size, which is no part of the result, is lowered."""
+    evaluate(*FEW, "--results_dir", "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 1)
+        evaluate(*FEW, "--results_dir", "parts")
+    with monkeypatch.context() as patch:
+        begun = interrupt_after(patch, 99)
+        evaluate(*FEW, "--results_dir", "parts", "--eval_batch_size", 3)
+    assert [len(batch) for batch in begun] == [3, 3, 2]
+    folders = [tmp_path / name / "MindMerger/math_mgsm" for name in ("whole", "parts")]
+    assert outcome(folders[0]) == outcome(folders[1])
+
+
+def test_a_finished_run_only_prints_its_table_again(evaluate, tmp_path, monkeypatch):
+    first, _ = evaluate(*FEW)
+    folder = tmp_path / "results/MindMerger/math_mgsm"
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(run_evaluation, "load_model", None)
+    again, err = evaluate(*FEW)
+    assert again == first and "nothing is generated" in err
+    assert before == {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_crash_while_merging_loses_no_answer(evaluate, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_evaluation, "write_json_atomic", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        evaluate(*FEW)
+    monkeypatch.setattr(run_evaluation, "load_model", None)
+    out, _ = evaluate(*FEW)
+    assert "mean" in out
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_changed_arguments_are_refused_by_name(evaluate, tmp_path, monkeypatch, state, world, datas):
+    if state == "finished":
+        evaluate(*FEW)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(patch, 1)
+            evaluate(*FEW)
+    other_data = tmp_path / "data"
+    shutil.copytree(datas, other_data)
+    with open(other_data / "evaluation/mgsm/mgsm_th.tsv", "a", encoding="utf-8") as file:
+        file.write("หนึ่งบวกหนึ่ง\t2\n")
+    altered = {name: value + 1 for name, value in world.model.mapping.state_dict().items()}
+    save_file(altered, tmp_path / "altered.safetensors")
+    llm = make_tiny_llm(tmp_path / "retrained", seed=8)
+    models = ("--llm_path", world.llm, "--mt_path", world.encoder)
+    for flags, checkpoint, name in (
+        (("--limit", 2), world.folder, "--limit"),
+        (("--languages", "Thai"), world.folder, "--languages"),
+        (("--max_new_tokens", 5), world.folder, "--max_new_tokens"),
+        (("--precision", "bf16"), world.folder, "--precision"),
+        (("--data_root", other_data), world.folder, "data "),
+        (models, tmp_path / "altered.safetensors", "--init_checkpoint"),
+        (("--llm_path", llm), world.folder, "--llm_path"),
+    ):
+        with pytest.raises(
+            UserError, match=f"{state} evaluation with another {name}.*then.*now.*--overwrite"
+        ) as caught:
+            evaluate(*FEW, *flags, checkpoint=checkpoint)
+        assert "\n" not in str(caught.value)
+    evaluate(*FEW, "--limit", 2, "--overwrite")
+    assert len(read_lines(tmp_path / "results/MindMerger/math_mgsm/predictions/Thai.jsonl")) == 2
+
+
+def test_a_model_trained_again_in_its_folder_has_another_fingerprint(tmp_path):
+    """Equal names and sizes: without a look at the weights a stale table would be printed for the new model."""
+    folder = tmp_path / "llm"
+    make_tiny_llm(folder, width=192, seed=1)
+    assert (folder / "model.safetensors").stat().st_size > 2 * 64 * 16 * 1024, "small files are read whole"
+    first = model_fingerprint(str(folder))
+    shutil.copytree(folder, tmp_path / "copy")
+    assert model_fingerprint(str(tmp_path / "copy")) == first
+    make_tiny_llm(folder, width=192, seed=2)
+    assert model_fingerprint(str(folder)) != first
+
+
+# -- one batch
+
+
+class EchoModel:
+    """Answers with given ids, as `MindMerger.generate` returns them."""
+
+    device, eos_token_ids = torch.device("cpu"), [2, 7]
+
+    def __init__(self, ids=None, error=None):
+        self.ids, self.error = ids, error
+
+    def generate(self, **inputs):
+        if self.error:
+            raise self.error
+        return torch.tensor(self.ids)
+
+
+class Letters:
+    """A tokenizer whose id is the letter's number and which calls nothing special."""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(96 + i) for i in ids)
+
+
+def test_answers_end_before_the_first_end_token_whatever_pads_them():
+    """An LLM padded with an ordinary token (or EOS) must not have its padding decoded or counted."""
+    tokenizers = SimpleNamespace(llm=Letters(), encoder_pad_id=0, llm_pad_id=0)
+    columns = {"prompt_ids": [[1]] * 4}
+    model = EchoModel([[8, 9, 2, 3], [7, 1, 1, 1], [8, 8, 8, 8], [8, 8, 8, 2]])
+    assert generate_batch(model, tokenizers, columns, [0, 1, 2, 3], 4) == [
+        Generation("hi", 3, False),
+        Generation("", 1, False),
+        Generation("hhhh", 4, True),
+        Generation("hhh", 4, False),
+    ]
+
+
+def test_out_of_memory_names_sizes_and_flags():
+    tokenizers = SimpleNamespace(llm=None, encoder_pad_id=0, llm_pad_id=0)
+    columns = {"prompt_ids": [[1, 2]] * 3, "encoder_ids": [[1, 2, 3]] * 3}
+    with pytest.raises(
+        UserError, match="3 examples .*3 encoder_input_ids, 2 prompt_ids, up to 9 .*--eval_batch_size"
+    ) as e:
+        generate_batch(EchoModel(error=torch.cuda.OutOfMemoryError()), tokenizers, columns, [0, 1, 2], 9)
+    assert "\n" not in str(e.value)
+
+
+# -- answer()
+
+
+def test_answer_gives_what_the_command_gives_in_the_order_asked(evaluate, tmp_path, world):
+    evaluate(*FEW)
+    rows = []
+    for language in ("Thai", "English"):
+        found = read_lines(tmp_path / f"results/MindMerger/math_mgsm/predictions/{language}.jsonl")
+        rows += [(row["source"], language, row["output"]) for row in found]
+    rows = rows[::2] + rows[1::2]
+    texts, languages, outputs = map(list, zip(*rows, strict=True))
+    assert answer(world.model, texts, languages=languages, max_new_tokens=4, batch_size=3) == outputs
+    assert answer(world.model, texts, languages="th", max_new_tokens=4) == outputs
+    assert answer(world.model, texts, max_new_tokens=4, augmentation=False) != outputs
+    assert answer(world.model, []) == []
+
+
+def test_answer_of_a_model_without_encoder_is_the_llm_alone(evaluate, tmp_path, world):
+    evaluate("--task", "xnli", "--languages", "Thai", "--llm_only", "--llm_path", world.llm, checkpoint=None)
+    rows = read_lines(tmp_path / "results/MindMerger/xnli-llm_only/predictions/Thai.jsonl")
+    model = MindMerger.from_models(None, world.llm, torch.float32)
+    assert answer(model, [row["prompt"] for row in rows], task="xnli") == [row["output"] for row in rows]
+
+
+def test_answer_refuses_wrong_lists_in_one_line(world):
+    for arguments, message in (
+        ((["a", "b"], "math", ["Thai"]), "2 texts, 1 languages"),
+        ((["a"], "math", ["Tahi"]), "Thai"),
+        ((["a"], "maht", ["Thai"]), "math"),
+        (("a", "math", ["Thai"]), "list"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            answer(world.model, *arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_answer_asks_for_languages_where_the_encoder_reads_a_tag(world, monkeypatch):
+    """An NLLB-like encoder silently told that Swahili is English answers worse, and nobody sees why."""
+    tagged = SimpleNamespace(encoder=SimpleNamespace(src_lang="eng_Latn"))
+    monkeypatch.setattr(run_evaluation, "_cached_tokenizers", lambda mt_path, llm_path: tagged)
+    with pytest.raises(UserError, match="needs the texts' languages"):
+        answer(world.model, ["a"])
+
+
+# -- wrong inputs
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, world):
+    """Things a user may pass by mistake, by name."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "empty").mkdir()
+    (folder / "cut.bin").write_bytes(Path(world.released).read_bytes()[:200])
+    torch.save({"model_state_dict": os.system}, folder / "code.bin")
+    save_file({"mlp.linear1.weight": torch.zeros(2, 2)}, folder / "part.safetensors")
+    make_tiny_encoder(folder / "wide_encoder", width=24)
+    make_tiny_llm(folder / "short_llm", max_position_embeddings=100)
+    return folder
+
+
+WRONG = {
+    "unknown task": (["--task", "mgms"], "unknown task 'mgms'"),
+    "task without evaluation": (["--task", "translation"], "no evaluation set: choose --task math_mgsm"),
+    "unknown language": (["--languages", "Swahilli"], "Swahili"),
+    "no language": (["--languages", ","], "no language"),
+    "missing data root": (["--data_root", "absent"], "absent"),
+    "missing file": (["--data_root", "{broken}/empty"], "mgsm"),
+    "missing checkpoint": (["--init_checkpoint", "absent.bin"], "no mapping at absent.bin"),
+    "empty checkpoint folder": (["--init_checkpoint", "{broken}/empty"], "neither mapping.safetensors nor"),
+    "cut checkpoint": (
+        ["--init_checkpoint", "{broken}/cut.bin", "--llm_path", "{llm}", "--mt_path", "{encoder}"],
+        "cut.bin",
+    ),
+    "checkpoint with code": (
+        ["--init_checkpoint", "{broken}/code.bin", "--llm_path", "{llm}", "--mt_path", "{encoder}"],
+        "could run code",
+    ),
+    "checkpoint of other widths": (
+        ["--mt_path", "{broken}/wide_encoder"],
+        r"has shape \(32, 16\).*width 24.*\(48, 24\)",
+    ),
+    "part of a checkpoint": (
+        ["--init_checkpoint", "{broken}/part.safetensors", "--llm_path", "{llm}", "--mt_path", "{encoder}"],
+        "part.safetensors: end_boundary is missing",
+    ),
+    "missing llm": (["--llm_path", "./absent"], "./?absent"),
+    "missing encoder": (["--mt_path", "./absent"], "./?absent"),
+    "batch of none": (["--eval_batch_size", "0"], "--eval_batch_size: expected a whole number of at least 1, got '0'"),
+    "limit of none": (["--limit", "-1"], "--limit"),
+    "not a bool": (["--augmentation", "Soft"], "expected True or False, got 'Soft'"),
+    "unknown flag": (["--max_new_token", "4"], "unrecognized arguments: --max_new_token"),
+    "compare one": (["--compare", "results"], "at least two"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_before_any_model_loads(case, world, broken, datas, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_evaluation, "load_model", None)
+    flags, message = WRONG[case]
+    flags = [part.format(broken=broken, llm=world.llm, encoder=world.encoder) for part in flags]
+    with pytest.raises(UserError, match=message) as caught:
+        main(["--data_root", datas, "--init_checkpoint", world.folder, *flags])
+    assert "\n" not in str(caught.value).strip()
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_input_longer_than_learned_positions_is_refused_and_rotary_ones_warn(world, broken, datas, capsys):
+    given = ["--init_checkpoint", world.folder, "--data_root", datas, "--languages", "en", "--limit", "1"]
+    plan = prepare(build_parser().parse_args([*given, "--llm_path", str(broken / "short_llm")]), on_gpu=False)
+    assert plan.max_new_tokens == 512 and "has 100: lower --max_new_tokens" in capsys.readouterr().err
+    from transformers import GPT2Config
+
+    GPT2Config(n_positions=64, n_embd=8, n_head=2, n_layer=1).save_pretrained(broken / "gpt2")
+    with pytest.raises(UserError, match="may take 65 positions but .*gpt2 has 64"):
+        run_evaluation.check_positions(str(broken / "gpt2"), 65)
+    run_evaluation.check_positions(str(broken / "gpt2"), 64)
+
+
+# -- whole commands
+
+
+@pytest.mark.slow
+def test_wrong_input_on_two_ranks_is_printed_once_and_exits_2(run, world, datas):
+    done = run(
+        ROOT / "run_evaluation.py", "--init_checkpoint", world.folder, "--data_root", datas, "--task", "xnil", ranks=2
+    )
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("error: unknown task 'xnil'") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_wrong_input_of_a_plain_run_is_one_line_and_exit_2(run, world, datas):
+    done = run(ROOT / "run_evaluation.py", "--data_root", datas, "--init_checkpoint", "absent.bin")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "task math means" not in line] == [
+        "error: no mapping at absent.bin: pass a saved folder, a .safetensors file or a pytorch_model.bin"
+    ]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_what_one_process_gives(run, evaluate, world, datas, tmp_path):
+    """The published command, as the launcher starts it: every example once, merged by rank 0, one table."""
+    evaluate(*FEW, "--results_dir", "one")
+    models = ("--llm_path", world.llm + "/", "--mt_path", world.encoder + "/")
+    program = ROOT / "run_evaluation.py"
+    published = (
+        "--deepspeed",
+        *models,
+        "--init_checkpoint",
+        world.released,
+        "--augmentation",
+        "True",
+        "--data_root",
+        datas,
+    )
+    done = run(program, *published, *FEW, "--results_dir", "two", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("95 % interval") == 1
+    two = tmp_path / "two/MindMerger/math_mgsm"
+    assert outcome(two)[0] == outcome(tmp_path / "one/MindMerger/math_mgsm")[0]
+    timing = json.loads((two / "results.json").read_text())["timing"]
+    assert timing["world_size"] == 2 and timing["examples"] == 12
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_midway_are_continued_by_one_process(evaluate, world, datas, tmp_path):
+    """SIGKILL leaves what each rank had finished; another world size takes it up and ends with the same bytes."""
+    flags = ["--task", "math_msvamp", "--eval_batch_size", "1", "--max_new_tokens", "40"]
+    evaluate(*flags, "--results_dir", "whole")
+    command = [sys.executable, str(ROOT / "run_evaluation.py"), "--init_checkpoint", world.folder, "--data_root", datas]
+    environment = clean_environment(tmp_path) | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [
+        subprocess.Popen(
+            [*command, *flags, "--results_dir", "parts"],
+            cwd=tmp_path,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    folder = tmp_path / "parts/MindMerger/math_msvamp"
+    shards = [folder / f".partial/rank{rank}.jsonl" for rank in range(2)]
+    deadline = time.monotonic() + 120
+    try:
+        while not all(shard.is_file() and shard.stat().st_size for shard in shards):
+            assert time.monotonic() < deadline and all(process.poll() is None for process in ranks)
+            time.sleep(0.01)
+    finally:
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert not (folder / "results.json").exists(), "the run was over before it could be killed"
+    _, err = evaluate(*flags, "--results_dir", "parts")
+    assert "continuing: " in err
+    assert outcome(folder) == outcome(tmp_path / "whole/MindMerger/math_msvamp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["math_mgsm", "math_msvamp", "x-csqa", "xnli"])
+def test_published_commands_run_in_every_task(evaluate, world, tmp_path, task):
+    models = ("--llm_path", world.llm + "/", "--mt_path", world.encoder + "/")
+    older = ("--save_name", "MergeMinds", "--max_seq_len", 512, "--max_gen_len", 512, "--gpu", 0, "--max_new_tokens", 8)
+    out, _ = evaluate("--task", task, *models, *older, "--augmentation", "True", checkpoint=world.released)
+    results = json.loads((tmp_path / "results/MergeMinds" / task / "results.json").read_text())
+    assert results["counts"]["examples"] >= 40
+    assert all(name in out for name in results["languages"])

@@ -1,0 +1,650 @@
+"""The scripts, the presets and the README, checked against the programs they speak of."""
+
+import ast
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import prepare_data
+
+from data_utils import find_language, find_task
+from runtime_utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB = ROOT / "tests" / "data" / "hub"
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+PRESETS = sorted((ROOT / "scripts").glob("ds_*.json"))
+TRAINING = {"math": "training_math.sh", "x-csqa": "training_x_csqa.sh", "xnli": "training_xnli.sh"}
+
+
+def parser_of(program: str):
+    return importlib.import_module(program.removesuffix(".py")).build_parser()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reproduction scripts: a launcher on PATH that only notes down what it was given
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Returns a function that runs a script and gives back every command line the launcher was called with."""
+    record = tmp_path / "record"
+    fake = tmp_path / "bin" / "deepspeed"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" >> {record}\necho ---- >> {record}\nexit ${{FAKE_EXIT:-0}}\n"
+    )
+    fake.chmod(0o755)
+
+    def run(name, *arguments, expected_exit=0, **environment):
+        record.unlink(missing_ok=True)
+        path = f"{fake.parent}:{os.environ['PATH']}"
+        clean = {"PATH": path, "HOME": str(tmp_path), **environment}
+        # From another folder: the scripts find the project themselves.
+        done = subprocess.run(
+            ["bash", ROOT / "scripts" / name, *arguments], env=clean, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == expected_exit, done.stderr
+        calls = record.read_text().split("----\n")[:-1] if record.exists() else []
+        return [call.splitlines() for call in calls], done.stderr
+
+    return run
+
+
+def split_launcher(call: list[str]) -> tuple[list[str], str, list[str]]:
+    at = next(index for index, word in enumerate(call) if word.endswith(".py"))
+    return call[:at], call[at], call[at + 1 :]
+
+
+def flags_of(call: list[str]) -> dict:
+    _, program, arguments = split_launcher(call)
+    return vars(parser_of(program).parse_args(arguments))
+
+
+def published_command(task: str, stage: str) -> str:
+    """The published command line of a stage; where the README of the release and its scripts differ, the scripts'."""
+    llm = {
+        "math": "meta-math/MetaMath-7B-V1.0",
+        "x-csqa": "LLaMAX/LLaMAX2-7B-X-CSQA",
+        "xnli": "LLaMAX/LLaMAX2-7B-XNLI",
+    }[task]
+    math_augmentation = task == "math" and stage == "augmentation"
+    length = 512 if math_augmentation else 200
+    return (
+        f"--deepspeed --llm_path {llm} --mt_path google/mt5-xl --task {task} --stage_name {stage} "
+        f"--train_num {30000 if math_augmentation else 100000} --train_batch_size 128 "
+        f"--train_micro_batch_size_per_gpu {2 if math_augmentation else 8} --augmentation {stage == 'augmentation'} "
+        f"--epoch_num 3 --max_seq_len {length} --max_gen_len {length}"
+    )
+
+
+@pytest.mark.parametrize("task", TRAINING)
+def test_training_script_runs_both_stages_with_the_published_settings(run_script, task):
+    calls, _ = run_script(TRAINING[task])
+    expected = [published_command(task, stage) for stage in ("mapping", "augmentation")]
+    assert [call[0] for call in calls] == ["run_training.py"] * 2
+    assert [flags_of(call) for call in calls] == [
+        vars(parser_of("run_training.py").parse_args(command.split())) for command in expected
+    ]
+    assert flags_of(calls[0])["lr"] == 2e-5 and flags_of(calls[0])["dev_size"] == 3000
+
+
+@pytest.mark.parametrize(
+    "script, task, trained, llm, length",
+    [
+        ("evaluation_mgsm.sh", "math_mgsm", "math", "meta-math/MetaMath-7B-V1.0", 512),
+        ("evaluation_msvamp.sh", "math_msvamp", "math", "meta-math/MetaMath-7B-V1.0", 512),
+        ("evaluation_x_csqa.sh", "x-csqa", "x-csqa", "LLaMAX/LLaMAX2-7B-X-CSQA", None),
+        ("evaluation_xnli.sh", "xnli", "xnli", "LLaMAX/LLaMAX2-7B-XNLI", None),
+    ],
+)
+def test_evaluation_script_evaluates_what_training_left(run_script, script, task, trained, llm, length):
+    calls, _ = run_script(script)
+    (flags,) = map(flags_of, calls)
+    expected = {
+        "task": task,
+        "llm_path": llm,
+        "mt_path": "google/mt5-xl",
+        "init_checkpoint": f"outputs/MindMerger/{trained}/augmentation/pytorch_model.bin",
+        "augmentation": True,
+        "eval_batch_size": 8,
+        "max_seq_len": 512,
+        "max_gen_len": length,
+        "save_name": "MindMerger",
+    }
+    assert {name: flags[name] for name in expected} == expected
+    assert find_task(task).training_name == trained
+
+
+def test_evaluation_under_another_name_reads_that_runs_mapping(run_script):
+    """`--save_name other` must not score the default run's mapping under the other name."""
+    for arguments in (["--save_name", "other"], ["--save_name=other"]):
+        calls, _ = run_script("evaluation_xnli.sh", *arguments)
+        assert flags_of(calls[0])["init_checkpoint"] == "outputs/other/xnli/augmentation/pytorch_model.bin"
+    calls, _ = run_script("evaluation_xnli.sh", SAVE_NAME="third", OUTPUT_DIR="elsewhere")
+    assert flags_of(calls[0])["init_checkpoint"] == "elsewhere/third/xnli/augmentation/pytorch_model.bin"
+    calls, _ = run_script("evaluation_xnli.sh", INIT_CHECKPOINT="a.bin", AUGMENTATION="False")
+    assert (flags_of(calls[0])["init_checkpoint"], flags_of(calls[0])["augmentation"]) == ("a.bin", False)
+
+
+def test_evaluation_of_the_llm_alone_names_no_mapping(run_script):
+    calls, _ = run_script("evaluation_mgsm.sh", "--llm_only", "--limit", "3")
+    flags = flags_of(calls[0])
+    assert (flags["llm_only"], flags["limit"], flags["init_checkpoint"]) == (True, 3, None)
+
+
+def test_every_setting_of_a_script_can_be_replaced_from_the_environment(run_script):
+    calls, _ = run_script("training_math.sh")
+    fixed = {"--task", "--stage_name", "--deepspeed"}
+    names = [word[2:] for word in calls[0] if word.startswith("--") and word not in fixed]
+    assert {"llm_path", "mt_path", "train_num", "lr", "max_gen_len"} < set(names)
+    for spelling in (str.upper, str.lower):
+        environment = {spelling(name): "False" if name == "augmentation" else "7" for name in names}
+        for call in run_script("training_math.sh", **environment)[0]:
+            flags = flags_of(call)
+            assert {name: str(flags[name]).removesuffix(".0") for name in names} == {
+                name: environment[spelling(name)] for name in names
+            }
+
+
+def test_settings_from_the_environment_may_hold_for_one_stage(run_script):
+    calls, _ = run_script("training_xnli.sh", TRAIN_NUM="9", AUGMENTATION_TRAIN_NUM="4", LANGUAGES="Swahili,Thai")
+    assert [flags_of(call)["train_num"] for call in calls] == [9, 4]
+    assert [flags_of(call)["languages"] for call in calls] == ["Swahili,Thai"] * 2
+
+
+def test_arguments_reach_both_stages_and_win_over_the_environment(run_script):
+    calls, _ = run_script("training_x_csqa.sh", "--train_num", "5", "--data_root", "my data", TRAIN_NUM="9")
+    assert [flags_of(call)["train_num"] for call in calls] == [5, 5]
+    assert [flags_of(call)["data_root"] for call in calls] == ["my data"] * 2
+
+
+def test_launcher_options_stand_before_the_program(run_script):
+    environment = {"NUM_GPUS": "2", "HOSTFILE": "my hosts", "MASTER_PORT": "1234", "DEEPSPEED_ARGS": "--num_nodes 3 -q"}
+    for script in ("training_math.sh", "evaluation_mgsm.sh"):
+        calls, _ = run_script(script, **environment)
+        for call in calls:
+            launcher, program, _ = split_launcher(call)
+            assert launcher == shlex.split("--hostfile 'my hosts' --num_gpus 2 --master_port 1234 --num_nodes 3 -q")
+            assert (ROOT / program).is_file()
+
+
+def test_one_stage_alone_and_where_it_starts(run_script):
+    calls, _ = run_script("training_math.sh", STAGE_NAME="augmentation", INIT_CHECKPOINT="m.bin")
+    assert [(flags_of(call)["stage_name"], flags_of(call)["init_checkpoint"]) for call in calls] == [
+        ("augmentation", "m.bin")
+    ]
+    # Of a whole run it is the start: the augmentation stage must take the mapping that was just trained.
+    calls, _ = run_script("training_math.sh", INIT_CHECKPOINT="m.bin")
+    assert [flags_of(call)["init_checkpoint"] for call in calls] == ["m.bin", None]
+    calls, error = run_script("training_math.sh", STAGE_NAME="mapping,augmentation", expected_exit=2)
+    assert not calls and error.startswith("error: STAGE_NAME is 'mapping,augmentation'") and error.count("\n") == 1
+
+
+def test_a_failed_mapping_stage_stops_the_script_with_its_exit_code(run_script):
+    calls, _ = run_script("training_math.sh", expected_exit=2, FAKE_EXIT="2")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_script_is_well_formed(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert script.read_text().startswith(("#!/usr/bin/env bash\n", "# Sourced", "#"))
+
+
+def test_ci_script_is_executable():
+    assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize(
+    "arguments, expression, rest",
+    [
+        ([], "not soak", []),
+        (["-m", "not slow", "-x"], "(not slow) and not soak", ["-x"]),
+        (["tests/a.py", "-mslow"], "(slow) and not soak", ["tests/a.py"]),
+    ],
+)
+def test_test_script_never_runs_soak_tests(tmp_path, arguments, expression, rest):
+    """pytest obeys only the last -m: a caller's own would bring the soak tests back."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "test.sh", tmp_path / "scripts")
+    (tmp_path / "scripts" / "setup_venv.sh").write_text(f"PATH={tmp_path}:$PATH\n")
+    fake = tmp_path / "python"
+    fake.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\nexit 5\n")
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["bash", tmp_path / "scripts" / "test.sh", *arguments], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.stdout.splitlines() == ["-m", "pytest", "-m", expression, *rest]
+    assert done.returncode == 5
+
+
+@pytest.mark.parametrize("tests_exit, lint_exit, expected", [(0, 0, 0), (5, 0, 5), (0, 1, 1), (5, 1, 5)])
+def test_ci_script_runs_every_check_and_ends_with_the_first_failure(tmp_path, tests_exit, lint_exit, expected):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    (tmp_path / "scripts" / "test.sh").write_text(f"echo tests\nexit {tests_exit}\n")
+    (tmp_path / "scripts" / "setup_venv.sh").write_text(f"PATH={tmp_path}:$PATH\n")
+    fake = tmp_path / "ruff"
+    fake.write_text(f'#!/usr/bin/env bash\necho ruff "$@"\nexit {lint_exit}\n')
+    fake.chmod(0o755)
+    done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout.splitlines() == ["tests", "ruff check .", "ruff format --check ."]
+    assert done.returncode == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed presets
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_preset_leaves_precision_optimizer_and_batch_to_the_program(preset):
+    """A bf16 or fp16 section makes DeepSpeed cast the mapping too; DeepSpeed's own CPU Adam needs a compiler."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = json.loads(preset.read_text())
+    assert set(config) <= {"zero_optimization", "zero_force_ds_cpu_optimizer"}
+    zero = DeepSpeedZeroConfig(**config["zero_optimization"])  # refuses misspelt keys
+    assert zero.stage == int(re.match(r"ds_zero(\d)", preset.stem).group(1))
+    offloads = "offload_optimizer" in config["zero_optimization"]
+    assert offloads == preset.stem.endswith("_offload")
+    assert config.get("zero_force_ds_cpu_optimizer", True) is not offloads
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_preset_passes_the_programs_own_list_of_keys(preset):
+    from deepspeed_utils import effective_config, read_deepspeed_config
+
+    effective = effective_config(read_deepspeed_config(str(preset)), 128, 8, 16, 1.0)
+    assert effective["train_micro_batch_size_per_gpu"] == 8
+
+
+def test_all_promised_presets_are_there():
+    names = {preset.stem for preset in PRESETS}
+    assert {"ds_zero0", "ds_zero1", "ds_zero2", "ds_zero3", "ds_zero3_offload"} <= names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data preparation: the hub's rows
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (HUB / name).read_text(encoding="utf-8").splitlines()]
+
+
+def examples(task: str, data_root, language: str) -> list:
+    return list(find_task(task).read_evaluation(data_root, find_language(language)))
+
+
+@pytest.mark.parametrize("code, language", [("en", "English"), ("sw", "Swahili")])
+def test_mgsm_rows_become_lines_the_reader_takes(tmp_path, code, language):
+    hub_rows = rows(f"mgsm_{code}_test.jsonl")
+    prepare_data.write_mgsm(tmp_path / f"evaluation/mgsm/mgsm_{code}.tsv", hub_rows)
+    read = examples("math_mgsm", tmp_path, language)
+    assert [example.source for example in read] == [row["question"] for row in hub_rows]
+    assert [float(example.target) for example in read] == [18, 3]
+
+
+def test_mgsm_line_break_or_tab_in_a_question_cannot_shift_the_columns():
+    row = {"question": "one\ttwo\nthree", "answer": None, "answer_number": 4.0, "equation_solution": None}
+    assert prepare_data.mgsm_line(row) == "one two three\t4"
+
+
+@pytest.mark.parametrize("code, config", [("en", "en"), ("ja", "jap")])
+def test_x_csqa_rows_become_records_the_reader_takes(tmp_path, code, config):
+    hub_rows = rows(f"x_csqa_{config}_validation.jsonl")
+    prepare_data.write_x_csqa(tmp_path / f"evaluation/x-csqa/{code}/dev.jsonl", hub_rows)
+    read = examples("x-csqa", tmp_path, code)
+    assert [example.target for example in read] == [row["answerKey"] for row in hub_rows]
+    for example, row in zip(read, hub_rows, strict=True):
+        assert row["question"]["stem"] in example.source
+        assert all(text in example.source for text in row["question"]["choices"]["text"])
+
+
+def test_x_csqa_rows_with_choices_as_a_list_give_the_same_lines():
+    for row in rows("x_csqa_en_validation.jsonl"):
+        listed = json.loads(prepare_data.x_csqa_line(row))
+        assert isinstance(listed["question"]["choices"], list) and list(listed["question"]["choices"][0]) == [
+            "label",
+            "text",
+        ]
+        assert prepare_data.x_csqa_line(listed) == prepare_data.x_csqa_line(row)
+
+
+def test_xnli_rows_become_records_of_all_languages(tmp_path):
+    hub_rows = rows("xnli_all_languages.jsonl")
+    for path in ("evaluation/xnli/test.json", "query_translation/xnli_dev.json"):
+        prepare_data.write_xnli(tmp_path / path, hub_rows)
+    for name in find_task("xnli").evaluation_languages:
+        read, code = examples("xnli", tmp_path, name), find_language(name).code
+        assert [example.target for example in read] == ["entailment", "contradiction"]
+        hypotheses = [dict(zip(*row["hypothesis"].values(), strict=True))[code] for row in hub_rows]
+        for example, row, hypothesis in zip(read, hub_rows, hypotheses, strict=True):
+            assert example.source == f"Premise: {row['premise'][code]}\nHypothesis: {hypothesis}\nLabel:"
+    training = list(find_task("xnli").read_augmentation(tmp_path))
+    assert len(training) == 2 * 15
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"label": -1}, "label -1 is none of"), ({"premise": {"en": "Only English."}}, "no 'sw' among en")],
+)
+def test_xnli_row_of_another_form_is_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        prepare_data.write_xnli(tmp_path / "test.json", [rows("xnli_all_languages.jsonl")[0] | change])
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data preparation: the way through `datasets`, from clones of the hub's data sets
+
+
+def run_prepare(*arguments, **environment):
+    command = ["bash", ROOT / "scripts" / "prepare_data.sh", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+def clone(folder: Path, splits: dict[tuple[str, str], list[dict]], features=None) -> None:
+    """Writes a data set as the hub keeps it: parquet files, and a card that says which belong to which config."""
+    import datasets
+
+    configs: dict[str, list[str]] = {}
+    for (config, split), content in splits.items():
+        path = folder / config / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(content, features=features).to_parquet(path)
+        configs.setdefault(config, []).append(f"  - split: {split}\n    path: {config}/{split}-*\n")
+    card = "".join(f"- config_name: {name}\n  data_files:\n{''.join(files)}" for name, files in configs.items())
+    (folder / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+
+
+def test_everything_the_hub_has_arrives_in_the_released_layout(tmp_path):
+    import datasets
+
+    mirror, data_root = tmp_path / "mirror", tmp_path / "datas"
+    mgsm = {(find_language(name).code, "test"): rows("mgsm_en_test.jsonl") for name in task_languages("math_mgsm")}
+    clone(mirror / "juletxara" / "mgsm", mgsm)
+    codes = [find_language(name).code for name in task_languages("x-csqa")]
+    configs = ["X-CSQA-" + ("jap" if code == "ja" else code) for code in codes]
+    x_csqa = {(config, "validation"): rows("x_csqa_jap_validation.jsonl") for config in configs}
+    clone(mirror / "INK-USC" / "xcsr", x_csqa | {("X-CSQA-en", "train"): rows("x_csqa_en_train.jsonl")})
+    xnli = rows("xnli_all_languages.jsonl")
+    languages = sorted(xnli[0]["premise"])
+    features = datasets.Features(
+        premise=datasets.Translation(languages),
+        hypothesis=datasets.TranslationVariableLanguages(languages),
+        label=datasets.ClassLabel(names=["entailment", "neutral", "contradiction"]),
+    )
+    content = [row | {"hypothesis": dict(zip(*row["hypothesis"].values(), strict=True))} for row in xnli]
+    content = [features.encode_example(row) for row in content]
+    clone(
+        mirror / "facebook" / "xnli", {("all_languages", split): content for split in ("test", "validation")}, features
+    )
+
+    done = run_prepare("--data_root", data_root, "--hub_mirror", mirror, HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    expected = {f"evaluation/mgsm/mgsm_{code}.tsv" for code, _ in mgsm}
+    expected |= {f"evaluation/x-csqa/{code}/dev.jsonl" for code in codes}
+    expected |= {"query_translation/x-csqa/train_en.jsonl", "evaluation/xnli/test.json"}
+    expected |= {"query_translation/xnli_dev.json"}
+    assert files_in(data_root) == expected
+    for task in ("math_mgsm", "x-csqa", "xnli"):
+        for name in task_languages(task):
+            assert len(examples(task, data_root, name)) == 2
+    assert "math: MGSM             11 of 11 files" in done.stdout
+    # What the hub lacks is said, with where to get it.
+    assert "x-csqa: augmentation    1 of 16 files" in done.stdout
+    assert "the translated ones are not there" in done.stdout and "math: augmentation      0 of  1 files" in done.stdout
+
+    # A second run keeps every file, asks for nothing, and needs no source.
+    test_file = data_root / "evaluation/xnli/test.json"
+    test_file.write_text("mine")
+    again = run_prepare("--data_root", data_root, "--hub_mirror", tmp_path / "absent")
+    assert (again.returncode, test_file.read_text()) == (0, "mine")
+
+
+def test_a_hub_out_of_reach_is_one_line_per_data_set_and_no_file(tmp_path):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = run_prepare("--data_root", tmp_path / "datas", **offline)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    reported = [line for line in done.stderr.splitlines() if line.startswith(("failed", "error:"))]
+    assert [line.split(":")[0].split()[-1] for line in reported] == ["mgsm", "x-csqa", "xnli", "error"]
+    assert "--archive" in reported[-1] and not files_in(tmp_path / "datas")
+
+
+def test_an_unknown_data_set_is_refused_with_the_list(tmp_path):
+    done = run_prepare("--tasks", "mgsm,msvamp", "--data_root", tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: --tasks mgsm,msvamp: choose from mgsm, x-csqa, xnli\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data preparation: the released archive
+
+
+def task_languages(task: str) -> tuple[str, ...]:
+    return find_task(task).evaluation_languages
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+RELEASED = {
+    "datas/bilingual_pairs/en-sw/train_100k.sw": "Habari.\n",
+    "datas/bilingual_pairs/en-sw/train_100k.en": "Hello.\n",
+    "datas/query_translation/math.json": "[]",
+    "datas/evaluation/msvamp/test_German.json": "{}\n",
+    "datas/evaluation/x-csqa/jap/dev.jsonl": "{}\n",
+    "datas/README.md": "not data",
+    "__MACOSX/datas/evaluation/mgsm/._mgsm_en.tsv": "not data",
+}
+ARRANGED = {
+    "bilingual_pairs/en-sw/train_100k.sw": "Habari.\n",
+    "bilingual_pairs/en-sw/train_100k.en": "Hello.\n",
+    "query_translation/math.json": "[]",
+    "evaluation/msvamp/test_German.jsonl": "{}\n",
+    "evaluation/x-csqa/ja/dev.jsonl": "{}\n",
+}
+
+
+def make_archive(folder: Path, kind: str, members: dict[str, str]) -> Path:
+    path = folder / f"release.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in members.items():
+                archive.writestr(name, text)
+    elif kind == "tar.gz":
+        with tarfile.open(path, "w:gz") as archive:
+            for name, text in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(text)
+                archive.addfile(info, io.BytesIO(text.encode()))
+    else:
+        for name, text in members.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz", "folder"])
+def test_the_released_archive_lands_in_the_data_root(tmp_path, kind):
+    archive, data_root = make_archive(tmp_path, kind, RELEASED), tmp_path / "root"
+    prepare_data.arrange(archive, data_root, overwrite=False)
+    assert {name: (data_root / name).read_text() for name in files_in(data_root)} == ARRANGED
+
+
+def test_files_that_exist_are_kept_unless_told_otherwise(tmp_path):
+    archive, mine = make_archive(tmp_path, "zip", RELEASED), tmp_path / "root/query_translation/math.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    prepare_data.arrange(archive, tmp_path / "root", overwrite=False)
+    assert mine.read_text() == "mine"
+    prepare_data.arrange(archive, tmp_path / "root", overwrite=True)
+    assert mine.read_text() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+@pytest.mark.parametrize(
+    "name", ["datas/evaluation/../../../stolen", "/etc/evaluation/stolen", "..\\evaluation\\stolen", "C:/evaluation/x"]
+)
+def test_a_member_that_leads_out_is_refused_before_anything_is_written(tmp_path, kind, name):
+    archive = make_archive(tmp_path, kind, RELEASED | {name: "bad"})
+    before = files_in(tmp_path)
+    with pytest.raises(UserError, match="leads out of the data folder"):
+        prepare_data.arrange(archive, tmp_path / "root", overwrite=False)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "folder"])
+def test_a_link_in_the_archive_is_refused(tmp_path, kind):
+    name, path = "datas/evaluation/mgsm/mgsm_en.tsv", tmp_path / f"release.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, "/etc/passwd")
+    elif kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(info)
+    else:
+        (path / name).parent.mkdir(parents=True)
+        (path / name).symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="is a link or a device"):
+        prepare_data.arrange(path, tmp_path / "root", overwrite=False)
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped", "no archive", "no data", "absent"])
+def test_an_archive_that_cannot_be_used_is_one_line_and_leaves_no_partial_file(tmp_path, fault):
+    path = make_archive(tmp_path, "zip", {"datas/query_translation/math.json": "x" * 100})
+    content = path.read_bytes()
+    if fault == "cut":
+        path.write_bytes(content[:80])
+    elif fault == "flipped":
+        path.write_bytes(content.replace(b"x" * 100, b"x" * 99 + b"y"))
+    elif fault == "no archive":
+        path.write_text("<html>please log in</html>")
+    elif fault == "no data":
+        path = make_archive(tmp_path, "folder", {"paper/main.tex": "x"})
+    else:
+        path = tmp_path / "absent.zip"
+    done = run_prepare("--archive", path, "--data_root", tmp_path / "root")
+    assert done.returncode == 2 and done.stderr.startswith("error: --archive") and done.stderr.count("\n") == 1
+    assert not files_in(tmp_path / "root")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def readme_commands() -> list[str]:
+    """Every command of the shell blocks, continuation lines joined, comments dropped."""
+    shell = "\n".join(text for language, text in BLOCKS if language == "bash").replace("\\\n", " ")
+    return [line.split(" #")[0].strip() for line in shell.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_readme_starts_with_quickstart_and_tests():
+    assert readme_commands()[:2] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
+
+
+def test_every_program_and_file_the_readme_names_exists():
+    # Inside code, whatever looks like a file of this project.
+    named = set(re.findall(r"(?:scripts|tests|docs|\.ci)/[\w./-]*\w|\b\w+\.py\b|requirements\.txt", README))
+    assert len(named) > 10
+    missing = [name for name in named if not ((ROOT / name).exists() or (ROOT / "scripts" / name).exists())]
+    assert not missing
+    links = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    assert "docs/architecture.svg" in links
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_every_readme_command_of_the_two_programs_parses():
+    """A flag in the README that the program does not know would be the reader's first error message."""
+    from deepspeed.launcher.runner import parse_args as parse_launcher
+
+    checked = 0
+    for command in readme_commands():
+        words = shlex.split(command)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words.pop(0)
+        if words[:1] == ["deepspeed"]:
+            launcher = parse_launcher(words[1:])
+            program, arguments = launcher.user_script, launcher.user_args
+        elif words[:1] == ["python"] and words[1:2] and words[1].startswith("run_"):
+            program, arguments = words[1], words[2:]
+        else:
+            continue
+        parser_of(program).parse_args(arguments)
+        checked += 1
+    assert checked >= 6
+
+
+def test_every_flag_the_readme_mentions_exists():
+    from deepspeed.launcher.runner import parse_args as parse_launcher
+
+    known = {f"--{name}" for name in vars(parse_launcher(["x.py"]))}
+    for parser in (parser_of("run_training.py"), parser_of("run_evaluation.py"), prepare_data.build_parser()):
+        known |= set(parser._option_string_actions)
+    own = re.sub(r"#SBATCH.*|`ruff[^`]*`", "", README)
+    assert set(re.findall(r"(?<![\w-])--[a-z_]+(?![\w-])", own)) - known == set()
+
+
+def test_settings_the_readme_puts_into_the_environment_are_flags_of_the_scripts():
+    common = (ROOT / "scripts" / "common.sh").read_text()
+    flags = {name.upper() for name in vars(parser_of("run_training.py").parse_args([]))}
+    flags |= {name.upper() for name in vars(parser_of("run_evaluation.py").parse_args([]))}
+    for command in readme_commands():
+        for name in re.findall(r"\b([A-Z][A-Z_]+)=", command.split(" bash ")[0] if " bash " in command else ""):
+            bare = re.sub(r"^(MAPPING|AUGMENTATION)_(?=.)", "", name)
+            assert bare in flags or bare in common, f"{name} in: {command}"
+
+
+def test_readme_python_imports_only_what_exists():
+    blocks = [text for language, text in BLOCKS if language == "python"]
+    assert blocks
+    for text in blocks:
+        for node in ast.walk(ast.parse(textwrap.dedent(text))):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_the_amharic_row_of_the_readme_is_a_language():
+    from data_utils import LANGUAGES, Language
+
+    row = ast.literal_eval(re.search(r'\("Amharic".*?\)', README).group(0))
+    file = re.search(r"`LANGUAGES` in `(\w+\.py)`", README).group(1)
+    assert "\nLANGUAGES" in (ROOT / file).read_text()
+    language = Language(*row)
+    assert (language.name, language.code, language.nllb) == ("Amharic", "am", "amh_Ethi")
+    assert language.name not in LANGUAGES
+
+
+def test_versions_of_the_package_agree():
+    version = importlib.import_module("runtime_utils").__version__
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
