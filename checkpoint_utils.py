@@ -117,7 +117,10 @@ def fault_of(folder) -> str | None:
     """What is wrong with a checkpoint folder, in words; None when its manifest proves it whole."""
     folder = Path(folder)
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        if not text.endswith("}\n"):
+            return f"{MANIFEST} is cut short"
+        files = json.loads(text)["files"]
         for name in (TENSORS, STATE):
             path, expected = folder / name, files[name]
             if not path.is_file():

@@ -3,6 +3,7 @@
 A leaf that knows no task: bytes in; lines, JSON values and checked fields out.
 """
 
+import codecs
 import json
 import os
 import re
@@ -19,7 +20,10 @@ class DataError(UserError):
 
 
 def shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -47,6 +51,11 @@ def find_file(data_root, relative: str) -> Path:
     )
 
 
+def _refuse_utf16(path: Path, start: bytes) -> None:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:2].count(0) == 1:
+        raise DataError(f"{path}:1: UTF-16 text (a UTF-16 mark or NUL bytes at its start): convert the file to UTF-8")
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text without its line end). Only LF ends a line: texts hold U+0085, U+001D and CR.
 
@@ -57,6 +66,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
                 if number == 1:
+                    _refuse_utf16(path, raw)
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                     if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
                         raise DataError(f"{path}:1: lines end in CR alone: convert the file to LF line ends")
@@ -132,6 +142,17 @@ class _JsonCursor:
         self._move(end)
         return value
 
+    def key(self, seen: set[str]) -> str:
+        """An object's next key and its colon; adds the key to `seen`, which must not hold it yet."""
+        if self.peek() != '"':
+            raise self.fail(f"expected a key in double quotes, found {shown(self.text[self.at : self.at + 40])}")
+        line, key = self.line, self.value()
+        if key in seen:
+            raise DataError(f"{self.path}:{line}: key {shown(key)} stands twice in one object")
+        seen.add(key)
+        self.take(":")
+        return key
+
     def end(self) -> None:
         if self.at < len(self.text):
             raise self.fail(f"not valid JSON (more text after the end: {shown(self.text[self.at : self.at + 40])})")
@@ -141,6 +162,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, object]]:
     """Yields (line, element) of a JSON list, or of the list under "data" in a JSON object."""
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        _refuse_utf16(path, raw)
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{raw.count(10, 0, error.start) + 1}: not UTF-8") from None
@@ -151,15 +173,14 @@ def _json_list(path: Path) -> Iterator[tuple[int, object]]:
         return
     wrapped = cursor.peek() == "{"
     form = 'expected a JSON list, or {"data": [...]}'
+    keys: set[str] = set()  # a second "data" would be rows lost
     if wrapped:
         cursor.take("{")
-        while cursor.peek() != "}" and (key := cursor.value()) != "data":
-            cursor.take(":")
+        while (key := cursor.key(keys)) != "data":
             cursor.value()
             if cursor.peek() != ",":
                 raise cursor.fail(f"{form}; there is no key 'data' but {shown(key)}")
             cursor.take(",")
-        cursor.take(":")
     if cursor.peek() != "[":
         raise cursor.fail(form)
     cursor.take("[")
@@ -174,8 +195,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, object]]:
     cursor.take("]")
     while wrapped and cursor.peek() == ",":
         cursor.take(",")
-        cursor.value()
-        cursor.take(":")
+        cursor.key(keys)
         cursor.value()
     if wrapped:
         cursor.take("}")
@@ -213,7 +233,7 @@ class Record:
         return value
 
     def text(self, *keys: str | int, may_be_empty: bool = False) -> str:
-        """The text under nested keys, as it is.
+        """The text under nested keys, as it is: a NUL that JSON spells \\u0000 is text, a raw NUL byte is damage.
 
         Raises:
             DataError: where it is missing, no text, empty, or holds half a surrogate pair (which no tokenizer takes).

@@ -220,7 +220,7 @@ def _x_csqa(record: Record) -> Parsed:
     answer = record.value.get("answerKey")
     if answer not in labels:
         found = shown(answer) if answer else "none (test files come without)"
-        raise record.fail(f"answerKey must be one of {', '.join(labels)}, found {found}")
+        raise record.fail(f"answerKey must be one of {shown(', '.join(labels))}, found {found}")
     prompt, cut = x_csqa_prompt(stem, options)
     return prompt, prompt, cut, answer
 
@@ -248,8 +248,9 @@ def reference_number(text: str) -> float:
     return float(found[-1]) if found else 0.0
 
 
+# The bound on groups keeps the search linear: a long list such as 1,11,11,… took hours without it.
 _NUMBER = re.compile(
-    r"""(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)      # thousands commas, Indian grouping too: 1,234 and 1,00,000
+    r"""(?:\d{1,3}(?:,\d{2,3}){0,20},\d{3}(?!\d)  # thousands commas, Indian grouping too: 1,234 and 1,00,000
         |\d{1,3}(?:[\u00a0\u2009\u202f]\d{3})+(?!\d)   # no-break or thin blanks; a plain blank separates numbers
         |\d+)(?:\.\d+)?
         |(?<![\w.])\.\d+                         # .5, but not the end of 3.14.15, No.5 or an ellipsis""",
@@ -586,7 +587,8 @@ def read_pairs(data_root, language: Language, train_num: int | None = None) -> I
         prompt, cut = translation_prompt(source, language.name)
         yield Example(f"{language.code}-{line}", language.name, source, prompt, target, cut)
     if not given:
-        raise DataError(f"{sources}: the file holds no pairs")
+        left_out = f" but {len(empty)} with an empty side" if empty else ""
+        raise DataError(f"{sources} and {targets}: the files hold no pairs{left_out}")
     if empty:
         warn(f"{sources}: {len(empty)} pairs with an empty side are left out, the first at line {empty[0]}")
 

@@ -31,7 +31,8 @@ class Signals:
 
     def __init__(self):
         self.stop_code = 0  # 130 or 143 once a stop was asked for
-        self.save_asked = False
+        self.save_asked = False  # this rank heard SIGUSR1
+        self.save_agreed = False  # all ranks know of it; whoever writes the checkpoint clears it
         self._last_sign = time.monotonic()
         self._asked_at = None
         self._closing = False
@@ -49,16 +50,17 @@ class Signals:
         """The training thread calls this between micro-batches."""
         self._last_sign = time.monotonic()
 
-    def agree(self, device, *values) -> tuple:
+    def agree(self, device, *values) -> tuple[int, object]:
         """Adds up `values` over the ranks and shares what any rank has heard. A collective call.
 
         Returns:
-            (stop code or 0, whether a checkpoint is asked for, sums of the values as a float64 CPU tensor).
+            the stop code or 0, and the sums of the values as a float64 CPU tensor. `save_agreed` is then the same on
+            all ranks.
         """
         import torch
 
-        heard = torch.tensor([float(self.stop_code), float(self.save_asked)], dtype=torch.float64)
-        self.save_asked = False
+        save_asked, self.save_asked = self.save_asked, False
+        heard = torch.tensor([float(self.stop_code), float(save_asked)], dtype=torch.float64)
         sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
         if world_size() > 1:
             # One small all-gather instead of a maximum and a sum.
@@ -68,15 +70,19 @@ class Signals:
             everywhere = everywhere.cpu()
             heard, sums = everywhere[:, :2].max(0).values, everywhere[:, 2:].sum(0)
         self.alive()
-        return int(heard[0]), bool(heard[1]), sums.cpu()
+        self.stop_code = max(self.stop_code, int(heard[0]))
+        self.save_agreed = self.save_agreed or bool(heard[1])
+        return int(heard[0]), sums.cpu()
 
     def close(self) -> None:
-        """Restores the default handlers and ends the listening."""
+        """Ends the listening. After a stop further signals are ignored: the launcher sends one to each rank that has
+        not left yet when the first one leaves, and that must not change the exit code."""
         self._closing = True
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        after = (signal.SIG_IGN, signal.SIG_IGN) if self.stop_code else (signal.SIG_DFL, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, after[0])
+        signal.signal(signal.SIGUSR1, after[0])
+        signal.signal(signal.SIGINT, after[1])
         self._thread.join()
         self._reader.close()
         self._writer.close()
@@ -95,7 +101,7 @@ class Signals:
             if self._asked_at is not None and time.monotonic() - max(self._asked_at, self._last_sign) > PATIENCE_S:
                 print(
                     f"rank {os.environ.get('RANK', '0')}: no progress for {PATIENCE_S:.0f} s after {self._reason}, "
-                    "another rank must be gone: ending; start the same command again to resume from the last checkpoint",
+                    "another rank must be gone: ending; the same command resumes from the last checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -120,13 +126,6 @@ def _launcher_processes() -> tuple[int, int]:
         return parent, 0
 
 
-def ignore_signals_in_worker(_worker: int) -> None:
-    """For data loader workers: a signal to the process group is the training process's business alone."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 class FolderLock:
     """Keeps a second run out of an output folder. The system drops the lock when its owner dies, however it dies."""
 
@@ -140,7 +139,7 @@ class FolderLock:
         self.path = Path(folder) / ".lock"
         self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
         try:
-            # POSIX record locks, unlike flock, are not inherited by data loader workers that outlive a killed run.
+            # A POSIX record lock, unlike flock, is not inherited by child processes that outlive a killed run.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.seek(0)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--augmentation", type=parse_bool, help="put the prompt after the mapped source (default: by stage)")
     add("--max_seq_len", type=int, default=512, help="limit of the encoder's tokens")
     add("--max_gen_len", type=int, default=512, help="limit of the prompt's and of the target's tokens")
-    add("--num_workers", type=int, default=2, help="processes that collate batches ahead of the training process")
+    add("--num_workers", type=int, default=2, help="threads that collate batches ahead; 0 collates between the steps")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=float, default=2e-5, help="learning rate of AdamW")
@@ -335,25 +336,38 @@ class Trainer:
         for indices in epoch_batches(self.train, args.train_batch_size, args.seed, epoch)[first:]:
             yield *self.cut(indices, args.train_micro_batch_size_per_gpu, args.micro_batch_tokens), indices
 
-    def loader(self, micro_batches):
-        """Collated micro-batches in the given order, made ahead of time by worker processes."""
-        from functools import partial
+    def loader(self, index_lists):
+        """Collated micro-batches in the given order, made ahead of time by threads.
 
-        from torch.utils.data import DataLoader
+        Threads, not processes: collating a few rows of memory-mapped ids costs little, and forking a process that has
+        threads of its own (gloo's, Arrow's, the signal listener's) hangs once in some hundred times.
+        """
+        from collections import deque
+        from concurrent.futures import ThreadPoolExecutor
 
+        threads = self.args.num_workers
+        if threads == 0:
+            yield from map(self.collated, index_lists)
+            return
+        with ThreadPoolExecutor(threads, thread_name_prefix="collate") as pool:
+            ahead = deque()
+            for indices in index_lists:
+                ahead.append(pool.submit(self.collated, indices))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def collated(self, indices) -> dict:
+        """The rows as padded tensors, in pinned memory for a GPU."""
         from data_utils import collate
-        from interrupt_utils import ignore_signals_in_worker
 
-        return DataLoader(
-            self.data.dataset,
-            batch_sampler=micro_batches,
-            collate_fn=partial(
-                collate, encoder_pad_id=self.tokenizers.encoder_pad_id, llm_pad_id=self.tokenizers.llm_pad_id
-            ),
-            num_workers=self.args.num_workers,
-            worker_init_fn=ignore_signals_in_worker,
-            pin_memory=self.device.type == "cuda",
-        )
+        rows = self.data.dataset[indices.tolist()]
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        batch = collate(rows, self.tokenizers.encoder_pad_id, self.tokenizers.llm_pad_id)
+        if self.device.type == "cuda":
+            batch = {name: tensor if tensor is None else tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
 
     def to_device(self, batch: dict) -> dict:
         """Ids go to the device; masks stay on the CPU, where packing is planned without a synchronisation."""
@@ -370,6 +384,20 @@ class Trainer:
         progress = (step - warmup) / max(1, self.total_steps - warmup)
         factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
         return self.args.lr * factor[self.args.lr_scheduler]
+
+
+@dataclass
+class EpochCut:
+    """The row numbers of an epoch's micro-batches, made as the loader asks for them: cutting all of a million rows
+    beforehand would delay the first step by seconds."""
+
+    trainer: Trainer
+    epoch: int
+    first: int
+
+    def __iter__(self):
+        for micro_batches, _, _ in self.trainer.epoch_steps(self.epoch, self.first):
+            yield from (micro.indices for micro in micro_batches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,9 +419,9 @@ def train(trainer: Trainer, record) -> int:
         code = evaluate_and_keep(trainer, record)
     while trainer.step < trainer.total_steps and not code:
         epoch, first = trainer.epoch, trainer.batch
-        batches = iter(trainer.loader([m.indices for s in trainer.epoch_steps(epoch, first) for m in s[0]]))
+        batches = iter(trainer.loader(EpochCut(trainer, epoch, first)))
         for micro_batches, target_tokens, indices in trainer.epoch_steps(epoch, first):
-            line, code, save_asked = train_step(trainer, batches, micro_batches, target_tokens, indices)
+            line, code = train_step(trainer, batches, micro_batches, target_tokens, indices)
             record(line, epoch)
             trainer.step += 1
             trainer.epoch, trainer.batch = divmod(
@@ -407,22 +435,22 @@ def train(trainer: Trainer, record) -> int:
                 code = code or evaluate_and_keep(trainer, record)
             elif end:
                 save_mapping(trainer, trainer.plan.output_dir)  # without a dev split the last mapping is the best known
-            if trainer.step % trainer.save_steps == 0 or end or code or save_asked:
+            if trainer.step % trainer.save_steps == 0 or end or code or trainer.signals.save_agreed:
                 record.flush()
                 save_checkpoint(trainer)
+                trainer.signals.save_agreed = False
             if end or code:
                 break
     bar.close()
     return code
 
 
-def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, indices) -> tuple[dict, int, bool]:
+def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, indices) -> tuple[dict, int]:
     """One optimizer step: the loss is summed over all its target tokens and divided by their number, so that neither
     the cut into micro-batches nor the number of processes changes the gradient.
 
     Returns:
-        the step's line of the log, the exit code of a stop that any rank was asked for or 0, and whether a checkpoint
-        was asked for.
+        the step's line of the log, and the exit code of a stop that any rank was asked for or 0.
 
     Raises:
         UserError: on every rank, before the update, when loss or gradient is not finite, or memory ran out.
@@ -444,7 +472,7 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
         losses.append(loss.detach())
         trainer.signals.alive()
     step_loss = torch.stack(losses).sum() / world_size()
-    norm, loss, code, save_asked = update(trainer, step_loss, losses, micro_batches)
+    norm, loss, code = update(trainer, step_loss, losses, micro_batches)
     seconds = time.perf_counter() - started
     lengths = trainer.data.merged_lengths
     processed = sum(len(m.indices) * int(lengths[m.indices].max()) for m in micro_batches)
@@ -458,14 +486,14 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
         "padding_share": 1 - sum(int(lengths[m.indices].sum() * m.weight) for m in micro_batches) / processed,
         "peak_memory_gb": peak_memory_gb(trainer.device),
     }
-    return line, code, save_asked
+    return line, code
 
 
-def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, float, int, bool]:
+def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, float, int]:
     """Clips and applies the gradient.
 
     Returns:
-        its norm before clipping, the global loss, and what `Signals.agree` says.
+        its norm before clipping, the global loss, and the exit code of a stop that any rank was asked for or 0.
     """
     import torch
 
@@ -477,7 +505,7 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
     if by_hand:
         norm = torch.nn.utils.clip_grad_norm_(list(engine.module.mapping.parameters()), trainer.args.max_grad_norm)
     # The one synchronisation of the step. At ZeRO 0 all ranks have the same norm.
-    code, save_asked, sums = trainer.signals.agree(trainer.device, step_loss, norm / world_size())
+    code, sums = trainer.signals.agree(trainer.device, step_loss, norm / world_size())
     loss, norm = sums.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise not_finite(trainer, loss, norm, losses, micro_batches)
@@ -486,7 +514,7 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
         norm = float(engine.get_global_grad_norm())
         if not engine.was_step_applied() or not math.isfinite(norm):
             raise not_finite(trainer, loss, norm, losses, micro_batches)
-    return norm, loss, code, save_asked
+    return norm, loss, code
 
 
 @contextmanager
@@ -561,7 +589,7 @@ def dev_loss(trainer: Trainer) -> tuple[float, int]:
             trainer.signals.alive()
             if number % EVAL_BATCHES_PER_CHECK == 0 and (code := trainer.signals.agree(trainer.device, nothing)[0]):
                 return math.nan, code
-    code, _, (total,) = trainer.signals.agree(trainer.device, total)
+    code, (total,) = trainer.signals.agree(trainer.device, total)
     return total.item() / target_tokens, code
 
 
@@ -831,11 +859,12 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
         trainer.engine.train()
         together(probe_memory, trainer)
         trainer.signals = Signals()
-        stack.callback(trainer.signals.close)
         code = train(trainer, record)
         together(record.flush)
         if is_main():
             draw_loss(record.path, plan.output_dir / "loss.png")
+        # Not after an error: a launcher's SIGTERM must not end this rank before it has said what happened.
+        trainer.signals.close()
     end = "ended by a signal" if code else "finished"
     log(f"{end} at step {trainer.step} of {trainer.total_steps}: {plan.output_dir}")
     return code
@@ -844,7 +873,7 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parses the flags, trains one stage, writes its outputs; returns the exit code."""
     args = build_parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after tokenizers were used
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for a checkpoint; before the first step there is none to write
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = runtime_utils.init_distributed(force=True)

@@ -17,7 +17,6 @@ from tiny_world_templates import (
     split_numbers,
 )
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
@@ -70,8 +69,9 @@ def plain_byte_tokens(tokenizer, byte_tokens: list[str]):
 
 def build_tokenizers(seed: int, vocabulary: int):
     """(the LLM's tokenizer, learnt from English only; the encoder's, learnt from all languages)."""
-    from data_utils import find_task
     from tokenizers import processors
+
+    from data_utils import find_task
 
     rng = random.Random(f"tokenizers {seed}")
     problems = draw_problems(1400, split_numbers(seed)[0], rng)
@@ -124,7 +124,7 @@ def pad(rows: list[list[int]], value: int):
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.02, lr: float = 3e-3) -> float:
+def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.01, lr: float = 3e-3) -> float:
     """One pass over `batches`, a short warm-up and a cosine to zero; returns the last steps' mean loss.
 
     Muon for the layers' matrices, AdamW for embeddings and norms: copying, which everything here rests on, is learnt
@@ -134,12 +134,10 @@ def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.02,
     from tqdm import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
-    is_matrix = {
-        name: p.ndim == 2 and "embed" not in name and "head" not in name and "shared" not in name
-        for name, p in model.named_parameters()
-    }
-    matrices = [p for name, p in model.named_parameters() if is_matrix[name]]
-    others = [p for name, p in model.named_parameters() if not is_matrix[name]]
+    head = model.get_output_embeddings()
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    inside = set(map(id, matrices))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     optimizers = [
         torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
@@ -164,7 +162,7 @@ def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.02,
 
 # Shares of the LLM's training texts. Without `repeated`, `merged` and `headless` it never learns to use what stands
 # before a question, and no mapping can help it then.
-TEXT_SHARES = {"problem": 0.25, "repeated": 0.15, "merged": 0.40, "headless": 0.10, "arithmetic": 0.10}
+TEXT_SHARES = {"problem": 0.25, "repeated": 0.20, "merged": 0.35, "headless": 0.10, "arithmetic": 0.10}
 
 
 class EnglishTexts:

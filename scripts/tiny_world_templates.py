@@ -61,15 +61,29 @@ SWAHILI_CLASSES = {
 
 # Plurals in en; sw with class; de with dative; es with "how many"; ru after 2-4 and after 5-20; zh with measure word.
 THINGS = [
-    ("oranges", ("machungwa", "ma"), ("Orangen", "Orangen"), ("naranjas", "Cuántas"), ("апельсина", "апельсинов"), ("橙子", "个")),
+    (
+        "oranges",
+        ("machungwa", "ma"),
+        ("Orangen", "Orangen"),
+        ("naranjas", "Cuántas"),
+        ("апельсина", "апельсинов"),
+        ("橙子", "个"),
+    ),
     ("books", ("vitabu", "vi"), ("Bücher", "Büchern"), ("libros", "Cuántos"), ("книги", "книг"), ("书", "本")),
-    ("pencils", ("penseli", "n"), ("Bleistifte", "Bleistiften"), ("lápices", "Cuántos"), ("карандаша", "карандашей"), ("铅笔", "支")),
+    (
+        "pencils",
+        ("penseli", "n"),
+        ("Bleistifte", "Bleistiften"),
+        ("lápices", "Cuántos"),
+        ("карандаша", "карандашей"),
+        ("铅笔", "支"),
+    ),
     ("eggs", ("mayai", "ma"), ("Eier", "Eiern"), ("huevos", "Cuántos"), ("яйца", "яиц"), ("鸡蛋", "个")),
     ("flowers", ("maua", "ma"), ("Blumen", "Blumen"), ("flores", "Cuántas"), ("цветка", "цветов"), ("花", "朵")),
     ("cups", ("vikombe", "vi"), ("Tassen", "Tassen"), ("tazas", "Cuántas"), ("чашки", "чашек"), ("杯子", "个")),
     ("chairs", ("viti", "vi"), ("Stühle", "Stühlen"), ("sillas", "Cuántas"), ("стула", "стульев"), ("椅子", "把")),
     ("balls", ("mipira", "mi"), ("Bälle", "Bällen"), ("pelotas", "Cuántas"), ("мяча", "мячей"), ("球", "个")),
-]  # fmt: skip
+]
 
 
 def russian_form(number: int, few: str, many: str) -> str:
@@ -91,87 +105,231 @@ KINDS = [
         "buy_then_give",
         lambda a, b, c: [(a, "+", b, a + b), (a + b, "-", c, a + b - c)],
         {
-            "en": ["{Name} has {a} {things}.", "{She} buys {b} more and gives away {c}.", "How many {things} does {she} have now?"],
+            "en": [
+                "{Name} has {a} {things}.",
+                "{She} buys {b} more and gives away {c}.",
+                "How many {things} does {she} have now?",
+            ],
             "sw": ["{Name} ana {things} {a}.", "Ananunua {others} {b} na kutoa {c}.", "Sasa ana {things} {how_many}?"],
-            "de": ["{Name} hat {a} {things}.", "{She} kauft {b} weitere und verschenkt {c}.", "Wie viele {things} hat {she} jetzt?"],
+            "de": [
+                "{Name} hat {a} {things}.",
+                "{She} kauft {b} weitere und verschenkt {c}.",
+                "Wie viele {things} hat {she} jetzt?",
+            ],
             "es": ["{Name} tiene {a} {things}.", "Compra {b} más y regala {c}.", "¿{How_many} {things} tiene ahora?"],
-            "ru": ["У {name_genitive} {a} {things_a}.", "{She} покупает ещё {b} и отдаёт {c}.", "Сколько {things} у {of_her} теперь?"],
-            "zh": ["{Name}有{a}{measure}{things}。", "{she}又买了{b}{measure}，送出{c}{measure}。", "{she}现在有多少{measure}{things}？"],
+            "ru": [
+                "У {name_genitive} {a} {things_a}.",
+                "{She} покупает ещё {b} и отдаёт {c}.",
+                "Сколько {things} у {of_her} теперь?",
+            ],
+            "zh": [
+                "{Name}有{a}{measure}{things}。",
+                "{she}又买了{b}{measure}，送出{c}{measure}。",
+                "{she}现在有多少{measure}{things}？",
+            ],
         },
     ),
     Kind(
         "three_days",
         lambda a, b, c: [(a, "+", b, a + b), (a + b, "+", c, a + b + c)],
         {
-            "en": ["{Name} buys {a} {things} on Monday, {b} on Tuesday and {c} on Wednesday.", "How many {things} does {she} buy in total?"],
-            "sw": ["{Name} ananunua {things} {a} siku ya Jumatatu, {b} siku ya Jumanne na {c} siku ya Jumatano.", "Ananunua {things} {how_many} kwa jumla?"],
-            "de": ["{Name} kauft am Montag {a} {things}, am Dienstag {b} und am Mittwoch {c}.", "Wie viele {things} kauft {she} insgesamt?"],
-            "es": ["{Name} compra {a} {things} el lunes, {b} el martes y {c} el miércoles.", "¿{How_many} {things} compra en total?"],
-            "ru": ["{Name} покупает {a} {things_a} в понедельник, {b} во вторник и {c} в среду.", "Сколько {things} {she} покупает всего?"],
-            "zh": ["{Name}星期一买了{a}{measure}{things}，星期二买了{b}{measure}，星期三买了{c}{measure}。", "{she}一共买了多少{measure}{things}？"],
+            "en": [
+                "{Name} buys {a} {things} on Monday, {b} on Tuesday and {c} on Wednesday.",
+                "How many {things} does {she} buy in total?",
+            ],
+            "sw": [
+                "{Name} ananunua {things} {a} siku ya Jumatatu, {b} siku ya Jumanne na {c} siku ya Jumatano.",
+                "Ananunua {things} {how_many} kwa jumla?",
+            ],
+            "de": [
+                "{Name} kauft am Montag {a} {things}, am Dienstag {b} und am Mittwoch {c}.",
+                "Wie viele {things} kauft {she} insgesamt?",
+            ],
+            "es": [
+                "{Name} compra {a} {things} el lunes, {b} el martes y {c} el miércoles.",
+                "¿{How_many} {things} compra en total?",
+            ],
+            "ru": [
+                "{Name} покупает {a} {things_a} в понедельник, {b} во вторник и {c} в среду.",
+                "Сколько {things} {she} покупает всего?",
+            ],
+            "zh": [
+                "{Name}星期一买了{a}{measure}{things}，星期二买了{b}{measure}，星期三买了{c}{measure}。",
+                "{she}一共买了多少{measure}{things}？",
+            ],
         },
     ),
     Kind(
         "shop",
         lambda a, b, c: [(a, "-", b, a - b), (a - b, "-", c, a - b - c)],
         {
-            "en": ["There are {a} {things} in the shop.", "{Name} sells {b} in the morning and {c} in the evening.", "How many {things} are left?"],
-            "sw": ["Kuna {things} {a} dukani.", "{Name} anauza {b} asubuhi na {c} jioni.", "{Remain} {things} {how_many}?"],
-            "de": ["Im Laden gibt es {a} {things}.", "{Name} verkauft {b} am Morgen und {c} am Abend.", "Wie viele {things} bleiben übrig?"],
-            "es": ["Hay {a} {things} en la tienda.", "{Name} vende {b} por la mañana y {c} por la noche.", "¿{How_many} {things} quedan?"],
-            "ru": ["В магазине {a} {things_a}.", "{Name} продаёт {b} утром и {c} вечером.", "Сколько {things} осталось?"],
-            "zh": ["商店里有{a}{measure}{things}。", "{Name}早上卖出{b}{measure}，晚上卖出{c}{measure}。", "还剩多少{measure}{things}？"],
+            "en": [
+                "There are {a} {things} in the shop.",
+                "{Name} sells {b} in the morning and {c} in the evening.",
+                "How many {things} are left?",
+            ],
+            "sw": [
+                "Kuna {things} {a} dukani.",
+                "{Name} anauza {b} asubuhi na {c} jioni.",
+                "{Remain} {things} {how_many}?",
+            ],
+            "de": [
+                "Im Laden gibt es {a} {things}.",
+                "{Name} verkauft {b} am Morgen und {c} am Abend.",
+                "Wie viele {things} bleiben übrig?",
+            ],
+            "es": [
+                "Hay {a} {things} en la tienda.",
+                "{Name} vende {b} por la mañana y {c} por la noche.",
+                "¿{How_many} {things} quedan?",
+            ],
+            "ru": [
+                "В магазине {a} {things_a}.",
+                "{Name} продаёт {b} утром и {c} вечером.",
+                "Сколько {things} осталось?",
+            ],
+            "zh": [
+                "商店里有{a}{measure}{things}。",
+                "{Name}早上卖出{b}{measure}，晚上卖出{c}{measure}。",
+                "还剩多少{measure}{things}？",
+            ],
         },
     ),
     Kind(
         "lose_then_find",
         lambda a, b, c: [(a, "-", b, a - b), (a - b, "+", c, a - b + c)],
         {
-            "en": ["{Name} has {a} {things}.", "{She} loses {b} and then finds {c}.", "How many {things} does {she} have at the end?"],
+            "en": [
+                "{Name} has {a} {things}.",
+                "{She} loses {b} and then finds {c}.",
+                "How many {things} does {she} have at the end?",
+            ],
             "sw": ["{Name} ana {things} {a}.", "Anapoteza {b} kisha anapata {c}.", "Mwishowe ana {things} {how_many}?"],
-            "de": ["{Name} hat {a} {things}.", "{She} verliert {b} und findet dann {c}.", "Wie viele {things} hat {she} am Ende?"],
-            "es": ["{Name} tiene {a} {things}.", "Pierde {b} y luego encuentra {c}.", "¿{How_many} {things} tiene al final?"],
-            "ru": ["У {name_genitive} {a} {things_a}.", "{She} теряет {b}, а потом находит {c}.", "Сколько {things} у {of_her} в конце?"],
-            "zh": ["{Name}有{a}{measure}{things}。", "{she}丢了{b}{measure}，然后找到{c}{measure}。", "{she}最后有多少{measure}{things}？"],
+            "de": [
+                "{Name} hat {a} {things}.",
+                "{She} verliert {b} und findet dann {c}.",
+                "Wie viele {things} hat {she} am Ende?",
+            ],
+            "es": [
+                "{Name} tiene {a} {things}.",
+                "Pierde {b} y luego encuentra {c}.",
+                "¿{How_many} {things} tiene al final?",
+            ],
+            "ru": [
+                "У {name_genitive} {a} {things_a}.",
+                "{She} теряет {b}, а потом находит {c}.",
+                "Сколько {things} у {of_her} в конце?",
+            ],
+            "zh": [
+                "{Name}有{a}{measure}{things}。",
+                "{she}丢了{b}{measure}，然后找到{c}{measure}。",
+                "{she}最后有多少{measure}{things}？",
+            ],
         },
     ),
     Kind(
         "boxes",
         lambda a, b, c: [(b, "*", c, b * c), (a, "+", b * c, a + b * c)],
         {
-            "en": ["{Name} has {a} {things} and buys {b} boxes with {c} {things} in each box.", "How many {things} does {she} have altogether?"],
-            "sw": ["{Name} ana {things} {a} na ananunua masanduku {b} yenye {things} {c} katika kila sanduku.", "Ana {things} {how_many} kwa jumla?"],
-            "de": ["{Name} hat {a} {things} und kauft {b} Kisten mit {c} {things_dative} in jeder Kiste.", "Wie viele {things} hat {she} insgesamt?"],
-            "es": ["{Name} tiene {a} {things} y compra {b} cajas con {c} {things} en cada caja.", "¿{How_many} {things} tiene en total?"],
-            "ru": ["У {name_genitive} {a} {things_a}, и {she} покупает {b} {boxes_b} по {c} {things_c} в каждой.", "Сколько {things} у {of_her} всего?"],
-            "zh": ["{Name}有{a}{measure}{things}，又买了{b}箱，每箱有{c}{measure}{things}。", "{she}总共有多少{measure}{things}？"],
+            "en": [
+                "{Name} has {a} {things} and buys {b} boxes with {c} {things} in each box.",
+                "How many {things} does {she} have altogether?",
+            ],
+            "sw": [
+                "{Name} ana {things} {a} na ananunua masanduku {b} yenye {things} {c} katika kila sanduku.",
+                "Ana {things} {how_many} kwa jumla?",
+            ],
+            "de": [
+                "{Name} hat {a} {things} und kauft {b} Kisten mit {c} {things_dative} in jeder Kiste.",
+                "Wie viele {things} hat {she} insgesamt?",
+            ],
+            "es": [
+                "{Name} tiene {a} {things} y compra {b} cajas con {c} {things} en cada caja.",
+                "¿{How_many} {things} tiene en total?",
+            ],
+            "ru": [
+                "У {name_genitive} {a} {things_a}, и {she} покупает {b} {boxes_b} по {c} {things_c} в каждой.",
+                "Сколько {things} у {of_her} всего?",
+            ],
+            "zh": [
+                "{Name}有{a}{measure}{things}，又买了{b}箱，每箱有{c}{measure}{things}。",
+                "{she}总共有多少{measure}{things}？",
+            ],
         },
     ),
     Kind(
         "guests",
         lambda a, b, c: [(a, "-", b, a - b), (a - b, "*", c, (a - b) * c)],
         {
-            "en": ["{Name} invites {a} children, but {b} of them cannot come.", "Every child who comes gets {c} {things}.", "How many {things} does {she} need?"],
-            "sw": ["{Name} anaalika watoto {a}, lakini {b} kati yao hawawezi kuja.", "Kila mtoto anayekuja anapata {things} {c}.", "Anahitaji {things} {how_many}?"],
-            "de": ["{Name} lädt {a} Kinder ein, aber {b} von ihnen können nicht kommen.", "Jedes Kind, das kommt, bekommt {c} {things}.", "Wie viele {things} braucht {she}?"],
-            "es": ["{Name} invita a {a} niños, pero {b} de ellos no pueden venir.", "Cada niño que viene recibe {c} {things}.", "¿{How_many} {things} necesita?"],
-            "ru": ["{Name} приглашает {a} детей, но {b} из них не могут прийти.", "Каждый пришедший ребёнок получает {c} {things_c}.", "Сколько {things} {to_her} нужно?"],
-            "zh": ["{Name}邀请了{a}个孩子，但是其中{b}个不能来。", "每个来的孩子得到{c}{measure}{things}。", "{she}需要多少{measure}{things}？"],
+            "en": [
+                "{Name} invites {a} children, but {b} of them cannot come.",
+                "Every child who comes gets {c} {things}.",
+                "How many {things} does {she} need?",
+            ],
+            "sw": [
+                "{Name} anaalika watoto {a}, lakini {b} kati yao hawawezi kuja.",
+                "Kila mtoto anayekuja anapata {things} {c}.",
+                "Anahitaji {things} {how_many}?",
+            ],
+            "de": [
+                "{Name} lädt {a} Kinder ein, aber {b} von ihnen können nicht kommen.",
+                "Jedes Kind, das kommt, bekommt {c} {things}.",
+                "Wie viele {things} braucht {she}?",
+            ],
+            "es": [
+                "{Name} invita a {a} niños, pero {b} de ellos no pueden venir.",
+                "Cada niño que viene recibe {c} {things}.",
+                "¿{How_many} {things} necesita?",
+            ],
+            "ru": [
+                "{Name} приглашает {a} детей, но {b} из них не могут прийти.",
+                "Каждый пришедший ребёнок получает {c} {things_c}.",
+                "Сколько {things} {to_her} нужно?",
+            ],
+            "zh": [
+                "{Name}邀请了{a}个孩子，但是其中{b}个不能来。",
+                "每个来的孩子得到{c}{measure}{things}。",
+                "{she}需要多少{measure}{things}？",
+            ],
         },
     ),
     Kind(
         "bags",
         lambda a, b, c: [(a, "*", b, a * b), (a * b, "-", c, a * b - c)],
         {
-            "en": ["{Name} has {a} bags with {b} {things} in each bag.", "{She} takes out {c}.", "How many {things} are still in the bags?"],
-            "sw": ["{Name} ana mifuko {a} yenye {things} {b} katika kila mfuko.", "Anatoa {c}.", "Bado kuna {things} {how_many} kwenye mifuko?"],
-            "de": ["{Name} hat {a} Beutel mit {b} {things_dative} in jedem Beutel.", "{She} nimmt {c} heraus.", "Wie viele {things} sind noch in den Beuteln?"],
-            "es": ["{Name} tiene {a} bolsas con {b} {things} en cada bolsa.", "Saca {c}.", "¿{How_many} {things} hay todavía en las bolsas?"],
-            "ru": ["У {name_genitive} {a} пакетов по {b} {things_b} в каждом.", "{She} вынимает {c}.", "Сколько {things} ещё осталось в пакетах?"],
-            "zh": ["{Name}有{a}个袋子，每个袋子里有{b}{measure}{things}。", "{she}拿出{c}{measure}。", "袋子里还有多少{measure}{things}？"],
+            "en": [
+                "{Name} has {a} bags with {b} {things} in each bag.",
+                "{She} takes out {c}.",
+                "How many {things} are still in the bags?",
+            ],
+            "sw": [
+                "{Name} ana mifuko {a} yenye {things} {b} katika kila mfuko.",
+                "Anatoa {c}.",
+                "Bado kuna {things} {how_many} kwenye mifuko?",
+            ],
+            "de": [
+                "{Name} hat {a} Beutel mit {b} {things_dative} in jedem Beutel.",
+                "{She} nimmt {c} heraus.",
+                "Wie viele {things} sind noch in den Beuteln?",
+            ],
+            "es": [
+                "{Name} tiene {a} bolsas con {b} {things} en cada bolsa.",
+                "Saca {c}.",
+                "¿{How_many} {things} hay todavía en las bolsas?",
+            ],
+            "ru": [
+                "У {name_genitive} {a} пакетов по {b} {things_b} в каждом.",
+                "{She} вынимает {c}.",
+                "Сколько {things} ещё осталось в пакетах?",
+            ],
+            "zh": [
+                "{Name}有{a}个袋子，每个袋子里有{b}{measure}{things}。",
+                "{she}拿出{c}{measure}。",
+                "袋子里还有多少{measure}{things}？",
+            ],
         },
     ),
-]  # fmt: skip
+]
 
 
 def slots(language: str, name: int, thing: int, a: int, b: int, c: int) -> dict[str, str | int]:

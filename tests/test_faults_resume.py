@@ -57,8 +57,8 @@ def outputs(tmp_path, name, stage="mapping"):
 
 
 def test_losses_after_a_stop_equal_an_uninterrupted_run(run, flags, tmp_path):
-    """Stopped in mid-epoch, exactly at an epoch's end (13 steps), before a due evaluation, with accumulation, and
-    with a scheduler: the data order, the moments, the rate and the best mapping must all go on as if nothing had happened."""
+    """Stopped in mid-epoch, exactly at an epoch's end (13 steps), before a due evaluation, with accumulation, and with
+    a scheduler: data order, moments, rate and best mapping must all go on as if nothing had happened."""
     variants = {
         "plain": (5, []),
         "epoch_end": (13, []),

@@ -1,0 +1,547 @@
+"""Which neurons of a language model's MLPs are active while it answers.
+
+    python -m baselines.neurons count --llm_only --llm_path LLM --task math --limit 50
+    python -m baselines.neurons count --init_checkpoint outputs/MindMerger/math/augmentation --task math --limit 50
+    python -m baselines.neurons analyse results/MindMerger/math_mgsm-llm_only results/MindMerger/math_mgsm
+
+A neuron of a gated MLP, down(act(gate(x)) * up(x)), is active at a position where act(gate(x)) > 0, before the product
+(Mu et al., EMNLP 2024, arXiv 2403.09073); of Bloom's MLP, where gelu(h(x)) > 0. Counted are the positions that predict
+a token: the last one of the input and every generated token but the last. Padding and what follows the end never are.
+
+    count[layer, neuron] = number of counted positions at which the neuron is active
+    active share of a layer = sum over its neurons of count / (width * counted positions)
+
+Families: Llama, Mistral, Qwen2, Qwen3, Gemma (mlp.act_fn), Bloom (mlp.gelu_impl), the encoder of T5 and mT5
+(DenseReluDense.act, ours; every real token of the question counts there).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime_utils import (
+    CommandParser,
+    UserError,
+    log,
+    run_main,
+    versions,
+    warn,
+    world_size,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+COUNTS_FILE = "neurons.safetensors"
+PROPORTION_FILE = "proportion.jsonl"
+RUN_FILE = "run.json"
+
+# What makes a module an MLP of a known family: the parts it must have, its activation, the layer that has its width.
+_MLP_FORMS = (
+    (("gate_proj", "up_proj", "act_fn"), "act_fn", "gate_proj"),
+    (("wi_0", "wi_1", "act"), "act", "wi_0"),
+    (("wi", "act"), "act", "wi"),
+    (("dense_h_to_4h", "gelu_impl"), "gelu_impl", "dense_h_to_4h"),
+)
+
+
+class NeuronError(UserError):
+    """A model whose neurons cannot be observed, or counts that cannot be read; the message is one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hooks
+
+
+def find_activations(model) -> tuple[list, int]:
+    """The activation module of every layer's MLP, bottom-up, and the number of neurons per layer.
+
+    Raises:
+        NeuronError: for a family that is not known, such as a mixture of experts.
+    """
+    found = []
+    for name, module in model.named_modules():
+        for parts, activation, wide in _MLP_FORMS:
+            if all(hasattr(module, part) for part in parts):
+                found.append((name, getattr(module, activation), getattr(module, wide).out_features))
+                break
+    config = model.config.get_text_config()
+    kind = config.model_type
+    if len(found) != config.num_hidden_layers:
+        raise NeuronError(
+            f"cannot observe the neurons of this {kind} model: {len(found)} MLPs of a known form in "
+            f"{config.num_hidden_layers} layers; known are Llama, Mistral, Qwen2, Qwen3, Gemma, Bloom and T5's encoder"
+        )
+    if len({id(module) for _, module, _ in found}) < len(found):
+        raise NeuronError(f"layers of this {kind} model share one activation module: they cannot be told apart")
+    if len({width for *_, width in found}) > 1:
+        raise NeuronError(f"layers of this {kind} model have different widths, which one table cannot hold")
+    return [module for _, module, _ in found], found[0][2]
+
+
+@dataclass
+class Observation:
+    """What one forward pass showed: `counts` (layers, width) and `row_counts` (rows, layers), both int64; `tokens` of
+    each row (rows,)."""
+
+    counts: object
+    row_counts: object
+    tokens: object
+
+
+@contextmanager
+def observe(model, positions_M, rows_M, rows: int) -> Iterator[Observation]:
+    """Within it, one forward pass of `model` is counted; the model's outputs stay exactly as they are.
+
+    Arguments:
+        positions_M: the counted positions, flat indices into B*L of the hidden states.
+        rows_M: the row each of them belongs to, 0 to rows - 1.
+
+    Raises:
+        NeuronError: on leaving, when a layer's activation was not called: a fused MLP computes it elsewhere.
+    """
+    import torch
+
+    activations, width = find_activations(model)
+    device = next(model.parameters()).device
+    positions_M, rows_M = positions_M.to(device), rows_M.to(device)
+    counts = torch.zeros(len(activations), width, dtype=torch.int64, device=device)
+    row_counts = torch.zeros(rows, len(activations), dtype=torch.int64, device=device)
+    calls = [0] * len(activations)
+
+    def hook_of(layer: int):
+        def hook(_module, _inputs, output) -> None:
+            # No return value: a returned tensor would replace the activation.
+            calls[layer] += 1
+            active_MW = output.detach().reshape(-1, width).index_select(0, positions_M) > 0
+            counts[layer] += active_MW.sum(0)
+            row_counts[:, layer].index_add_(0, rows_M, active_MW.sum(1))
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(layer)) for layer, module in enumerate(activations)]
+    seen = Observation(counts, row_counts, torch.bincount(rows_M, minlength=rows))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [layer for layer, number in enumerate(calls) if number == 0]
+    if silent:
+        raise NeuronError(
+            f"the activation of layer {silent[0]} was never called ({len(silent)} of {len(calls)} layers): a fused MLP "
+            "(Liger, a hub kernel, a compiled model) bypasses it; load the model without fused kernels"
+        )
+    if max(calls) > 1:
+        raise RuntimeError(f"an activation was called {max(calls)} times in what should be one forward pass")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def predicting_positions(prefix_B, targets_B):
+    """Flat positions that predict a token in right-padded rows of `prefix` input tokens and `targets` generated ones.
+
+    Row b counts from its last input token (prefix - 1) to its last generated token but one; the padded length is the
+    longest row's, as in `MindMerger.forward`.
+
+    Returns:
+        positions_M and rows_M, int64 on the CPU.
+    """
+    import torch
+
+    length = int((prefix_B + targets_B).max())
+    rows_M = torch.repeat_interleave(torch.arange(len(prefix_B)), targets_B)
+    first_B = torch.cumsum(targets_B, 0) - targets_B
+    step_M = torch.arange(len(rows_M)) - first_B[rows_M]
+    return rows_M * length + prefix_B[rows_M] - 1 + step_M, rows_M
+
+
+def generated_mask(ids_BT, eos_token_ids: list[int]):
+    """(B, T) int64: 1 up to and with the first end token of each row, 0 on what fills the row after it."""
+    import torch
+
+    ends_BT = torch.isin(ids_BT, torch.tensor(eos_token_ids, device=ids_BT.device))
+    return ((torch.cumsum(ends_BT, 1) - ends_BT.long()) == 0).long()
+
+
+def observe_answers(model, inputs: dict, max_new_tokens: int) -> Observation:
+    """Greedy answers of a `MindMerger` (with or without encoder) and its LLM's activity while giving them.
+
+    One full forward pass over input and answer shows the same as step-by-step decoding, since attention is causal.
+
+    Arguments:
+        inputs: what `MindMerger.generate` takes.
+    """
+    import torch
+
+    ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    mask_BT = generated_mask(ids_BT, model.eos_token_ids).cpu()
+    prefix_B = torch.zeros(len(ids_BT), dtype=torch.int64)
+    if model.bos_token_id is not None:
+        prefix_B += 1
+    if inputs.get("encoder_input_ids") is not None:
+        prefix_B += inputs["encoder_attention_mask"].sum(1).cpu() + 1  # the boundary
+    if inputs.get("prompt_ids") is not None:
+        prefix_B += inputs["prompt_mask"].sum(1).cpu()
+    positions_M, rows_M = predicting_positions(prefix_B, mask_BT.sum(1))
+    given = {"encoder_input_ids": None, "encoder_attention_mask": None} | inputs
+    with torch.no_grad(), observe(model.llm, positions_M, rows_M, len(ids_BT)) as seen:
+        model(**given, target_ids=ids_BT, target_mask=mask_BT)
+    return seen
+
+
+def observe_encoder(model, inputs: dict) -> Observation:
+    """The encoder's activity on every real token of its input."""
+    import torch
+
+    mask_BS = inputs["encoder_attention_mask"].cpu()
+    # encode() packs every row to the left of a block as long as the longest one.
+    lengths_B = mask_BS.sum(1)
+    width = int(lengths_B.max())
+    rows_M, columns_M = torch.nonzero(torch.arange(width) < lengths_B[:, None], as_tuple=True)
+    with torch.no_grad(), observe(model.encoder, rows_M * width + columns_M, rows_M, len(mask_BS)) as seen:
+        model.encode(inputs["encoder_input_ids"], inputs["encoder_attention_mask"])
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting a whole evaluation set
+
+
+def count_plan(model, plan, batch_size: int, tower: str) -> tuple[dict, list[dict]]:
+    """Counts over all examples of an evaluation plan (`run_evaluation.prepare`).
+
+    Returns:
+        {"counts": (layers, width), "tokens": (1,), and both again as "counts.<code>" for every language}, int64 on the
+        CPU; and one record per example, in order, for proportion.jsonl.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from data_utils import collate, find_language
+    from run_evaluation import cut_batches, input_lengths
+
+    tensors: dict[str, torch.Tensor] = {}
+    records: list[dict] = [{}] * len(plan.examples)
+    by_language: dict[str, list[int]] = {}
+    for i, example in enumerate(plan.examples):
+        by_language.setdefault(example.language, []).append(i)
+    lengths = input_lengths(plan.columns)
+    names = [name for name in ("encoder_ids", "prompt_ids") if name in plan.columns]
+    with tqdm(total=len(plan.examples), unit="example", desc="counting") as progress:
+        for language, indices in by_language.items():
+            code = find_language(language).code
+            for batch in cut_batches(indices, lengths, batch_size):
+                rows = [{name: plan.columns[name][i] for name in names} for i in batch]
+                inputs = collate(rows, plan.tokenizers.encoder_pad_id, plan.tokenizers.llm_pad_id)
+                inputs = {key: value for key, value in inputs.items() if value is not None and "target" not in key}
+                inputs = {key: v.to(model.device) if key.endswith("_ids") else v for key, v in inputs.items()}
+                if tower == "encoder":
+                    seen = observe_encoder(model, inputs)
+                else:
+                    seen = observe_answers(model, inputs, plan.max_new_tokens)
+                counts, tokens = seen.counts.cpu(), seen.tokens.cpu()
+                for suffix in ("", f".{code}"):
+                    for name, value in (("counts", counts), ("tokens", tokens.sum().reshape(1))):
+                        tensors[name + suffix] = tensors.get(name + suffix, 0) + value
+                width = counts.shape[1]
+                for i, row, n in zip(batch, seen.row_counts.tolist(), tokens.tolist(), strict=True):
+                    shares = [active / (n * width) for active in row]
+                    share = sum(row) / (n * width * len(row))
+                    head = {"id": plan.examples[i].id, "language": language, "tokens": n}
+                    records[i] = head | {"active_share": share, "active_share_per_layer": shares}
+                progress.update(len(batch))
+    return tensors, records
+
+
+def count(args: argparse.Namespace) -> int:
+    """The command `count`."""
+    import torch
+    from safetensors.torch import save
+
+    from results_utils import form_title
+    from run_evaluation import load_model, prepare
+
+    if world_size() > 1:
+        raise NeuronError("neurons are counted by one process: start it with python, not with the launcher")
+    if args.tower == "encoder" and args.llm_only:
+        raise NeuronError("--tower encoder needs an encoder: leave --llm_only out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = prepare(args, device.type == "cuda")
+    folder = Path(args.output_dir or plan.folder / ("neurons" if args.tower == "llm" else "neurons-encoder"))
+    if (folder / COUNTS_FILE).exists() and not args.overwrite:
+        raise NeuronError(f"{folder} holds counts already: pass --overwrite to replace them, or another --output_dir")
+    model = load_model(plan, device)
+    find_activations(model.encoder if args.tower == "encoder" else model.llm)
+    tensors, records = count_plan(model, plan, args.eval_batch_size, args.tower)
+    title = form_title({"form": plan.form, "parallel_input": plan.parallel_input})
+    run = {
+        "name": f"{'encoder of ' if args.tower == 'encoder' else ''}{title.split(' (mapped')[0].split(' (prompt')[0]}",
+        "tower": args.tower,
+        "task": plan.task.name,
+        "form": plan.form,
+        "parallel_input": plan.parallel_input,
+        "tokens": int(tensors["tokens"]),
+        "identity": plan.identity,
+        "command": sys.argv,
+        "versions": versions(),
+    }
+    if plan.parallel_input is not None:
+        run["name"] = f"LLM alone, {plan.parallel_input['name']}"
+    write_bytes_atomic(folder / COUNTS_FILE, save(tensors, metadata={"tower": args.tower, "task": plan.task.name}))
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_text_atomic(folder / PROPORTION_FILE, lines)
+    write_json_atomic(folder / RUN_FILE, run)
+    layers, width = tensors["counts"].shape
+    share = float(tensors["counts"].sum()) / (layers * width * run["tokens"])
+    print(f"{run['name']}: {100 * share:.2f} % of {layers} x {width} neurons active, mean over {run['tokens']} tokens")
+    log(f"counts are in {folder}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Analysing
+
+
+@dataclass
+class Counts:
+    """The content of a folder that `count` left. counts: {language code or "all": int64 (layers, width)}; tokens
+    likewise; ids: of the items, in order."""
+
+    name: str
+    tower: str
+    counts: dict
+    tokens: dict
+    ids: list[str]
+
+    def shares(self, language: str = "all"):
+        """Active share of each layer, float64 (layers,)."""
+        counts = self.counts[language]
+        return counts.sum(1) / (counts.shape[1] * self.tokens[language])
+
+
+def read_counts(folder) -> Counts:
+    """Reads what `count` left.
+
+    Raises:
+        NeuronError: for a folder without counts, or a file that cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = Path(folder)
+    if not (folder / COUNTS_FILE).is_file() and (folder / "neurons" / COUNTS_FILE).is_file():
+        folder = folder / "neurons"
+    try:
+        tensors = load_file(folder / COUNTS_FILE)
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        lines = (folder / PROPORTION_FILE).read_text(encoding="utf-8").splitlines()
+        ids = [json.loads(line)["id"] for line in lines]
+        name, tower = run["name"], run["tower"]
+    except FileNotFoundError as error:
+        raise NeuronError(
+            f"{folder} holds no counts: {error.filename} is missing; make them by the count command"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise NeuronError(f"{folder} cannot be read: {type(error).__name__} {error}") from error
+    counts = {key.partition(".")[2] or "all": t for key, t in tensors.items() if key.startswith("counts")}
+    tokens = {key.partition(".")[2] or "all": int(t[0]) for key, t in tensors.items() if key.startswith("tokens")}
+    return Counts(name, tower, counts, tokens, ids)
+
+
+def peak_neurons(counts, share: float) -> list[tuple[int, int, int]]:
+    """The most active neurons: (layer, neuron, count), count descending, ties by layer and then neuron; the first
+    floor(N * share) of all N = layers * width."""
+    import numpy as np
+
+    flat = counts.reshape(-1)
+    # Flat order is layer by layer, so a stable sort breaks ties as promised.
+    order = np.argsort(-flat, kind="stable")[: int(len(flat) * share)]
+    return [(int(i) // counts.shape[1], int(i) % counts.shape[1], int(flat[i])) for i in order]
+
+
+def _csv(path, head: list[str], rows: list[list]) -> None:
+    import csv
+    import io
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_text_atomic(path, text.getvalue())
+
+
+def draw_active_share(runs: list[Counts], path) -> None:
+    """One line per run: active share of each layer."""
+    from baselines.plots import colour, marker, new_figure, save_figure
+
+    figure, axes = new_figure(7.5, 4.5)
+    for i, run in enumerate(runs):
+        shares = 100 * run.shares()
+        label = f"{run.name} (all layers: {shares.mean():.1f} %)"
+        axes.plot(range(len(shares)), shares, color=colour(i), marker=marker(i), markersize=4, label=label)
+    axes.set(xlabel="layer (0 = first)", ylabel="active neurons, % of the layer's (mean over tokens)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def draw_heatmap(run: Counts, path) -> None:
+    """counts / tokens, layers bottom-up, neurons from left to right."""
+    from baselines.plots import new_figure, save_figure
+
+    figure, axes = new_figure(9, 4)
+    image = axes.imshow(
+        100 * run.counts["all"] / run.tokens["all"], origin="lower", aspect="auto", vmin=0, vmax=100, cmap="viridis"
+    )
+    axes.set(xlabel="neuron", ylabel="layer (0 = first)", title=run.name)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, label="active, % of tokens")
+    save_figure(figure, path)
+
+
+def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path) -> None:
+    """The rank-count curve of all neurons, and how many of the kept ones each layer has."""
+    import numpy as np
+
+    from baselines.plots import colour, marker, new_figure, save_figure
+
+    figure, axes = new_figure(7.5, 4.5)
+    for i, run in enumerate(runs):
+        ranked = 100 * np.sort(run.counts["all"].reshape(-1))[::-1] / run.tokens["all"]
+        axes.plot(np.linspace(0, 100, len(ranked)), ranked, color=colour(i), label=run.name)
+    axes.axvline(100 * share, color="grey", linestyle="--", linewidth=1, label=f"kept: first {100 * share:g} %")
+    axes.set(xlabel="rank of the neuron, % of all neurons", ylabel="active, % of tokens")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, folder / "rank_count.png")
+    figure, axes = new_figure(7.5, 4.5)
+    for i, (run, kept) in enumerate(zip(runs, peaks, strict=True)):
+        per_layer = np.bincount([layer for layer, *_ in kept], minlength=len(run.counts["all"]))
+        axes.plot(range(len(per_layer)), per_layer, color=colour(i), marker=marker(i), markersize=4, label=run.name)
+    axes.set(xlabel="layer (0 = first)", ylabel=f"neurons among the {100 * share:g} % most active")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, folder / "peak_per_layer.png")
+
+
+def analyse(args: argparse.Namespace) -> int:
+    """The command `analyse`."""
+    import numpy as np
+
+    runs = [read_counts(folder) for folder in args.folders]
+    if args.names is not None:
+        if len(args.names) != len(runs):
+            raise NeuronError(f"--names gives {len(args.names)} names for {len(runs)} folders")
+        for run, name in zip(runs, args.names, strict=True):
+            run.name = name
+    if len({run.name for run in runs}) < len(runs):
+        raise NeuronError("two runs have one name: tell them apart by --names, one for each folder")
+    for folder, run in zip(args.folders, runs, strict=True):
+        if run.tower != runs[0].tower:
+            raise NeuronError(f"{folder} counts the {run.tower} but {args.folders[0]} the {runs[0].tower}")
+        if run.ids != runs[0].ids:
+            raise NeuronError(
+                f"{folder} ({len(run.ids)} items) and {args.folders[0]} ({len(runs[0].ids)} items) were counted on "
+                "different items: count both with the same --task, --languages and --limit"
+            )
+    if not args.peak * runs[0].counts["all"].size >= 1:
+        warn(f"--peak {args.peak} of {runs[0].counts['all'].size} neurons keeps none")
+    folder = Path(args.output_dir)
+    rows = []
+    for run in runs:
+        for language in run.counts:
+            shares = run.shares(language)
+            per_layer = [[run.name, language, i, f"{share:.6f}"] for i, share in enumerate(shares)]
+            rows += [[run.name, language, "all", f"{shares.mean():.6f}"], *per_layer]
+    _csv(folder / "active_share.csv", ["run", "language", "layer", "active_share"], rows)
+    draw_active_share(runs, folder / "active_share.png")
+    peaks = [peak_neurons(run.counts["all"], args.peak) for run in runs]
+    _csv(
+        folder / "peak.csv",
+        ["run", "rank", "layer", "neuron", "count", "tokens"],
+        [
+            [run.name, rank, *one, run.tokens["all"]]
+            for run, kept in zip(runs, peaks, strict=True)
+            for rank, one in enumerate(kept, 1)
+        ],
+    )
+    draw_peaks(runs, peaks, args.peak, folder)
+    for i, run in enumerate(runs, 1):
+        draw_heatmap(run, folder / f"heatmap-{i}.png")
+        print(f"{run.name}: {100 * np.mean(run.shares()):.2f} % active over {run.tokens['all']} tokens")
+    log(f"tables and pictures are in {folder}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def build_count_parser() -> argparse.ArgumentParser:
+    """The flags of `count`: those of an evaluation, so that the same items are counted, and two of its own."""
+    from run_evaluation import build_parser
+
+    parser = build_parser()
+    parser.prog = "python -m baselines.neurons count"
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    group = parser.add_argument_group("neurons")
+    group.add_argument("--tower", choices=["llm", "encoder"], default="llm", help="whose neurons (default llm)")
+    group.add_argument(
+        "--output_dir", help="default: the folder neurons, or neurons-encoder, in the evaluation's results folder"
+    )
+    return parser
+
+
+def build_analyse_parser() -> argparse.ArgumentParser:
+    """The flags of `analyse`."""
+    parser = CommandParser(
+        prog="python -m baselines.neurons analyse",
+        description="Writes active_share.csv and .png (all runs in one plot), peak.csv, rank_count.png, "
+        "peak_per_layer.png, and one heatmap of count / tokens per run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="what the count command left, on the same items")
+    parser.add_argument("--names", nargs="+", help="one per folder, for tables and legends")
+    parser.add_argument(
+        "--peak",
+        type=_share,
+        default=0.01,
+        help="the share p of all N neurons to keep as the most active: the first floor(N * p) (default 0.01)",
+    )
+    parser.add_argument("--output_dir", default="results/neurons", help="default results/neurons")
+    return parser
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one of the two commands; see the module's docstring."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["count"]:
+        return count(build_count_parser().parse_args(argv[1:]))
+    if argv[:1] == ["analyse"]:
+        return analyse(build_analyse_parser().parse_args(argv[1:]))
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: python -m baselines.neurons {{count,analyse}} ...\n\n{__doc__.strip()}")
+        return 0
+    raise NeuronError("say what to do: python -m baselines.neurons count ..., or analyse FOLDER ... (see --help)")
+
+
+if __name__ == "__main__":
+    run_main(main)

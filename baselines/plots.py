@@ -1,0 +1,34 @@
+"""What the pictures of this folder share: size, colours that colour-blind readers tell apart, whole files."""
+
+import io
+
+from runtime_utils import write_bytes_atomic
+
+# Okabe and Ito's palette (2008), without yellow, which is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+MARKERS = "osD^vP*X"
+
+
+def new_figure(width: float, height: float, columns: int = 1):
+    """A figure of that many inches and its axes (one, or a list of `columns`), without any global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def colour(i: int) -> str:
+    """The i-th colour; they repeat after eight."""
+    return COLOURS[i % len(COLOURS)]
+
+
+def marker(i: int) -> str:
+    """The marker of the i-th of many series: it changes where the colours repeat."""
+    return MARKERS[(i // len(COLOURS)) % len(MARKERS)]
+
+
+def save_figure(figure, path) -> None:
+    """Writes a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes_atomic(path, buffer.getvalue())

@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# Every method on the same items, one table: results/table.md, table.csv, table.png.
+#
+#   LLM_PATH=math_expert BASE_PATH=base LANGUAGE_EXPERT=language_expert MT_PATH=google/mt5-xl \
+#       HARD_CHECKPOINT=hard SOFT_CHECKPOINT=soft bash scripts/compare_all.sh [arguments of run_evaluation.py]
+#
+# Rows: task LLM alone; language expert alone; soup; task arithmetic; layer swap; MAET-style; PMI-3; PMI-6;
+# MindMerger-Hard; MindMerger-Soft. A row whose models are not given, or whose command refuses its input, is listed as
+# missing with the reason. Finished rows are kept: the same command continues.
+#
+# Environment (as in common.sh, capitals or as the flag is written):
+#   LLM_PATH            the task's LLM, which MindMerger was trained with; the only one that must be given
+#   BASE_PATH           what both experts were tuned from: task arithmetic, MAET
+#   LANGUAGE_EXPERT     tuned on the target language(s), from the same base; several folders with blanks between them
+#                       (the layer swap takes the first)
+#   ENGLISH_EXPERT      tuned on general English data, from the same base: MAET, optional
+#   MT_PATH, HARD_CHECKPOINT, SOFT_CHECKPOINT     the encoder and the two mappings
+#   TRANSLATIONS        aligned (default, an oracle) or a .jsonl file of machine translations: PMI
+#   PARALLEL_LANGUAGES, ORDER                     of PMI
+#   LAYER_SWAP_ARGS, MAET_ARGS                    more arguments of those merges
+#   TASK (math_mgsm), AGAINST (task LLM alone), RESULTS_DIR (results), MERGED_DIR (<RESULTS_DIR>/merged), PYTHON
+#   DATA_ROOT, LANGUAGES, LIMIT, EVAL_BATCH_SIZE, MAX_NEW_TOKENS, PRECISION, ... as run_evaluation.py's flags
+# With NUM_GPUS, HOSTFILE or DEEPSPEED_ARGS set, evaluations run under the deepspeed launcher.
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+use_environment python
+
+need() {
+    setting "" "$1" "${2-}"
+    printf '%s' "$REPLY"
+}
+task=$(need task math_mgsm)
+llm=$(need llm_path)
+base=$(need base_path)
+language_experts=$(need language_expert)
+english_expert=$(need english_expert)
+encoder=$(need mt_path)
+translations=$(need translations aligned)
+results_dir=$(need results_dir results)
+merged_dir=$(need merged_dir "$results_dir/merged")
+against=$(need against "task LLM alone")
+[[ -n $llm ]] || fail "LLM_PATH is not given: the task's LLM, which every other row is compared with"
+read -r -a experts <<<"$language_experts"
+
+table=()
+mkdir -p "$results_dir/logs"
+
+missing() { # LABEL REASON
+    printf '=== %s: missing: %s\n' "$1" "$2"
+    table+=(--missing "$1=$2")
+}
+
+# attempt LABEL LOG COMMAND...: true when it succeeded; a refused input (exit code 2) makes the row a missing one, with
+# the command's own line as the reason; anything else stops here.
+attempt() {
+    local label=$1 file=$2 code=0 reason
+    shift 2
+    printf '=== %s\n    %s\n' "$label" "$*"
+    { "$@" 2>&1 >&3 | tee "$file" >&2; } 3>&1 || code=$?
+    if [[ $code -eq 0 ]]; then return 0; fi
+    if [[ $code -ne 2 ]]; then
+        printf 'error: the command of the row "%s" ended with exit code %d; its messages are in %s\n' "$label" "$code" \
+            "$file" >&2
+        exit "$code"
+    fi
+    reason=$(grep -a -m 1 '^error: ' "$file" || true)
+    reason=${reason#error: }
+    missing "$label" "${reason:-refused, see $file}"
+    return 1
+}
+
+# evaluate_row LABEL SLUG FORM ARGUMENT...: FORM is what the results folder's name ends in.
+evaluate_row() {
+    local label=$1 slug=$2 form=$3 command_line=() program=(python run_evaluation.py)
+    shift 3
+    command_line=(--task "$task" --results_dir "$results_dir/compare" --save_name "$slug")
+    add_settings "" data_root languages limit eval_batch_size max_seq_len max_gen_len max_new_tokens precision \
+        attn_implementation seed
+    if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
+        program=(launch run_evaluation.py)
+        command_line+=(--deepspeed)
+    fi
+    if attempt "$label" "$results_dir/logs/$slug.log" "${program[@]}" "${command_line[@]}" "$@" ${extra[@]+"${extra[@]}"}; then
+        table+=(--row "$label=$results_dir/compare/$slug/$folder$form")
+    fi
+}
+
+# merge_row LABEL SLUG MODULE ARGUMENT...: merges, unless the same merge of unchanged models is there, and evaluates.
+merge_row() {
+    local label=$1 slug=$2 module=$3 output=$merged_dir/$2 made=$merged_dir/$2.command fresh=yes model
+    shift 3
+    [[ -f $output/merge.json && -f $made && $(<"$made") == "$module $*" ]] || fresh=""
+    for model in "$llm" $base ${experts[@]+"${experts[@]}"} $english_expert; do
+        if [[ -n $fresh && -d $model && -n $(find -L "$model" -type f -newer "$output/merge.json" | head -n 1) ]]; then
+            fresh=""
+        fi
+    done
+    if [[ -n $fresh ]]; then
+        printf '=== %s: %s is up to date\n' "$label" "$output"
+    else
+        mkdir -p "$merged_dir"
+        rm -f "$made"
+        local again=()
+        if [[ -e $output ]]; then again=(--overwrite); fi
+        attempt "$label" "$results_dir/logs/merge-$slug.log" \
+            python -m "baselines.$module" "$@" --output "$output" ${again[@]+"${again[@]}"} || return 0
+        printf '%s' "$module $*" >"$made"
+    fi
+    evaluate_row "$label" "$slug" -llm_only --llm_only --llm_path "$output"
+}
+
+extra=("$@")
+folder=$(python -c 'import sys; from data_tasks import find_task; print(find_task(sys.argv[1]).name)' "$task" 2>/dev/null) ||
+    fail "TASK is '$task', which is no task with an evaluation set: see python run_evaluation.py --help"
+
+evaluate_row "task LLM alone" task-llm -llm_only --llm_only --llm_path "$llm"
+
+no_language_expert="LANGUAGE_EXPERT is not given"
+if [[ ${#experts[@]} -eq 0 ]]; then
+    missing "language expert alone" "$no_language_expert"
+    missing soup "$no_language_expert"
+else
+    evaluate_row "language expert alone" language-expert -llm_only --llm_only --llm_path "${experts[0]}"
+    merge_row soup soup maet --soup --task_expert "$llm" --language_experts "${experts[@]}"
+fi
+if [[ ${#experts[@]} -eq 0 || -z $base ]]; then
+    reason=$no_language_expert
+    if [[ -z $base ]]; then reason="BASE_PATH is not given"; fi
+    missing "task arithmetic" "$reason"
+else
+    merge_row "task arithmetic" task-arithmetic maet --task_arithmetic --base "$base" --task_expert "$llm" \
+        --language_experts "${experts[@]}"
+fi
+if [[ ${#experts[@]} -eq 0 ]]; then
+    missing "layer swap" "$no_language_expert"
+else
+    # The extra arguments are words on purpose, here and below.
+    # shellcheck disable=SC2086
+    merge_row "layer swap" layer-swap layer_swap --math_expert "$llm" --language_expert "${experts[0]}" \
+        ${LAYER_SWAP_ARGS-}
+fi
+if [[ ${#experts[@]} -eq 0 || -z $base ]]; then
+    missing "MAET-style" "$reason"
+else
+    # shellcheck disable=SC2086
+    merge_row "MAET-style" maet maet --base "$base" --task_expert "$llm" --language_experts "${experts[@]}" \
+        ${english_expert:+--english_expert "$english_expert"} ${MAET_ARGS-}
+fi
+
+kind=machine
+if [[ $translations == aligned ]]; then kind=oracle; fi
+for k in 3 6; do
+    command_line=()
+    add_settings "" parallel_languages order
+    evaluate_row "PMI-$k ($kind)" "pmi$k" "-pmi$k-$kind" --llm_only --llm_path "$llm" --parallel_input "$k" \
+        --translations "$translations" ${command_line[@]+"${command_line[@]}"}
+done
+
+for form in Hard Soft; do
+    capitals=HARD augmentation=False suffix=-hard
+    if [[ $form == Soft ]]; then capitals=SOFT augmentation=True suffix=""; fi
+    setting "" "${capitals}_CHECKPOINT"
+    checkpoint=$REPLY
+    slug=mindmerger-$(printf '%s' "$form" | tr '[:upper:]' '[:lower:]')
+    if [[ -z $checkpoint || -z $encoder ]]; then
+        reason="${capitals}_CHECKPOINT is not given"
+        if [[ -n $checkpoint ]]; then reason="MT_PATH is not given"; fi
+        missing "MindMerger-$form" "$reason"
+    else
+        evaluate_row "MindMerger-$form" "$slug" "$suffix" --llm_path "$llm" --mt_path "$encoder" \
+            --init_checkpoint "$checkpoint" --augmentation "$augmentation"
+    fi
+done
+
+printf '=== Table\n'
+python scripts/compare_table.py "${table[@]}" --against "$against" --output_dir "$results_dir"

@@ -1,0 +1,177 @@
+"""Signals, vanished launchers, dead ranks and second runs, with real processes under the real launcher."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_environment, free_port
+from safetensors.torch import load_file
+
+from checkpoint_utils import list_checkpoints, newest_valid
+
+pytestmark = pytest.mark.slow
+
+
+def processes(mark):
+    """Pids of all living processes whose command line holds `mark`, launcher first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            if mark in command and state != "Z":
+                found.append((int(entry.name), command))
+    return sorted(found)
+
+
+class Launched:
+    """A training of two ranks that would run for very long, under the real launcher."""
+
+    def __init__(self, tmp_path, flags, name, ranks=2):
+        self.name, self.folder = name, tmp_path / "outputs" / name / "math/mapping"
+        launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
+        flags = [*flags, "--epoch_num", "100000", "--eval_steps", "100000", "--logging_steps", "1", "--save_name", name]
+        command = [sys.executable, launcher, "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        self.errors = tmp_path / f"{name}.err"
+        with open(self.errors, "a") as errors:
+            self.process = subprocess.Popen(
+                [*command, str(ROOT / "run_training.py"), *flags],
+                cwd=tmp_path,
+                env=clean_environment(tmp_path),
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+
+    def wait_for_steps(self, number=3):
+        """Waits until the log shows so many steps of this run."""
+        self.wait(lambda: (self.folder / "log.jsonl").is_file() and self.lines() >= number, "steps in the log", 120)
+
+    def lines(self):
+        """How many lines the log has."""
+        return (self.folder / "log.jsonl").read_text().count("\n")
+
+    def wait(self, condition, what, seconds):
+        """Waits for a condition; fails with the run's errors otherwise."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"no {what} after {seconds} s: {self.errors.read_text()[-3000:]}"
+            time.sleep(0.1)
+
+    def ranks(self):
+        """Pids of the training processes, in rank order."""
+        commands = {pid: command for pid, command in processes(self.name) if "--local_rank=" in command}
+        return sorted(commands, key=lambda pid: commands[pid].split("--local_rank=")[1][:1])
+
+    def node_launcher(self):
+        """Pid of DeepSpeed's per-node launcher."""
+        return next(pid for pid, command in processes(self.name) if "deepspeed.launcher.launch" in command)
+
+    def end(self, seconds=60):
+        """Waits until no process of the run is left."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        self.wait(lambda: not processes(self.name), "end of all processes", seconds)
+        return self.process.returncode
+
+    def kill(self):
+        """Ends whatever is left, so that a failed test disturbs no other."""
+        for pid, _ in processes(self.name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def launch(tmp_path, flags):
+    """Starts long trainings and ends them whatever happens."""
+    started = []
+
+    def start(name, **options):
+        started.append(Launched(tmp_path, flags, name, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+def assert_checkpoint_of_the_last_step(training):
+    """The newest checkpoint is valid and no logged step lies after it."""
+    folder, skipped = newest_valid(training.folder)
+    assert skipped == []
+    last = int((training.folder / "log.jsonl").read_text().splitlines()[-1].split('"step": ')[1].split(",")[0])
+    assert folder is not None and folder.name == f"checkpoint-{last:06d}"
+    return folder
+
+
+def test_sigusr1_writes_a_checkpoint_and_goes_on_then_sigterm_on_one_rank_ends_all_with_one(launch):
+    training = launch("usr1-term")
+    training.wait_for_steps()
+    os.kill(training.ranks()[1], signal.SIGUSR1)
+    training.wait(lambda: list_checkpoints(training.folder), "checkpoint after SIGUSR1", 30)
+    lines = training.lines()
+    training.wait(lambda: training.lines() > lines + 2, "further steps", 30)
+    first = list_checkpoints(training.folder)[0]
+    started = time.monotonic()
+    os.kill(training.ranks()[1], signal.SIGTERM)
+    assert training.end() == 143
+    assert time.monotonic() - started < 40
+    assert assert_checkpoint_of_the_last_step(training).name > first.name
+    assert "ended by a signal" in training.errors.read_text()
+
+
+def test_sigint_on_the_process_group_ends_all_with_a_checkpoint(launch):
+    training = launch("int-group")
+    training.wait_for_steps()
+    os.killpg(training.process.pid, signal.SIGINT)
+    training.end()
+    assert_checkpoint_of_the_last_step(training)
+
+
+@pytest.mark.parametrize(
+    ("who", "number"), [("runner", signal.SIGKILL), ("runner", signal.SIGTERM), ("node", signal.SIGKILL)]
+)
+def test_ranks_whose_launcher_is_gone_write_a_checkpoint_and_end(launch, who, number):
+    """The runner passes no signal on; the per-node launcher, killed, leaves its ranks behind."""
+    training = launch(f"gone-{who}-{number.name}")
+    training.wait_for_steps()
+    os.kill(training.process.pid if who == "runner" else training.node_launcher(), number)
+    training.end()
+    assert_checkpoint_of_the_last_step(training)
+
+
+def test_a_second_run_is_refused_a_dead_rank_ends_the_others_and_the_lock_is_taken_over(launch, run, flags, tmp_path):
+    training = launch("locked")
+    training.wait_for_steps()
+    second = run(ROOT / "run_training.py", *flags, "--save_name", "locked")
+    assert second.returncode == 2, second.stderr[-2000:]
+    message = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and f'"pid": {training.ranks()[0]}' in message[0] and "host" in message[0]
+    os.kill(training.ranks()[0], signal.SIGUSR1)
+    training.wait(lambda: list_checkpoints(training.folder), "checkpoint", 30)
+    os.kill(training.ranks()[0], signal.SIGKILL)
+    started = time.monotonic()
+    assert training.end() != 0
+    assert time.monotonic() - started < 60
+    errors = training.errors.read_text()
+    assert "lost contact with another rank" in errors or "another rank must be gone" in errors, errors[-3000:]
+    log = training.folder / "log.jsonl"
+    before = log.stat().st_ino
+    again = launch("locked")
+    # The resumed run replaces the log by its part up to the checkpoint before it goes on.
+    again.wait(lambda: log.stat().st_ino != before, "log cut back", 90)
+    assert "resumes from" in again.errors.read_text()
+    step = int(list_checkpoints(again.folder)[0].name[-6:])
+    again.wait(lambda: again.lines() > step + 2, "steps after the resume", 60)
+    os.kill(again.ranks()[0], signal.SIGTERM)
+    assert again.end() == 143
+    load_file(assert_checkpoint_of_the_last_step(again) / "training.safetensors")
