@@ -152,6 +152,7 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
     Raises:
         UserError: when the folder does not verify, naming what differs.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -160,4 +161,9 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
     fault = fault_of(folder)
     if fault is not None:
         raise UserError(f"checkpoint {folder} is damaged: {fault}; pass an older one, or auto")
-    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {folder}: {TENSORS} or {STATE} is not what its manifest promises: {error}"
+        ) from error

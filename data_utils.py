@@ -11,6 +11,7 @@ Dimension letters: B rows, S encoder tokens, P prompt tokens, T target tokens.
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -501,8 +502,8 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
     import datasets
 
     if num_proc is None:
-        # A further process costs about a second to start: the time of some ten thousand rows.
-        num_proc = min(_cpus(), 16, rows // 20_000)
+        # A further process costs some seconds to start: the time of some ten thousand rows.
+        num_proc = min(_cpus(), 16, rows // 50_000)
     features = {name: datasets.Value("string") for name in ("id", "language")}
     features |= {name: datasets.List(datasets.Value("int32")) for name in ("encoder_ids", "prompt_ids", "target_ids")}
     features |= {name: datasets.Value("bool") for name in _CUT_COLUMNS}
@@ -510,8 +511,11 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
     if rows < 20_000 or not is_main():
         datasets.disable_progress_bars()
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    start_method = multiprocessing.get_start_method()
     if num_proc > 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism; forks warn otherwise
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+        # Forking a process that has threads (a process group's, Arrow's) can hang in the child.
+        multiprocessing.set_start_method("spawn", force=True)
     try:
         ids = datasets.Dataset.from_file(str(folder / "texts.arrow")).map(
             _tokenise_columns,
@@ -530,6 +534,7 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
         if not bars_were_off:
             datasets.enable_progress_bars()
         if num_proc > 1:
+            multiprocessing.set_start_method(start_method, force=True)
             del os.environ["TOKENIZERS_PARALLELISM"]
             if parallelism is not None:
                 os.environ["TOKENIZERS_PARALLELISM"] = parallelism

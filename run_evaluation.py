@@ -22,6 +22,7 @@ from pathlib import Path
 
 from baselines.parallel_input import add_arguments as add_parallel_arguments
 from runtime_utils import (
+    CommandParser,
     UserError,
     broadcast_object,
     init_distributed,
@@ -50,11 +51,6 @@ FORM_SUFFIX = {"soft": "", "hard": "-hard", "llm_only": "-llm_only"}
 # Flags
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see python run_evaluation.py --help)")
-
-
 def _at_least(minimum: int):
     def parse(text: str) -> int:
         try:
@@ -74,7 +70,7 @@ def _path(text: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every flag with its default and meaning."""
-    parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = CommandParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     what = parser.add_argument_group("what is evaluated")
     what.add_argument(
         "--task", default="math", help="math (means MGSM, the default), math_mgsm, math_msvamp, x-csqa, xnli"

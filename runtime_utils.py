@@ -23,13 +23,11 @@ class ReportedError(UserError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, printed by rank 0 alone, with exit code 2 on every rank."""
+    """An argument parser whose errors are `UserError`s: one line, printed by rank 0 alone, no usage text."""
 
     def error(self, message: str):
-        """Ends the process."""
-        if is_main():
-            print(f"error: {message} (see {self.prog} --help)", file=sys.stderr, flush=True)
-        sys.exit(2)
+        """Raises the error."""
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parse_bool(text: str) -> bool:

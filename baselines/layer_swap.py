@@ -331,7 +331,7 @@ def draw_changes(changes: dict[str, list[list[float]]], shares: dict[str, list[f
     curve.set_title("share of change by layer")
     curve.set_xlabel("share of the expert's change (%)")
     curve.set_xlim(0, 110 * max(max(one) for one in shares.values()))
-    curve.legend(loc="best", fontsize="small")
+    figure.legend(loc="outside lower right", ncols=4, fontsize="small")  # inside it would hide the curves' ends
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
     return png.getvalue()

@@ -39,6 +39,7 @@ from runtime_utils import (
 COUNTS_FILE = "neurons.safetensors"
 PROPORTION_FILE = "proportion.jsonl"
 RUN_FILE = "run.json"
+_HEATMAP_COLUMNS = 1000
 
 # What makes a module an MLP of a known family: the parts it must have, its activation, the layer that has its width.
 _MLP_FORMS = (
@@ -377,13 +378,13 @@ def _csv(path, head: list[str], rows: list[list]) -> None:
 
 def draw_active_share(runs: list[Counts], path) -> None:
     """One line per run: active share of each layer."""
-    from baselines.plots import colour, marker, new_figure, save_figure
+    from baselines.plots import line, new_figure, save_figure
 
     figure, axes = new_figure(7.5, 4.5)
     for i, run in enumerate(runs):
         shares = 100 * run.shares()
         label = f"{run.name} (all layers: {shares.mean():.1f} %)"
-        axes.plot(range(len(shares)), shares, color=colour(i), marker=marker(i), markersize=4, label=label)
+        axes.plot(range(len(shares)), shares, label=label, **line(i))
     axes.set(xlabel="layer (0 = first)", ylabel="active neurons, % of the layer's (mean over tokens)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -392,14 +393,31 @@ def draw_active_share(runs: list[Counts], path) -> None:
 
 
 def draw_heatmap(run: Counts, path) -> None:
-    """counts / tokens, layers bottom-up, neurons from left to right."""
+    """counts / tokens, layers bottom-up, neurons from left to right; where there are more neurons than the picture has
+    room for, a column is the mean of neighbouring ones."""
+    import numpy as np
+
     from baselines.plots import new_figure, save_figure
 
+    shares = 100 * run.counts["all"] / run.tokens["all"]
+    layers, width = shares.shape
+    group = -(-width // _HEATMAP_COLUMNS)
+    starts = np.arange(0, width, group)
+    columns = np.add.reduceat(shares, starts, axis=1) / np.diff([*starts, width])
     figure, axes = new_figure(9, 4)
+    # Nearest: any other interpolation would mix layers.
     image = axes.imshow(
-        100 * run.counts["all"] / run.tokens["all"], origin="lower", aspect="auto", vmin=0, vmax=100, cmap="viridis"
+        columns,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0,
+        vmax=100,
+        cmap="viridis",
+        extent=(-0.5, len(starts) * group - 0.5, -0.5, layers - 0.5),
     )
-    axes.set(xlabel="neuron", ylabel="layer (0 = first)", title=run.name)
+    means = f" (a column: mean of {group} neighbours)" if group > 1 else ""
+    axes.set(xlabel=f"neuron{means}", ylabel="layer (0 = first)", title=run.name, xlim=(-0.5, width - 0.5))
     axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, label="active, % of tokens")
     save_figure(figure, path)
@@ -409,12 +427,13 @@ def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path
     """The rank-count curve of all neurons, and how many of the kept ones each layer has."""
     import numpy as np
 
-    from baselines.plots import colour, marker, new_figure, save_figure
+    from baselines.plots import LINE_STYLES, colour, line, new_figure, save_figure
 
     figure, axes = new_figure(7.5, 4.5)
     for i, run in enumerate(runs):
         ranked = 100 * np.sort(run.counts["all"].reshape(-1))[::-1] / run.tokens["all"]
-        axes.plot(np.linspace(0, 100, len(ranked)), ranked, color=colour(i), label=run.name)
+        style = LINE_STYLES[i % len(LINE_STYLES)]
+        axes.plot(np.linspace(0, 100, len(ranked)), ranked, color=colour(i), linestyle=style, label=run.name)
     axes.axvline(100 * share, color="grey", linestyle="--", linewidth=1, label=f"kept: first {100 * share:g} %")
     axes.set(xlabel="rank of the neuron, % of all neurons", ylabel="active, % of tokens")
     axes.grid(alpha=0.3)
@@ -423,7 +442,7 @@ def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path
     figure, axes = new_figure(7.5, 4.5)
     for i, (run, kept) in enumerate(zip(runs, peaks, strict=True)):
         per_layer = np.bincount([layer for layer, *_ in kept], minlength=len(run.counts["all"]))
-        axes.plot(range(len(per_layer)), per_layer, color=colour(i), marker=marker(i), markersize=4, label=run.name)
+        axes.plot(range(len(per_layer)), per_layer, label=run.name, **line(i))
     axes.set(xlabel="layer (0 = first)", ylabel=f"neurons among the {100 * share:g} % most active")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -476,6 +495,13 @@ def analyse(args: argparse.Namespace) -> int:
     for i, run in enumerate(runs, 1):
         draw_heatmap(run, folder / f"heatmap-{i}.png")
         print(f"{run.name}: {100 * np.mean(run.shares()):.2f} % active over {run.tokens['all']} tokens")
+        kept = peaks[i - 1]
+        tied = int((run.counts["all"] == kept[-1][2]).sum()) if kept else 0
+        if tied > sum(one[2] == kept[-1][2] for one in kept):
+            warn(
+                f"{run.name}: {tied} neurons have the count {kept[-1][2]} at which --peak {args.peak} ends; of equals "
+                "the lower layers' are kept, so the kept neurons per layer say little here: count more items"
+            )
     log(f"tables and pictures are in {folder}")
     return 0
 

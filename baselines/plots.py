@@ -7,6 +7,7 @@ from runtime_utils import write_bytes_atomic
 # Okabe and Ito's palette (2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 MARKERS = "osD^vP*X"
+LINE_STYLES = ("-", "--", "-.", ":")
 
 
 def new_figure(width: float, height: float, columns: int = 1):
@@ -25,6 +26,16 @@ def colour(i: int) -> str:
 def marker(i: int) -> str:
     """The marker of the i-th of many series: it changes where the colours repeat."""
     return MARKERS[(i // len(COLOURS)) % len(MARKERS)]
+
+
+def line(i: int) -> dict:
+    """Colour, style and marker of the i-th of several lines: lines that lie on each other stay visible."""
+    return {
+        "color": colour(i),
+        "linestyle": LINE_STYLES[i % len(LINE_STYLES)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "markersize": max(3, 8 - 1.5 * i),
+    }
 
 
 def save_figure(figure, path) -> None:

@@ -162,14 +162,22 @@ def _p(value: float) -> str:
 
 
 def format_markdown(task: str, table: dict, against: str, missing: dict[str, str], notes: list[str]) -> str:
-    """The table as Markdown: accuracies with intervals, then differences with corrected p-values."""
-    languages = list(next(iter(table.values()))[0])
+    """The table as Markdown: accuracies with intervals, then differences with corrected p-values.
+
+    Arguments:
+        table: as `build_cells` gives it, with None for a missing row, in the order to show.
+        missing: the reason of each missing row.
+    """
+    languages = list(table[against][0])
     codes = [find_language(language).code for language in languages]
-    sizes = sorted({cell.n for cells, *_ in table.values() for cell in cells.values()})
+    sizes = sorted({cell.n for cell in table[against][0].values()})
     accuracy, difference = [["method", *codes, "avg"]], [["method", *codes, "avg"]]
     base_cells, base_mean, _ = table[against]
-    for label, (cells, mean, (low, high)) in table.items():
-        texts = []
+    for label, made in table.items():
+        if made is None:
+            accuracy.append([label, *["missing"] * (len(languages) + 1)])
+            continue
+        (cells, mean, (low, high)), texts = made, []
         for cell in cells.values():
             star = "*" if cell.p_holm is not None and cell.p_holm < SIGNIFICANT else ""
             texts.append(f"{cell.accuracy:.1f}{star} [{cell.interval[0]:.1f}, {cell.interval[1]:.1f}]")
@@ -177,7 +185,6 @@ def format_markdown(task: str, table: dict, against: str, missing: dict[str, str
         if label != against:
             texts = [f"{c.accuracy - base_cells[name].accuracy:+.1f} (p {_p(c.p_holm)})" for name, c in cells.items()]
             difference.append([label, *texts, f"{mean - base_mean:+.1f}"])
-    accuracy += [[f"{label}", *["missing"] * (len(languages) + 1)] for label in missing]
     items = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     parts = [
         f"# {task}: accuracy in percent on the same items",
@@ -233,7 +240,7 @@ def draw(task: str, table: dict, path) -> None:
 
     languages = list(next(iter(table.values()))[0])
     groups = [find_language(language).code for language in languages] + ["avg"]
-    figure, axes = new_figure(min(24, max(7, 0.16 * len(groups) * (len(table) + 1.5) + 3)), 4.5)
+    figure, axes = new_figure(min(16, max(7, 0.13 * len(groups) * (len(table) + 1.5) + 3)), 4.5)
     width = 0.85 / len(table)
     for i, (label, (cells, mean, mean_interval)) in enumerate(table.items()):
         heights = [cell.accuracy for cell in cells.values()] + [mean]
@@ -281,10 +288,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    # One list for both, so that missing rows keep their place.
     parser.add_argument(
         "--row",
         action="append",
-        type=_named,
+        dest="entries",
+        type=lambda text: ("row", *_named(text)),
         required=True,
         metavar="LABEL=FOLDER",
         help="a finished results folder; once per row, in the table's order",
@@ -292,8 +301,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--missing",
         action="append",
-        type=_named,
-        default=[],
+        dest="entries",
+        type=lambda text: ("missing", *_named(text)),
         metavar="LABEL=REASON",
         help="a row that could not be made: listed as missing, with the reason",
     )
@@ -309,13 +318,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
-    rows = [read_row(label, folder.rstrip("/") or "/") for label, folder in args.row]
-    labels = [row.label for row in rows]
-    missing = dict(args.missing)
-    for label in [*labels, *missing]:
-        if (labels + list(missing)).count(label) > 1:
+    order, rows, asked, missing = [], [], [], {}
+    for kind, label, value in args.entries:
+        if kind == "missing":
+            missing[label] = value
+        else:
+            rows.append(read_row(label, value.rstrip("/") or "/"))
+            asked.append(label)
+            label = rows[-1].label
+        if label in order:
             raise ResultsError(f"two rows are called {label!r}: give each its own label")
-    asked = [label for label, _ in args.row]
+        order.append(label)
+    labels = [row.label for row in rows]
     if args.against is not None and args.against not in (*asked, *labels):
         raise ResultsError(f"--against {args.against!r} is none of the rows: {', '.join(labels)}")
     against = rows[0]
@@ -325,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     notes = keep_common(rows)
     table = build_cells(rows, against, args.seed)
     folder, task = Path(args.output_dir), rows[0].results["task"]
-    text = format_markdown(task, table, against.label, missing, notes)
+    text = format_markdown(task, {label: table.get(label) for label in order}, against.label, missing, notes)
     write_text_atomic(folder / f"{args.name}.md", text)
     write_text_atomic(folder / f"{args.name}.csv", format_csv(table, against.label, rows, missing))
     draw(task, table, folder / f"{args.name}.png")

@@ -91,7 +91,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     models.add_argument("--vocabulary", type=int, default=2000, help="pieces of a tokenizer at most")
     models.add_argument("--llm_steps", type=int, default=1200, help="training steps of the LLM")
     models.add_argument("--llm_batch_size", type=int, default=32, help="texts per step")
-    models.add_argument("--encoder_steps", type=int, default=450, help="training steps of the mT5")
+    models.add_argument("--encoder_steps", type=int, default=500, help="training steps of the mT5")
     models.add_argument("--encoder_batch_size", type=int, default=64, help="sentence pairs per step")
     args = parser.parse_args(arguments)
     for name in (
@@ -135,7 +135,9 @@ def write_world(folder: Path, args: argparse.Namespace) -> None:
 
 def main(arguments=None) -> None:
     args = parse_arguments(arguments)
-    if args.output_dir.exists() and not args.overwrite:
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise UserError(f"{args.output_dir} is a file: name a folder with --output_dir")
+    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
         raise UserError(f"{args.output_dir} exists: name another --output_dir, or add --overwrite to replace it")
     # A world that stands under its own name is a whole one, whatever stopped an earlier attempt.
     unfinished = args.output_dir.with_name(args.output_dir.name + ".unfinished")

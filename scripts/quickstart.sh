@@ -39,6 +39,8 @@ printf '=== Packages: %d s\n' "$SECONDS"
 SECONDS=0 # what follows is the quickstart's own time
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Models this small only wait for more threads.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(min(4, os.cpu_count() or 1))')}
 export HF_DATASETS_CACHE=$PWD/$folder/cache
 [[ $folder != /* ]] || export HF_DATASETS_CACHE=$folder/cache
 

@@ -89,10 +89,13 @@ def test_markdown_marks_what_differs_after_the_correction(three, tmp_path, capsy
 
 
 def test_rows_that_could_not_be_made_are_listed_with_the_reason(three, tmp_path):
-    found = table_of(tmp_path, "--row", f"A={three[0]}", "--missing", "soup=LANGUAGE_EXPERT is not given")
+    gone = "soup=LANGUAGE_EXPERT is not given"
+    found = table_of(tmp_path, "--row", f"A={three[0]}", "--missing", gone, "--row", f"B={three[1]}")
     assert found["soup", ""]["missing"] == "LANGUAGE_EXPERT is not given"
     text = (tmp_path / "out/table.md").read_text()
-    assert "| soup | missing | missing | missing |" in text and "- soup: LANGUAGE_EXPERT is not given" in text
+    # In its place, between A and B.
+    assert "|\n| soup | missing | missing | missing |\n| B |" in text
+    assert "- soup: LANGUAGE_EXPERT is not given" in text
 
 
 def test_parallel_input_is_never_shown_without_who_translated(three, tmp_path):

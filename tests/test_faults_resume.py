@@ -201,7 +201,7 @@ def test_kill_9_in_mid_run_and_in_a_checkpoint_write_goes_on_exactly(run, flags,
     (whole,) = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "8")])
     assert whole["code"] == 0
     driver = ROOT / "tests/drivers/killed.py"
-    for point in ("train_step:5", "write_checkpoint:2:os.replace:3", "write_checkpoint:2:os.fsync:5"):
+    for point in ("train_step:5", "write_checkpoint:2:os.replace:3", "write_checkpoint:1:os.fsync:4"):
         done = run(driver, point, *argv)
         assert done.returncode == -signal.SIGKILL, (point, done.stderr[-2000:])
     done = run(ROOT / "run_training.py", *argv)
@@ -271,7 +271,7 @@ def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, t
     (folder / checkpoint_utils.TENSORS).write_bytes(pickle.dumps(Payload(witness)))
     (folder / "optimizer.bin").write_bytes(pickle.dumps(Payload(witness)))
     manifest = {name: checkpoint_utils.describe_file(folder / name) for name in ("training.safetensors", "state.json")}
-    write_text_atomic(folder / checkpoint_utils.MANIFEST, json.dumps({"files": manifest}))
+    write_text_atomic(folder / checkpoint_utils.MANIFEST, json.dumps({"files": manifest}) + "\n")
     with pytest.raises(UserError, match="training.safetensors"):
         checkpoint_utils.read_checkpoint(folder)
     llm = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
@@ -333,13 +333,12 @@ def test_a_full_tmpfs_leaves_the_earlier_checkpoint_valid(tmp_path):
 @pytest.mark.slow
 def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_examples(run, flags, tmp_path):
     """At ZeRO 0 nothing in DeepSpeed looks, and the weights would be lost."""
-    entries = []
+    entries = [named(flags, "whole", "--max_steps", "6")]  # first: ZeRO-3 replaces torch's linear function for good
     for preset in ("ds_zero0", "ds_zero1", "ds_zero3"):
         argv = named(flags, preset, "--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--max_steps", "6")
         entries += [{"argv": argv, "fault": {"step": 5, "rank": 1, "nan": True}}, argv]
-    entries.append(named(flags, "whole", "--max_steps", "6"))
     results = run_many(run, tmp_path, entries, ranks=2)
-    for broken, resumed in zip(results[0:6:2], results[1:6:2], strict=True):
+    for broken, resumed in zip(results[1::2], results[2::2], strict=True):
         assert broken["code"] == 2, broken
         assert "at step 5 is not finite" in broken["error"] and "examples: " in broken["error"]
         assert "-" in broken["error"].split("examples: ")[1].split(";")[0]

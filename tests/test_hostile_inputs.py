@@ -509,12 +509,12 @@ def bad_json_value(draw, file: File, row: int) -> bytes:
     return encode(fault, True)
 
 
-def bad_json_text(draw, file: File, row: int) -> bytes:
-    """A row that is no valid JSON, or JSON whose plain reading would lose something."""
+def bad_json_texts(draw, file: File, row: int) -> list[bytes]:
+    """Rows that are no valid JSON, or JSON whose plain reading would lose something."""
     whole = file.pieces[file.at(row)].data
     inside = whole[1:]
     junk = encode(draw(JSON_TEXT), True)
-    choices = [
+    return [
         whole[: draw(st.integers(1, len(whole) - 1))],
         b'{"x": 1, "x": 2, ' + inside,
         b'{"x": {"y": [{"z": 1, "z": 1}]}, ' + inside,
@@ -537,7 +537,10 @@ def bad_json_text(draw, file: File, row: int) -> bytes:
         junk + whole,
         whole + b"}",
     ]
-    return draw(st.sampled_from(choices))
+
+
+def bad_json_text(draw, file: File, row: int) -> bytes:
+    return draw(st.sampled_from(bad_json_texts(draw, file, row)))
 
 
 DAMAGE = {
@@ -573,6 +576,20 @@ def test_damaged_row_is_refused_at_its_line_after_the_rows_before_it(root, form,
         assert outcome.rows == file.expected()[: len(outcome.rows)] and len(outcome.rows) <= row + 1
     else:
         assert outcome.rows == file.expected(row)
+
+
+@each_json_format
+@hostile(2)
+@given(data=st.data())
+def test_every_kind_of_broken_json_is_refused_at_its_row(root, form, data):
+    """Equal keys of which the last one wins, or nesting and integers that Python refuses in its own words."""
+    file = data.draw(files(form))
+    row = data.draw(st.integers(0, len(file.values) - 1))
+    for broken in bad_json_texts(data.draw, file, row):
+        file.put(row, broken)
+        outcome = read(root, form, file.data())
+        assert outcome.message is not None and outcome.line >= file.lines(row)[0], broken[:200]
+        assert outcome.rows == file.expected()[: len(outcome.rows)] and len(outcome.rows) <= row + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -450,6 +450,14 @@ def test_overwrite_touches_no_folder_that_is_not_a_merge(pair, tmp_path):
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "words"
 
 
+def test_leftover_of_a_killed_merge_is_named_and_not_touched(pair, tmp_path, capsys):
+    """SIGKILL leaves a temporary folder of the model's size; another merge may still be writing to one."""
+    (tmp_path / ".merged.123.tmp").mkdir()
+    swap(pair, tmp_path / "merged")
+    assert ".merged.123.tmp is what a killed merge left behind" in capsys.readouterr().err
+    assert (tmp_path / ".merged.123.tmp").is_dir()
+
+
 def test_hub_name_in_the_local_cache_is_a_model_folder(pair, tmp_path, monkeypatch):
     import huggingface_hub
 

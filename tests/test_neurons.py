@@ -327,6 +327,24 @@ def test_peak_orders_by_count_then_layer_then_neuron():
     assert peak_neurons(counts, 0.49) == [(1, 0, 9), (0, 1, 5)]
 
 
+def test_a_border_among_equal_counts_is_announced(counted, tmp_path, capsys):
+    """Ties go to the lower layers: a plot of kept neurons per layer would then show the rule and not the model."""
+    alone = str(counted / FORMS[0])
+    assert neurons.main(["analyse", alone, "--peak", "0.02", "--output_dir", str(tmp_path)]) == 0
+    run = neurons.read_counts(alone)
+    flat = np.sort(run.counts["all"].reshape(-1))[::-1]
+    assert flat[1] == flat[2], "the two kept neurons are not tied with a third one here"
+    assert f"have the count {flat[1]} at which --peak 0.02 ends" in capsys.readouterr().err
+
+
+def test_a_heatmap_of_more_neurons_than_columns_shows_means(tmp_path):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 10, size=(3, 2 * neurons._HEATMAP_COLUMNS + 7))
+    run = neurons.Counts("wide", "llm", {"all": counts}, {"all": 10}, [])
+    neurons.draw_heatmap(run, tmp_path / "wide.png")
+    assert (tmp_path / "wide.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_wrong_input_of_the_commands_is_one_line(counted, merged, datas, tmp_path):
     alone, hard = (str(counted / name / "neurons") for name in FORMS[:2])
     few = ["count", "--llm_only", "--llm_path", merged.config.llm_path, "--data_root", datas, "--languages", "sw"]

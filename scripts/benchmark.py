@@ -1,0 +1,501 @@
+"""Speed and memory of training and generation against the textbook loop, on real text.
+
+    python scripts/benchmark.py --preset cpu-small --data_root ./datas --precision fp32 --output benchmark.json
+
+Models have random weights in a preset's exact shapes; texts have their real lengths. `ours` times the project's own
+training step (`run_training.train_step`) and generation (`run_evaluation.generate_batch`). `plain` is the loop as the
+published code runs it: shuffled micro-batches padded to their longest row, tokenised row by row inside the step, a
+dense mask, fp32 logits for every position, generation at batch 8 in file order to the length limit. They alternate
+window by window in one process; figures are medians over windows, after a warm-up window of each.
+
+Useful tokens are the real positions of merged rows. FLOP utilisation counts 4 N per useful position of the LLM (one
+forward pass, and one backward pass to the inputs alone), 2 N per encoder token and 6 N per token of the mapping, over
+the rate of a large matmul of the same dtype measured in the same run.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import runtime_utils  # noqa: E402
+from runtime_utils import CommandParser, log  # noqa: E402
+
+VOCABULARY = 32_000
+PRESETS = {
+    "cpu-small": {
+        "encoder": {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
+        "llm": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    },
+    "7b": {  # mT5-xl's encoder and Llama-2-7B
+        "encoder": {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+        "llm": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    },
+}
+
+
+def build_parser():
+    """The flags."""
+    parser = CommandParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--preset", choices=sorted(PRESETS), default="cpu-small", help="shapes of the two models")
+    add("--data_root", default="./datas", help="folder in the released layout: its text is what is timed")
+    add("--train_num", type=int, default=300, help="pairs or queries per language")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the frozen models")
+    add("--parts", default="mapping,augmentation,evaluation", help="which of these to time, separated by commas")
+    add("--global_batch", type=int, default=128, help="examples of one optimizer step")
+    add("--micro_batch", type=int, default=8, help="rows of a micro-batch in both modes")
+    add("--micro_batch_tokens", type=int, help="ours also by this token budget (default: 2048 mapping, 4096 else)")
+    add("--windows", type=int, default=5, help="timed windows of each mode")
+    add("--steps", type=int, default=1, help="optimizer steps of ours in a window")
+    add("--plain_micro_batches", type=int, default=8, help="micro-batches of plain in a window")
+    add("--questions", type=int, default=24, help="questions of the evaluation part, over three languages")
+    add("--max_new_tokens", type=int, default=64, help="length limit of generation")
+    add("--gradient_checkpointing", action="store_true", help="in both modes")
+    add("--output", help="JSON file for the figures")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and tokenizers
+
+
+def train_tokenizers(folder: Path, data_root: str) -> None:
+    """Trains one BPE vocabulary of the preset's size for each model on the data's own text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = sorted(Path(data_root).glob("bilingual_pairs/*/train_100k.*"))
+    queries = Path(data_root) / "query_translation" / "math.json"
+    rows = json.loads(queries.read_text(encoding="utf-8"))
+    english = [line for p in pairs if p.suffix == ".en" for line in p.read_text(encoding="utf-8").split("\n")]
+    others = [line for p in pairs if p.suffix != ".en" for line in p.read_text(encoding="utf-8").split("\n")]
+    sets = {
+        "llm": (english + [row["response"] for row in rows], ["<unk>", "<s>", "</s>"], "<s> $A"),
+        "encoder": (others + english + [row["query"] for row in rows], ["<pad>", "</s>", "<unk>"], "$A </s>"),
+    }
+    for name, (texts, specials, template) in sets.items():
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=specials + alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        used = [(token, tokenizer.token_to_id(token)) for token in specials if token in template]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+        roles = {"<pad>": "pad_token", "<s>": "bos_token", "</s>": "eos_token", "<unk>": "unk_token"}
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{roles[token]: token for token in specials})
+        wrapped.save_pretrained(folder / name)
+
+
+def make_configs(folder: Path, preset: str) -> None:
+    """Writes both models' configs beside their tokenizers."""
+    from transformers import LlamaConfig, MT5Config
+
+    shapes = PRESETS[preset]
+    encoder = MT5Config(vocab_size=VOCABULARY, **shapes["encoder"], num_decoder_layers=shapes["encoder"]["num_layers"])
+    encoder.save_pretrained(folder / "encoder")
+    llm = LlamaConfig(
+        vocab_size=VOCABULARY, **shapes["llm"], max_position_embeddings=4096, bos_token_id=1, eos_token_id=2
+    )
+    llm.save_pretrained(folder / "llm")
+
+
+def make_model(folder: Path, precision: str, device):
+    """A MindMerger with random towers made directly on the device in the run's dtype."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM, MT5EncoderModel
+
+    from modeling_mindmerger import MindMerger
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            encoder = MT5EncoderModel(AutoConfig.from_pretrained(folder / "encoder"))
+            llm = LlamaForCausalLM(AutoConfig.from_pretrained(folder / "llm"))
+    finally:
+        torch.set_default_dtype(before)
+    return MindMerger.from_towers(encoder, llm, str(folder / "encoder"), str(folder / "llm")).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def make_trainer(args, folder: Path, stage: str, model, device, token_budget: int | None):
+    """The project's own trainer around the given model, ready to step."""
+    import run_training
+    from deepspeed_utils import effective_config, make_engine
+
+    flags = ["--llm_path", str(folder / "llm"), "--mt_path", str(folder / "encoder"), "--data_root", args.data_root]
+    flags += [
+        "--task",
+        "math",
+        "--stage_name",
+        stage,
+        "--train_num",
+        str(args.train_num),
+        "--precision",
+        args.precision,
+    ]
+    flags += ["--train_batch_size", str(args.global_batch), "--train_micro_batch_size_per_gpu", str(args.micro_batch)]
+    flags += ["--dev_size", "0", "--init_checkpoint", "none"]
+    if token_budget:
+        flags += ["--micro_batch_tokens", str(token_budget)]
+    settings = run_training.build_parser().parse_args(flags)
+    plan = run_training.check_arguments(settings)
+    tokenizers, data, split = run_training.load_data(settings, plan, folder / "cache")
+    config = effective_config({}, args.global_batch, args.micro_batch, plan.accumulation, 1.0)
+    trainer = run_training.Trainer(
+        args=settings,
+        plan=plan,
+        engine=make_engine(model, config, settings.lr),
+        data=data,
+        tokenizers=tokenizers,
+        dev=split[0],
+        train=split[1],
+        device=device,
+        steps_per_epoch=1,
+        eval_steps=1,
+        save_steps=1,
+    )
+    trainer.signals = NoSignals()
+    return trainer
+
+
+class NoSignals:
+    """Stands for `Signals` where nothing has to be interrupted; its reading is the same one synchronisation."""
+
+    save_agreed = False
+
+    def alive(self):
+        """Nothing to note."""
+
+    def agree(self, device, *values):
+        """The values, read."""
+        import torch
+
+        return 0, torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]).cpu()
+
+
+class Ours:
+    """The project's training step, timed over whole optimizer steps."""
+
+    def __init__(self, trainer, steps: int):
+        self.trainer, self.steps, self.epoch = trainer, steps, 0
+        self.lengths = trainer.data.merged_lengths
+        self.restart()
+
+    def restart(self):
+        """Goes on with the next epoch's order."""
+        import run_training
+
+        trainer = self.trainer
+        self.plan = trainer.epoch_steps(self.epoch, 0)
+        self.batches = iter(trainer.loader(run_training.EpochCut(trainer, self.epoch, 0)))
+        self.epoch += 1
+
+    def window(self) -> dict:
+        """One window: seconds, useful positions, encoder tokens, processed positions, samples."""
+        import run_training
+
+        total = dict.fromkeys(("seconds", "useful", "encoder", "processed", "samples"), 0)
+        for _ in range(self.steps):
+            step = next(self.plan, None)
+            if step is None or len(step[2]) < self.trainer.args.train_batch_size:
+                self.restart()
+                step = next(self.plan)
+            micro_batches, target_tokens, indices = step
+            synchronise(self.trainer.device)
+            started = time.perf_counter()
+            run_training.train_step(self.trainer, self.batches, micro_batches, target_tokens, indices)
+            synchronise(self.trainer.device)
+            total["seconds"] += time.perf_counter() - started
+            total["useful"] += int(self.lengths[indices].sum())
+            total["encoder"] += int(self.trainer.data.encoder_lengths[indices].sum())
+            total["processed"] += sum(len(m.indices) * int(self.lengths[m.indices].max()) for m in micro_batches)
+            total["samples"] += len(indices)
+        return total
+
+
+class Plain:
+    """The textbook loop on the same model and the same texts."""
+
+    def __init__(self, trainer, examples: list, micro_batches: int, rows: int):
+        import numpy as np
+        import torch
+
+        self.trainer, self.examples, self.micro_batches, self.rows = trainer, examples, micro_batches, rows
+        self.model = trainer.engine.module
+        self.order = np.random.RandomState(0).permutation(len(examples))
+        self.position = 0
+        self.optimizer = torch.optim.AdamW(
+            self.model.mapping.parameters(), lr=2e-5, betas=(0.8, 0.999), weight_decay=3e-7
+        )
+
+    def window(self) -> dict:
+        """One window of micro-batches with one optimizer step at its end."""
+        import torch
+
+        total = dict.fromkeys(("seconds", "useful", "encoder", "processed", "samples"), 0)
+        synchronise(self.trainer.device)
+        started = time.perf_counter()
+        for _ in range(self.micro_batches):
+            if self.position + self.rows > len(self.order):
+                self.position = 0
+            chosen = [self.examples[i] for i in self.order[self.position : self.position + self.rows]]
+            self.position += self.rows
+            loss, real, source, processed = self.forward(chosen)
+            (loss / self.micro_batches).backward()
+            total["useful"] += real
+            total["encoder"] += source
+            total["processed"] += processed
+            total["samples"] += len(chosen)
+        torch.nn.utils.clip_grad_norm_(self.model.mapping.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        synchronise(self.trainer.device)
+        total["seconds"] = time.perf_counter() - started
+        return total
+
+    def forward(self, examples: list):
+        """Tokenises row by row, pads left, runs the LLM with labels over all positions in fp32."""
+        import torch
+
+        model, limits, device = self.model, self.trainer.args, self.trainer.device
+        encoder, llm = self.trainer.tokenizers.encoder, self.trainer.tokenizers.llm
+        embed, rows, labels, sources = model.llm.get_input_embeddings(), [], [], 0
+        longest = max(
+            len(encoder(e.source, truncation=True, max_length=limits.max_seq_len).input_ids) for e in examples
+        )
+        ids_BS = torch.zeros(len(examples), longest, dtype=torch.long)
+        mask_BS = torch.zeros_like(ids_BS)
+        for i, example in enumerate(examples):
+            ids = encoder(example.source, truncation=True, max_length=limits.max_seq_len).input_ids
+            ids_BS[i, : len(ids)], mask_BS[i, : len(ids)] = torch.tensor(ids), 1
+            sources += len(ids)
+        with torch.no_grad():
+            states = model.encoder(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device)).last_hidden_state
+        mapped, boundary = model.mapping(states)
+        dtype = next(model.llm.parameters()).dtype
+        for i, example in enumerate(examples):
+            cut = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
+            prompt = llm(example.prompt, **cut).input_ids if self.trainer.plan.with_prompt else []
+            target = llm(example.target, **cut).input_ids + [2]
+            text = embed(torch.tensor([[1, *prompt, *target]], device=device))[0]
+            row = torch.cat([text[:1], mapped[i, mask_BS[i].bool()].to(dtype), boundary[0].to(dtype), text[1:]])
+            rows.append(row)
+            labels.append([-100] * (len(row) - len(target)) + target)
+        length = max(len(row) for row in rows)
+        embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+        labels_BL = torch.tensor([[-100] * (length - len(row)) + row for row in labels], device=device)
+        logits = model.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten())
+        loss.item()  # as the published loop does for its progress bar
+        return loss, sum(len(row) for row in rows), sources, len(rows) * length
+
+
+def synchronise(device) -> None:
+    """Waits for the GPU, where there is one."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(precision: str, device) -> float:
+    """FLOP per second of a large square matmul of the dtype, the best of several."""
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(8):
+        synchronise(device)
+        started = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def flop(model, window: dict) -> float:
+    """Useful FLOP of a window."""
+    llm = sum(p.numel() for name, p in model.llm.named_parameters() if "embed_tokens" not in name)
+    encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "shared" not in name)
+    mapping = sum(p.numel() for p in model.mapping.parameters())
+    return 4 * llm * window["useful"] + (2 * encoder + 6 * mapping) * window["encoder"]
+
+
+def figures(model, windows: list[dict], rate: float) -> dict:
+    """Medians over windows."""
+    per = {
+        "samples_per_s": [w["samples"] / w["seconds"] for w in windows],
+        "useful_tokens_per_s": [w["useful"] / w["seconds"] for w in windows],
+        "real_position_share": [w["useful"] / w["processed"] for w in windows],
+        "flop_utilisation": [flop(model, w) / w["seconds"] / rate for w in windows],
+    }
+    return {name: statistics.median(values) for name, values in per.items()}
+
+
+def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> dict:
+    """Ours at the micro-batch, ours by token budget, and plain, window by window in turn."""
+    from data_utils import find_task, training_examples
+
+    budget = args.micro_batch_tokens or (2048 if stage == "mapping" else 4096)
+    trainer = make_trainer(args, folder, stage, model, device, None)
+    by_tokens = make_trainer(args, folder, stage, model, device, budget)
+    examples = list(training_examples(find_task("math"), stage, args.data_root, None, args.train_num))
+    modes = {
+        f"ours, micro-batch {args.micro_batch}": Ours(trainer, args.steps),
+        f"ours, {budget} tokens": Ours(by_tokens, args.steps),
+        "plain": Plain(trainer, examples, args.plain_micro_batches, args.micro_batch),
+    }
+    windows = {name: [] for name in modes}
+    for number in range(args.windows + 1):
+        for name, mode in modes.items():
+            window = mode.window()
+            if number:
+                windows[name].append(window)
+            log(f"{stage} window {number} {name}: {window['useful'] / window['seconds']:.0f} useful tokens/s")
+    result = {name: figures(model, found, rate) for name, found in windows.items()}
+    plain = result["plain"]["useful_tokens_per_s"]
+    for row in result.values():
+        row["times_plain"] = row["useful_tokens_per_s"] / plain
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def time_generation(args, folder: Path, model, device) -> dict:
+    """Questions per second of both modes on the same questions, and whether they gave the same answers."""
+    import torch
+
+    import run_evaluation
+    from data_utils import evaluation_examples, find_language, find_task, load_tokenizers
+
+    tokenizers = load_tokenizers(str(folder / "encoder"), str(folder / "llm"))
+    task = find_task("math_mgsm")
+    examples = [
+        example
+        for code in ("sw", "de", "zh")
+        for example in evaluation_examples(task, args.data_root, find_language(code), args.questions // 3)
+    ]
+    columns = run_evaluation.tokenise_form(tokenizers, examples, "soft", 512, 512)
+    lengths = run_evaluation.input_lengths(columns)
+    found = {"ours": [], "plain": []}
+    answers, tokens = {}, {}
+    for number in range(args.windows + 1):
+        for mode in found:
+            batches = (
+                run_evaluation.cut_batches(list(range(len(examples))), lengths, 32)
+                if mode == "ours"
+                else [list(range(i, min(i + 8, len(examples)))) for i in range(0, len(examples), 8)]
+            )
+            synchronise(device)
+            started, outputs, generated = time.perf_counter(), {}, 0
+            with torch.no_grad():
+                for batch in batches:
+                    out = run_evaluation.generate_batch(model, tokenizers, columns, batch, args.max_new_tokens)
+                    outputs |= {i: g.output for i, g in zip(batch, out, strict=True)}
+                    generated += sum(g.generated_tokens for g in out)
+            synchronise(device)
+            seconds = time.perf_counter() - started
+            answers[mode], tokens[mode] = outputs, generated
+            if number:
+                found[mode].append(seconds)
+    result = {}
+    for mode, seconds in found.items():
+        median = statistics.median(seconds)
+        result[mode] = {"questions_per_s": len(examples) / median, "generated_tokens_per_s": tokens[mode] / median}
+    result["same_answers"] = answers["ours"] == answers["plain"]
+    result["times_plain"] = result["ours"]["questions_per_s"] / result["plain"]["questions_per_s"]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(report: dict) -> str:
+    """The figures as tables."""
+    lines = [f"preset {report['preset']}, {report['precision']}, matmul {report['matmul_gflops']:.0f} GFLOP/s", ""]
+    for stage in ("mapping", "augmentation"):
+        if stage not in report:
+            continue
+        lines += [
+            f"| {stage} | samples/s | useful tokens/s | x plain | real positions | FLOP utilisation |",
+            "|" + "---|" * 6,
+        ]
+        for name, row in report[stage].items():
+            lines.append(
+                f"| {name} | {row['samples_per_s']:.1f} | {row['useful_tokens_per_s']:.0f} | "
+                f"{row['times_plain']:.2f} | {row['real_position_share']:.1%} | {row['flop_utilisation']:.1%} |"
+            )
+        lines.append("")
+    if "evaluation" in report:
+        found = report["evaluation"]
+        lines += ["| generation | questions/s | generated tokens/s |", "|---|---|---|"]
+        for mode in ("ours", "plain"):
+            row = found[mode]
+            lines.append(f"| {mode} | {row['questions_per_s']:.2f} | {row['generated_tokens_per_s']:.0f} |")
+        lines += ["", f"x plain: {found['times_plain']:.2f}; same answers: {found['same_answers']}", ""]
+    lines.append(f"peak memory of the process: {report['peak_memory_gb']:.2f} GB")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    """Times the parts, prints the tables, writes the JSON."""
+    args = build_parser().parse_args(argv)
+    device = runtime_utils.init_distributed(force=True)
+    import torch
+
+    from deepspeed_utils import quiet_start
+
+    quiet_start()
+    report = {
+        "preset": args.preset,
+        "precision": args.precision,
+        "versions": runtime_utils.versions(),
+        "flags": vars(args),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train_tokenizers(folder, args.data_root)
+        make_configs(folder, args.preset)
+        model = make_model(folder, args.precision, device)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        rate = matmul_rate(args.precision, device)
+        report["matmul_gflops"] = rate / 1e9
+        for part in args.parts.split(","):
+            if part == "evaluation":
+                report[part] = time_generation(args, folder, model, device)
+            else:
+                report[part] = time_stage(args, folder, part, model, device, rate)
+    report["peak_memory_gb"] = (
+        torch.cuda.max_memory_allocated() / 1e9
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    )
+    print(markdown(report))
+    if args.output:
+        runtime_utils.write_json_atomic(args.output, report)
+    return 0
+
+
+if __name__ == "__main__":
+    runtime_utils.run_main(main)
