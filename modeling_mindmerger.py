@@ -516,14 +516,12 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
             output_loading_info=True,
             **extra,
         )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-    ) as error:
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"the weights in {path} are a pickle of more than tensors and were not read, since that could run code: if "
+            "you trust their origin, load them where that is safe and save them as safetensors with save_pretrained"
+        ) from error
+    except (OSError, ValueError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(previous)

@@ -1,8 +1,8 @@
-"""The sentences of the quickstart's small world: seven kinds of word problems in six languages.
+"""The sentences of the quickstart's small world: seven kinds of word problems in six languages, and French to test with.
 
 Each kind is one formula over three numbers a, b, c. Its sentences are translations of each other, sentence by
 sentence, and name the numbers in the same order. Only words whose grammar is written down here are ever put into a
-slot: genders of names, numeral forms in Russian, noun classes in Swahili, measure words in Chinese.
+slot: genders of names, numeral forms in Russian, noun classes in Swahili, measure words in Chinese, elision in French.
 """
 
 import random
@@ -21,6 +21,9 @@ LANGUAGES = {  # ISO code -> English name, as the data files spell them
     "ru": "Russian",
     "zh": "Chinese",
 }
+# French is in the evaluation files alone, never in a training text: parallel input with six translations needs seven
+# languages, and the world's models and their training stay what they are without it.
+EVALUATION_LANGUAGES = {**LANGUAGES, "fr": "French"}
 
 FEMALE = {
     "en": {"She": "She", "she": "she"},
@@ -29,6 +32,7 @@ FEMALE = {
     "es": {},
     "ru": {"She": "Она", "she": "она", "of_her": "неё", "to_her": "ей"},
     "zh": {"she": "她"},
+    "fr": {"She": "Elle", "she": "elle"},
 }
 MALE = {
     "en": {"She": "He", "she": "he"},
@@ -37,18 +41,19 @@ MALE = {
     "es": {},
     "ru": {"She": "Он", "she": "он", "of_her": "него", "to_her": "ему"},
     "zh": {"she": "他"},
+    "fr": {"She": "Il", "she": "il"},
 }
 
-# Name in en, sw, de, es, ru (nominative), ru (genitive), zh; pronouns.
+# Name in en, sw, de, es, ru (nominative), ru (genitive), zh, fr; pronouns.
 NAMES = [
-    (("Anna", "Anna", "Anna", "Ana", "Анна", "Анны", "安娜"), FEMALE),
-    (("Maria", "Maria", "Maria", "María", "Мария", "Марии", "玛丽亚"), FEMALE),
-    (("Lena", "Lena", "Lena", "Lena", "Лена", "Лены", "莱娜"), FEMALE),
-    (("Emma", "Emma", "Emma", "Emma", "Эмма", "Эммы", "艾玛"), FEMALE),
-    (("Tom", "Tomu", "Tom", "Tomás", "Том", "Тома", "汤姆"), MALE),
-    (("Peter", "Petro", "Peter", "Pedro", "Пётр", "Петра", "彼得"), MALE),
-    (("David", "Daudi", "David", "David", "Давид", "Давида", "大卫"), MALE),
-    (("Ivan", "Ivan", "Ivan", "Iván", "Иван", "Ивана", "伊万"), MALE),
+    (("Anna", "Anna", "Anna", "Ana", "Анна", "Анны", "安娜", "Anna"), FEMALE),
+    (("Maria", "Maria", "Maria", "María", "Мария", "Марии", "玛丽亚", "Maria"), FEMALE),
+    (("Lena", "Lena", "Lena", "Lena", "Лена", "Лены", "莱娜", "Léna"), FEMALE),
+    (("Emma", "Emma", "Emma", "Emma", "Эмма", "Эммы", "艾玛", "Emma"), FEMALE),
+    (("Tom", "Tomu", "Tom", "Tomás", "Том", "Тома", "汤姆", "Tom"), MALE),
+    (("Peter", "Petro", "Peter", "Pedro", "Пётр", "Петра", "彼得", "Pierre"), MALE),
+    (("David", "Daudi", "David", "David", "Давид", "Давида", "大卫", "David"), MALE),
+    (("Ivan", "Ivan", "Ivan", "Iván", "Иван", "Ивана", "伊万", "Ivan"), MALE),
 ]
 
 # Swahili agreement of "others", "how many" and "there remain" with the noun's plural class.
@@ -59,7 +64,8 @@ SWAHILI_CLASSES = {
     "n": {"others": "nyingine", "how_many": "ngapi", "Remain": "Zimebaki"},
 }
 
-# Plurals in en; sw with class; de with dative; es with "how many"; ru after 2-4 and after 5-20; zh with measure word.
+# Plurals in en; sw with class; de with dative; es with "how many"; ru after 2-4 and after 5-20; zh with measure word;
+# fr and after "combien".
 THINGS = [
     (
         "oranges",
@@ -68,8 +74,17 @@ THINGS = [
         ("naranjas", "Cuántas"),
         ("апельсина", "апельсинов"),
         ("橙子", "个"),
+        ("oranges", "d'oranges"),
     ),
-    ("books", ("vitabu", "vi"), ("Bücher", "Büchern"), ("libros", "Cuántos"), ("книги", "книг"), ("书", "本")),
+    (
+        "books",
+        ("vitabu", "vi"),
+        ("Bücher", "Büchern"),
+        ("libros", "Cuántos"),
+        ("книги", "книг"),
+        ("书", "本"),
+        ("livres", "de livres"),
+    ),
     (
         "pencils",
         ("penseli", "n"),
@@ -77,12 +92,53 @@ THINGS = [
         ("lápices", "Cuántos"),
         ("карандаша", "карандашей"),
         ("铅笔", "支"),
+        ("crayons", "de crayons"),
     ),
-    ("eggs", ("mayai", "ma"), ("Eier", "Eiern"), ("huevos", "Cuántos"), ("яйца", "яиц"), ("鸡蛋", "个")),
-    ("flowers", ("maua", "ma"), ("Blumen", "Blumen"), ("flores", "Cuántas"), ("цветка", "цветов"), ("花", "朵")),
-    ("cups", ("vikombe", "vi"), ("Tassen", "Tassen"), ("tazas", "Cuántas"), ("чашки", "чашек"), ("杯子", "个")),
-    ("chairs", ("viti", "vi"), ("Stühle", "Stühlen"), ("sillas", "Cuántas"), ("стула", "стульев"), ("椅子", "把")),
-    ("balls", ("mipira", "mi"), ("Bälle", "Bällen"), ("pelotas", "Cuántas"), ("мяча", "мячей"), ("球", "个")),
+    (
+        "eggs",
+        ("mayai", "ma"),
+        ("Eier", "Eiern"),
+        ("huevos", "Cuántos"),
+        ("яйца", "яиц"),
+        ("鸡蛋", "个"),
+        ("œufs", "d'œufs"),
+    ),
+    (
+        "flowers",
+        ("maua", "ma"),
+        ("Blumen", "Blumen"),
+        ("flores", "Cuántas"),
+        ("цветка", "цветов"),
+        ("花", "朵"),
+        ("fleurs", "de fleurs"),
+    ),
+    (
+        "cups",
+        ("vikombe", "vi"),
+        ("Tassen", "Tassen"),
+        ("tazas", "Cuántas"),
+        ("чашки", "чашек"),
+        ("杯子", "个"),
+        ("tasses", "de tasses"),
+    ),
+    (
+        "chairs",
+        ("viti", "vi"),
+        ("Stühle", "Stühlen"),
+        ("sillas", "Cuántas"),
+        ("стула", "стульев"),
+        ("椅子", "把"),
+        ("chaises", "de chaises"),
+    ),
+    (
+        "balls",
+        ("mipira", "mi"),
+        ("Bälle", "Bällen"),
+        ("pelotas", "Cuántas"),
+        ("мяча", "мячей"),
+        ("球", "个"),
+        ("balles", "de balles"),
+    ),
 ]
 
 
@@ -127,6 +183,11 @@ KINDS = [
                 "{she}又买了{b}{measure}，送出{c}{measure}。",
                 "{she}现在有多少{measure}{things}？",
             ],
+            "fr": [
+                "{Name} a {a} {things}.",
+                "{She} en achète encore {b} et en donne {c}.",
+                "Combien {of_things} a-t-{she} maintenant ?",
+            ],
         },
     ),
     Kind(
@@ -156,6 +217,10 @@ KINDS = [
             "zh": [
                 "{Name}星期一买了{a}{measure}{things}，星期二买了{b}{measure}，星期三买了{c}{measure}。",
                 "{she}一共买了多少{measure}{things}？",
+            ],
+            "fr": [
+                "{Name} achète {a} {things} lundi, {b} mardi et {c} mercredi.",
+                "Combien {of_things} achète-t-{she} au total ?",
             ],
         },
     ),
@@ -193,6 +258,11 @@ KINDS = [
                 "{Name}早上卖出{b}{measure}，晚上卖出{c}{measure}。",
                 "还剩多少{measure}{things}？",
             ],
+            "fr": [
+                "Il y a {a} {things} dans le magasin.",
+                "{Name} en vend {b} le matin et {c} le soir.",
+                "Combien {of_things} reste-t-il ?",
+            ],
         },
     ),
     Kind(
@@ -225,6 +295,11 @@ KINDS = [
                 "{she}丢了{b}{measure}，然后找到{c}{measure}。",
                 "{she}最后有多少{measure}{things}？",
             ],
+            "fr": [
+                "{Name} a {a} {things}.",
+                "{She} en perd {b}, puis en trouve {c}.",
+                "Combien {of_things} a-t-{she} à la fin ?",
+            ],
         },
     ),
     Kind(
@@ -254,6 +329,10 @@ KINDS = [
             "zh": [
                 "{Name}有{a}{measure}{things}，又买了{b}箱，每箱有{c}{measure}{things}。",
                 "{she}总共有多少{measure}{things}？",
+            ],
+            "fr": [
+                "{Name} a {a} {things} et achète {b} boîtes contenant chacune {c} {things}.",
+                "Combien {of_things} a-t-{she} en tout ?",
             ],
         },
     ),
@@ -291,6 +370,11 @@ KINDS = [
                 "每个来的孩子得到{c}{measure}{things}。",
                 "{she}需要多少{measure}{things}？",
             ],
+            "fr": [
+                "{Name} invite {a} enfants, mais {b} d'entre eux ne peuvent pas venir.",
+                "Chaque enfant qui vient reçoit {c} {things}.",
+                "De combien {of_things} a-t-{she} besoin ?",
+            ],
         },
     ),
     Kind(
@@ -327,6 +411,11 @@ KINDS = [
                 "{she}拿出{c}{measure}。",
                 "袋子里还有多少{measure}{things}？",
             ],
+            "fr": [
+                "{Name} a {a} sacs contenant chacun {b} {things}.",
+                "{She} en retire {c} {things}.",
+                "Combien {of_things} y a-t-il encore dans les sacs ?",
+            ],
         },
     ),
 ]
@@ -336,13 +425,13 @@ def slots(language: str, name: int, thing: int, a: int, b: int, c: int) -> dict[
     """Everything a sentence of `language` may name: numbers, and words in the form their place needs.
 
     Args:
-        language: a key of `LANGUAGES`.
+        language: a key of `EVALUATION_LANGUAGES`.
         name: index into `NAMES`.
         thing: index into `THINGS`.
         a, b, c: the problem's numbers, 2 to 20 (`russian_form`), a at least 5 ("5 детей").
     """
-    (en, sw, de, es, ru, ru_genitive, zh), pronouns = NAMES[name]
-    thing_en, thing_sw, thing_de, thing_es, thing_ru, thing_zh = THINGS[thing]
+    (en, sw, de, es, ru, ru_genitive, zh, fr), pronouns = NAMES[name]
+    thing_en, thing_sw, thing_de, thing_es, thing_ru, thing_zh, thing_fr = THINGS[thing]
     words = {
         "en": {"Name": en, "things": thing_en},
         "sw": {"Name": sw, "things": thing_sw[0], **SWAHILI_CLASSES[thing_sw[1]]},
@@ -358,6 +447,7 @@ def slots(language: str, name: int, thing: int, a: int, b: int, c: int) -> dict[
             "boxes_b": russian_form(b, "коробки", "коробок"),
         },
         "zh": {"Name": zh, "things": thing_zh[0], "measure": thing_zh[1]},
+        "fr": {"Name": fr, "things": thing_fr[0], "of_things": thing_fr[1]},
     }
     return {**words[language], **pronouns[language], "a": a, "b": b, "c": c}
 

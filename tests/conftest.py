@@ -100,7 +100,7 @@ def clean_environment(home=None) -> dict[str, str]:
     """A user's environment without a compiler on PATH and, given `home`, with an empty extension cache."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     # Only the interpreter's own folder and what the launcher calls: a hidden need for g++ or ninja must show.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{ROOT / 'tests' / 'data' / 'empty_bin'}"
+    environment["PATH"] = str(Path(sys.executable).parent)
     environment["CC"] = environment["CXX"] = "/nonexistent/compiler"
     environment["OMP_NUM_THREADS"] = "1"
     if home is not None:

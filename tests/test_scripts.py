@@ -228,10 +228,11 @@ def test_test_script_never_runs_soak_tests(tmp_path, arguments, expression, rest
     fake = tmp_path / "python"
     fake.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\nexit 5\n")
     fake.chmod(0o755)
+    environment = {**os.environ, "PYTEST_WORKERS": "3"}
     done = subprocess.run(
-        ["bash", tmp_path / "scripts" / "test.sh", *arguments], capture_output=True, text=True, env=dict(os.environ)
+        ["bash", tmp_path / "scripts" / "test.sh", *arguments], capture_output=True, text=True, env=environment
     )
-    assert done.stdout.splitlines() == ["-m", "pytest", "-m", expression, *rest]
+    assert done.stdout.splitlines() == ["-m", "pytest", "-n", "3", "-m", expression, *rest]
     assert done.returncode == 5
 
 
@@ -242,11 +243,16 @@ def test_ci_script_runs_every_check_and_ends_with_the_first_failure(tmp_path, te
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     (tmp_path / "scripts" / "test.sh").write_text(f"echo tests\nexit {tests_exit}\n")
     (tmp_path / "scripts" / "setup_venv.sh").write_text(f"PATH={tmp_path}:$PATH\n")
-    fake = tmp_path / "ruff"
-    fake.write_text(f'#!/usr/bin/env bash\necho ruff "$@"\nexit {lint_exit}\n')
-    fake.chmod(0o755)
+    for name, code in (("ruff", lint_exit), ("bandit", 0)):
+        (tmp_path / name).write_text(f'#!/usr/bin/env bash\necho {name} "$@"\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
     done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.stdout.splitlines() == ["tests", "ruff check .", "ruff format --check ."]
+    assert done.stdout.splitlines() == [
+        "tests",
+        "ruff check .",
+        "ruff format --check .",
+        "bandit --quiet --configfile pyproject.toml --recursive .",
+    ]
     assert done.returncode == expected
 
 
