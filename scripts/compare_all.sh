@@ -9,12 +9,13 @@
 # missing with the reason. Finished rows are kept: the same command continues.
 #
 # Environment (as in common.sh, capitals or as the flag is written):
-#   LLM_PATH            the task's LLM, which MindMerger was trained with; the only one that must be given
+#   LLM_PATH            the task's LLM; the only one that must be given
 #   BASE_PATH           what both experts were tuned from: task arithmetic, MAET
 #   LANGUAGE_EXPERT     tuned on the target language(s), from the same base; several folders with blanks between them
 #                       (the layer swap takes the first)
 #   ENGLISH_EXPERT      tuned on general English data, from the same base: MAET, optional
 #   MT_PATH, HARD_CHECKPOINT, SOFT_CHECKPOINT     the encoder and the two mappings
+#   MINDMERGER_LLM      the LLM that the mappings were trained with, where it is not LLM_PATH; their rows then name it
 #   TRANSLATIONS        aligned (default, an oracle) or a .jsonl file of machine translations: PMI
 #   PARALLEL_LANGUAGES, ORDER                     of PMI
 #   LAYER_SWAP_ARGS, MAET_ARGS                    more arguments of those merges
@@ -36,6 +37,7 @@ base=$(need base_path)
 language_experts=$(need language_expert)
 english_expert=$(need english_expert)
 encoder=$(need mt_path)
+mindmerger_llm=$(need mindmerger_llm "$llm")
 translations=$(need translations aligned)
 results_dir=$(need results_dir results)
 merged_dir=$(need merged_dir "$results_dir/merged")
@@ -91,7 +93,7 @@ merge_row() {
     local label=$1 slug=$2 module=$3 output=$merged_dir/$2 made=$merged_dir/$2.command fresh=yes model
     shift 3
     [[ -f $output/merge.json && -f $made && $(<"$made") == "$module $*" ]] || fresh=""
-    for model in "$llm" $base ${experts[@]+"${experts[@]}"} $english_expert; do
+    for model in "$llm" "$base" ${experts[@]+"${experts[@]}"} "$english_expert"; do
         if [[ -n $fresh && -d $model && -n $(find -L "$model" -type f -newer "$output/merge.json" | head -n 1) ]]; then
             fresh=""
         fi
@@ -163,12 +165,15 @@ for form in Hard Soft; do
     setting "" "${capitals}_CHECKPOINT"
     checkpoint=$REPLY
     slug=mindmerger-$(printf '%s' "$form" | tr '[:upper:]' '[:lower:]')
+    label=MindMerger-$form
+    # Another LLM than the other rows': no table may leave that out.
+    if [[ ${mindmerger_llm%/} != "${llm%/}" ]]; then label+=" (with $(basename "$mindmerger_llm"))"; fi
     if [[ -z $checkpoint || -z $encoder ]]; then
         reason="${capitals}_CHECKPOINT is not given"
         if [[ -n $checkpoint ]]; then reason="MT_PATH is not given"; fi
-        missing "MindMerger-$form" "$reason"
+        missing "$label" "$reason"
     else
-        evaluate_row "MindMerger-$form" "$slug" "$suffix" --llm_path "$llm" --mt_path "$encoder" \
+        evaluate_row "$label" "$slug" "$suffix" --llm_path "$mindmerger_llm" --mt_path "$encoder" \
             --init_checkpoint "$checkpoint" --augmentation "$augmentation"
     fi
 done

@@ -1,10 +1,12 @@
 """The quickstart's two models, trained from scratch: a Llama that has only read English and an mT5 that translates.
 
-Both get real tokenizers learnt from the world's own texts. Everything is drawn from the seed.
+Both get real tokenizers learnt from the world's own texts. Two experts can be tuned from the Llama, for what merges
+models. Everything is drawn from the seed.
 """
 
 import json
 import random
+from pathlib import Path
 
 from tiny_world_templates import (
     FIRST_NUMBERS,
@@ -258,14 +260,53 @@ def train_llm(tokenizer, seed: int, steps: int, batch_size: int):
     forms = rng.choices(list(TEXT_SHARES), TEXT_SHARES.values(), k=len(problems))
     examples = [texts.row(problem, form) for problem, form in zip(problems, forms, strict=True)]
 
+    batches = length_sorted_batches(examples, batch_size, lambda example: len(example[0]), rng)
+    loss = optimise(model, batches, causal_loss(model), "English LLM")
+    return model, loss
+
+
+def causal_loss(model):
+    """The function from a batch of (ids, labels) rows to the LLM's loss on it."""
+
     def loss_of(batch):
         # Padding stands on the right, after everything that is scored: causal attention needs no mask.
         ids, labels = pad([ids for ids, _ in batch], 0), pad([labels for _, labels in batch], -100)
         return model(input_ids=ids, labels=labels, use_cache=False).loss
 
+    return loss_of
+
+
+# A fifth of the rates of training from scratch: an expert stays near its base, as merging takes for granted.
+EXPERT_RATES = {"matrix_lr": 0.002, "lr": 6e-4}
+
+
+def tune_expert(kind: str, base: Path, seed: int, steps: int, batch_size: int):
+    """Tunes all weights of the English LLM further.
+
+    Args:
+        kind: "math" reads English problems with their solutions, "language" plain questions in the other languages.
+        base: folder of the LLM, written by `train_llm`'s caller with the same seed.
+
+    Returns:
+        (model, its tokenizer, mean loss of the last steps)
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    rng = random.Random(f"{kind} expert {seed}")
+    texts = EnglishTexts(tokenizer, rng)
+    problems = draw_problems(steps * batch_size, split_numbers(seed)[0], rng)
+    if kind == "math":
+        examples = [texts.row(problem, "problem") for problem in problems]
+    else:
+        foreign = [language for language in LANGUAGES if language != "en"]
+        plain = [texts.bos + texts.encode(problem.question(rng.choice(foreign))) + texts.eos for problem in problems]
+        examples = [(ids, ids) for ids in plain]
     batches = length_sorted_batches(examples, batch_size, lambda example: len(example[0]), rng)
-    loss = optimise(model, batches, loss_of, "English LLM")
-    return model, loss
+    loss = optimise(model, batches, causal_loss(model), f"{kind} expert", **EXPERT_RATES)
+    return model, tokenizer, loss
 
 
 def train_encoder(tokenizer, seed: int, steps: int, batch_size: int):

@@ -1,4 +1,4 @@
-"""The sentences of the quickstart's small world: seven kinds of word problems in six languages, and French to test with.
+"""The small world's sentences: seven kinds of word problems in six languages, and in French for evaluation alone.
 
 Each kind is one formula over three numbers a, b, c. Its sentences are translations of each other, sentence by
 sentence, and name the numbers in the same order. Only words whose grammar is written down here are ever put into a

@@ -601,6 +601,9 @@ def test_every_readme_command_of_the_two_programs_parses():
             program, arguments = launcher.user_script, launcher.user_args
         elif words[:1] == ["python"] and words[1:2] and words[1].startswith("run_"):
             program, arguments = words[1], words[2:]
+        elif words[:2] == ["python", "-m"] and words[2].startswith("baselines.") and "neurons" not in words[2]:
+            importlib.import_module(words[2]).build_parser().parse_args(words[3:])
+            continue
         else:
             continue
         parser_of(program).parse_args(arguments)
@@ -612,14 +615,17 @@ def test_every_flag_the_readme_mentions_exists():
     from deepspeed.launcher.runner import parse_args as parse_launcher
 
     known = {f"--{name}" for name in vars(parse_launcher(["x.py"]))}
-    for parser in (parser_of("run_training.py"), parser_of("run_evaluation.py"), prepare_data.build_parser()):
+    parsers = [parser_of("run_training.py"), parser_of("run_evaluation.py"), prepare_data.build_parser()]
+    for name in ("layer_swap", "maet", "contamination", "embeddings"):
+        parsers.append(importlib.import_module(f"baselines.{name}").build_parser())
+    for parser in parsers:
         known |= set(parser._option_string_actions)
     own = re.sub(r"#SBATCH.*|`ruff[^`]*`", "", README)
     assert set(re.findall(r"(?<![\w-])--[a-z_]+(?![\w-])", own)) - known == set()
 
 
 def test_settings_the_readme_puts_into_the_environment_are_flags_of_the_scripts():
-    common = (ROOT / "scripts" / "common.sh").read_text()
+    common = (ROOT / "scripts" / "common.sh").read_text() + (ROOT / "scripts" / "compare_all.sh").read_text()
     flags = {name.upper() for name in vars(parser_of("run_training.py").parse_args([]))}
     flags |= {name.upper() for name in vars(parser_of("run_evaluation.py").parse_args([]))}
     for command in readme_commands():
