@@ -103,7 +103,7 @@ def check_world(folder: Path, seed: int) -> list[Problem]:
             problems would have read some of this world's test problems.
     """
     english = evaluation_file(folder / "datas", "en")
-    for needed in (folder / "llm" / "config.json", english):
+    for needed in (folder / "llm" / "config.json", folder / "llm" / "model.safetensors", english):
         if not needed.is_file():
             raise UserError(
                 f"{folder} is no finished small world, {needed} is missing: --experts adds to one, or makes one in a "
@@ -114,7 +114,7 @@ def check_world(folder: Path, seed: int) -> list[Problem]:
         problems = draw_test_problems(len(rows), split_numbers(seed)[1], random.Random(f"test {seed}"))
     except ValueError:  # more rows than there are problems
         problems = []
-    if evaluation_rows(problems, "en") != rows:
+    if not rows or evaluation_rows(problems, "en") != rows:
         raise UserError(f"{english} does not follow from --seed {seed}: pass the --seed that the world was made with")
     return problems
 

@@ -68,5 +68,6 @@ step "Evaluation of MindMerger-Soft" "${evaluation[@]}" --augmentation True \
 
 printf '\n=== The LLM alone, MindMerger-Hard and MindMerger-Soft on the same unseen problems\n'
 results=$folder/results/quickstart/math_mgsm
-python run_evaluation.py --compare "$results-llm_only" "$results-hard" "$results"
+python scripts/compare_table.py --output_dir "$folder/results" --row "LLM alone=$results-llm_only" \
+    --row "MindMerger-Hard=$results-hard" --row "MindMerger-Soft=$results"
 printf '=== All steps: %d s\n' "$SECONDS"

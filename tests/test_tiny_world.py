@@ -1,7 +1,9 @@
 """The quickstart's small world: its sentences, data files, tokenizers and models, and the shell scripts around them."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import make_tiny_world  # noqa: E402
+import tiny_world_models  # noqa: E402
 import tiny_world_templates as world  # noqa: E402
 
 SMALL = ["--pairs", "30", "--problems", "14", "--test_problems", "21", "--llm_steps", "2", "--encoder_steps", "2"]
 SMALL += ["--llm_batch_size", "8", "--encoder_batch_size", "8"]
+EXPERTS = ["--experts", "--expert_steps", "2", "--expert_batch_size", "4"]
 # What each kind of problem asks, written down a second time.
 FORMULAS = {
     "gives away": lambda a, b, c: a + b - c,
@@ -45,6 +50,21 @@ def small_world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def world_with_experts(small_world):
+    """A copy of the small world, as if made before it had French, to which experts were added."""
+    folder = small_world.with_name("with_experts")
+    shutil.copytree(small_world, folder)
+    (folder / "datas/evaluation/mgsm/mgsm_fr.tsv").unlink()
+    done = make(folder, *EXPERTS)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def all_problems():
     return [
         world.Problem(kind, name, thing, numbers)
@@ -59,7 +79,7 @@ def test_every_language_says_the_same_numbers_sentence_by_sentence():
     """A translation with another order or another number of sentences would be a wrong pair."""
     for problem in all_problems():
         english = [numbers_in(sentence) for sentence in problem.sentences("en")]
-        for language in world.LANGUAGES:
+        for language in world.EVALUATION_LANGUAGES:
             assert [numbers_in(sentence) for sentence in problem.sentences(language)] == english, (problem, language)
             assert not re.search(r"[{}\t\n]", problem.question(language))
 
@@ -67,7 +87,7 @@ def test_every_language_says_the_same_numbers_sentence_by_sentence():
 def test_questions_of_all_languages_and_problems_differ():
     """A slot that a language forgets would make two different problems look alike."""
     problems = all_problems()
-    for language in world.LANGUAGES:
+    for language in world.EVALUATION_LANGUAGES:
         assert len({problem.question(language) for problem in problems}) >= len(problems) * 0.85
     by_thing = {problem.question("ru") for problem in problems}
     assert by_thing.isdisjoint(problem.question("en") for problem in problems)
@@ -89,6 +109,13 @@ def test_solutions_calculate_what_the_question_asks():
 )
 def test_russian_nouns_follow_their_numeral(number, form):
     assert world.russian_form(number, "few", "many") == form
+
+
+def test_french_elides_before_vowels_and_only_there():
+    for problem in all_problems():
+        text = problem.question("fr")
+        assert not re.search(r"\b(d|j|l|n|qu)e [aeiouhœ]", text, re.IGNORECASE), text
+        assert not re.search(r"'[^aeiouœ]", text), text
 
 
 def test_train_and_test_share_no_number_combination(small_world):
@@ -114,7 +141,7 @@ def test_project_readers_take_the_world_as_it_is(small_world):
     queries = list(training_examples(task, "augmentation", root, None, None))
     assert len(queries) == 14 * 6
     english = {row.source for row in evaluation_examples(task, root, find_language("en"), None)}
-    for code in world.LANGUAGES:
+    for code in world.EVALUATION_LANGUAGES:
         rows = evaluation_examples(task, root, find_language(code), None)
         assert len(rows) == len({row.source for row in rows}) == 21
         for row, question in zip(rows, evaluation_examples(task, root, find_language("en"), None), strict=True):
@@ -123,6 +150,31 @@ def test_project_readers_take_the_world_as_it_is(small_world):
             assert task.score(f"1+1=2. The answer is: {right}", row.target).correct
             assert not task.score(f"The answer is: {right}1", row.target).correct
     assert len(english) == 21
+
+
+def test_french_is_nowhere_but_in_the_evaluation(small_world):
+    """In training it would change what the quickstart takes and shows."""
+    named = [str(path.relative_to(small_world)) for path in small_world.rglob("*fr*")]
+    assert named == ["datas/evaluation/mgsm/mgsm_fr.tsv"]
+    texts = [path.read_text("utf-8") for path in (small_world / "datas").rglob("train_100k.*")]
+    texts.append((small_world / "datas/query_translation/math.json").read_text("utf-8"))
+    texts += [(small_world / name / "tokenizer.json").read_text("utf-8") for name in ("llm", "mt5")]
+    assert len(texts) == 13 and not any("œ" in text or "Combien" in text for text in texts)
+    assert "Combien d'œufs" in (small_world / named[0]).read_text("utf-8")
+
+
+def test_world_has_languages_enough_for_six_translations(small_world):
+    from baselines.parallel_input import ParallelInput, apply_parallel_input
+    from data_utils import evaluation_examples, find_language, find_task
+
+    task, root = find_task("math"), small_world / "datas"
+    script = (ROOT / "scripts" / "quickstart_compare.sh").read_text()
+    extra = tuple(map(find_language, re.search(r"PARALLEL_LANGUAGES=(\S+)", script)[1].split(",")))
+    for code in world.LANGUAGES:
+        examples = evaluation_examples(task, root, find_language(code))
+        built, chosen = apply_parallel_input(task, root, examples, ParallelInput(6, languages=extra))
+        assert len(chosen[world.LANGUAGES[code]]) == 6 and "fr" in chosen[world.LANGUAGES[code]]
+        assert all(example.prompt.count("[French] ") == 1 for example in built)
 
 
 def test_folders_load_as_ordinary_models(small_world):
@@ -177,14 +229,107 @@ def test_llm_has_only_read_english(small_world):
     assert [piece for piece in byte_pieces if not piece.startswith("<0x")] == ["▁"]
 
 
-def test_same_seed_writes_the_same_bytes_and_another_seed_does_not(small_world):
-    again = small_world.with_name("again")
-    assert make(again, *SMALL).returncode == 0
-    names = sorted(path.relative_to(small_world) for path in small_world.rglob("*") if path.is_file())
-    assert names == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
-    for name in names:
-        assert (small_world / name).read_bytes() == (again / name).read_bytes(), name
+def test_same_seed_writes_the_same_bytes_and_another_seed_does_not(world_with_experts):
+    """Made at once or with the experts added later: the same world."""
+    again = world_with_experts.with_name("again")
+    assert make(again, *SMALL, *EXPERTS).returncode == 0
+    first, second = contents(world_with_experts), contents(again)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
     assert world.split_numbers(0) != world.split_numbers(1)
+
+
+def test_experts_are_added_and_the_world_stays_as_it_was(small_world, world_with_experts):
+    before, after = contents(small_world), contents(world_with_experts)
+    assert {name: after[name] for name in before} == before
+    llm = {name.split("/")[1] for name in before if name.startswith("llm/")}
+    assert after.keys() - before.keys() == {
+        f"{expert}/{name}" for expert in ("math_expert", "language_expert") for name in llm
+    }
+    assert sorted(path.name for path in world_with_experts.iterdir()) == [
+        "datas",
+        "language_expert",
+        "llm",
+        "math_expert",
+        "mt5",
+    ]
+
+
+def test_experts_differ_from_their_base_in_weights_alone(world_with_experts):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = [world_with_experts / name for name in ("llm", "math_expert", "language_expert")]
+    base, *experts = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
+    vocabulary = AutoTokenizer.from_pretrained(folders[0]).get_vocab()
+    weights = [model.state_dict() for model in (base, *experts)]
+    for folder, expert in zip(folders[1:], experts, strict=True):
+        assert json.loads((folder / "config.json").read_text()) == json.loads((folders[0] / "config.json").read_text())
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == vocabulary
+        assert all(not value.equal(weights[0][name]) for name, value in expert.state_dict().items())
+    assert all(not value.equal(weights[2][name]) for name, value in weights[1].items())
+
+
+def test_experts_can_be_merged(world_with_experts, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from baselines.layer_swap import main as layer_swap
+
+    experts = [f"--{name}={world_with_experts / name}" for name in ("math_expert", "language_expert")]
+    layer_swap([*experts, "--output", str(tmp_path / "merged")])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("kind", ["math", "language"])
+def test_expert_reads_its_own_texts_and_no_test_problem(small_world, monkeypatch, kind):
+    """A math expert that reads the other languages, or a language expert that reads solutions, would be neither."""
+    batches = []
+
+    def record(model, given, loss_of, title, **rates):
+        batches.extend(given)
+        return 0.0
+
+    monkeypatch.setattr(tiny_world_models, "optimise", record)
+    _, tokenizer, _ = tiny_world_models.tune_expert(kind, small_world / "llm", 0, 10, 16)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for batch in batches for ids, _ in batch]
+    assert len(texts) == 160
+    assert all(("### Instruction:" in text and "The answer is:" in text) == (kind == "math") for text in texts)
+    questions = (
+        [re.search(r"Instruction:\s*(.*?)\s*### Response", text)[1] for text in texts] if kind == "math" else texts
+    )
+    assert {numbers_in(question) for question in questions} <= set(world.split_numbers(0)[0])
+    english = [bool(re.search(r"\b(How many|the)\b", question)) for question in questions]
+    assert set(english) == {kind == "math"}
+    if kind == "language":
+        for marker in ("jumla", "Wie viele", "tiene", "Сколько", "多少"):
+            assert any(marker in question for question in questions), marker
+
+
+def test_experts_are_refused_where_they_do_not_fit_and_nothing_changes(small_world, world_with_experts, tmp_path):
+    """Of another seed, they would have read this world's test problems."""
+    (tmp_path / "note").write_text("mine")
+    for folder, arguments, message in (
+        (world_with_experts, EXPERTS, "language_expert exist already: add --overwrite"),
+        (small_world, [*EXPERTS, "--seed", "1"], "mgsm_en.tsv does not follow from --seed 1"),
+        (tmp_path, EXPERTS, "is no finished small world"),
+        (tmp_path, [*EXPERTS, "--overwrite"], "is no finished small world"),
+    ):
+        before = contents(folder)
+        refused = make(folder, *arguments)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and message in refused.stderr
+        assert contents(folder) == before
+
+
+def test_experts_that_could_not_be_finished_leave_the_earlier_ones(world_with_experts, monkeypatch):
+    def half(base, folder, args):
+        (folder / "math_expert").mkdir(parents=True)
+        (folder / "math_expert" / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    before = contents(world_with_experts)
+    monkeypatch.setattr(make_tiny_world, "write_experts", half)
+    with pytest.raises(KeyboardInterrupt):
+        make_tiny_world.main(["--output_dir", str(world_with_experts), "--experts", "--overwrite"])
+    assert contents(world_with_experts) == before and not list(world_with_experts.glob(".*"))
 
 
 def test_existing_folder_is_refused_and_kept(small_world):
@@ -242,3 +387,68 @@ def test_setup_installs_again_only_when_requirements_change(tmp_path):
     (tmp_path / "requirements.txt").write_text("one==2\n")
     assert source_setup(tmp_path).returncode == 0
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The comparison in the small world, with stand-ins for what takes minutes
+
+
+def fake_command(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_comparison_makes_experts_once_and_hands_over_every_model(tmp_path):
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    shutil.copy(ROOT / "scripts" / "quickstart_compare.sh", scripts)
+    (scripts / "setup_venv.sh").write_text("")
+    (scripts / "quickstart.sh").write_text(f'echo "quickstart $QUICKSTART_DIR" >>{tmp_path}/calls\n')
+    (scripts / "compare_all.sh").write_text(f'env >{tmp_path}/env; echo "compare $*" >>{tmp_path}/calls\n')
+    fake_command(
+        tmp_path / "bin" / "python",
+        f'[[ $1 == -c ]] && echo 2 && exit; echo "$*" >>{tmp_path}/calls; mkdir -p w/math_expert w/language_expert',
+    )
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "QUICKSTART_DIR": "w", "QUICKSTART_SEED": "5"}
+    for _ in range(2):
+        command = ["bash", "scripts/quickstart_compare.sh", "--overwrite"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    experts = "scripts/make_tiny_world.py --output_dir w --seed 5 --experts --overwrite"
+    first = [f"quickstart {tmp_path}/w", experts, "compare --overwrite"]
+    assert (tmp_path / "calls").read_text().splitlines() == [*first, first[0], first[2]]
+    given = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    models = {"LLM_PATH": "math_expert", "BASE_PATH": "llm", "LANGUAGE_EXPERT": "language_expert", "MT_PATH": "mt5"}
+    models |= {"MINDMERGER_LLM": "llm", "DATA_ROOT": "datas", "RESULTS_DIR": "comparison"}
+    assert {name: given[name] for name in models} == {name: f"w/{path}" for name, path in models.items()}
+    # The quickstart trains under these very names.
+    quickstart = (ROOT / "scripts" / "quickstart.sh").read_text()
+    for name, run in (("HARD_CHECKPOINT", "quickstart-hard"), ("SOFT_CHECKPOINT", "quickstart")):
+        assert given[name] == f"w/outputs/{run}/math/augmentation"
+        assert f'--init_checkpoint "$folder/outputs/{run}/math/augmentation"' in quickstart
+
+
+def test_comparison_refuses_a_folder_with_blanks_in_one_line(tmp_path):
+    environment = os.environ | {"QUICKSTART_DIR": str(tmp_path / "my world")}
+    command = ["bash", str(ROOT / "scripts" / "quickstart_compare.sh")]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "my world" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "suffix"), [({}, ""), ({"MINDMERGER_LLM": "other/llm/"}, " (with llm)")])
+def test_mindmerger_rows_name_their_llm_where_it_is_not_the_others(tmp_path, given, suffix):
+    """Unnamed, a reader would take the difference between two LLMs for the method's."""
+    fake_command(tmp_path / "bin" / "python", f'[[ $1 == -c ]] && echo math_mgsm && exit; echo "$*" >>{tmp_path}/calls')
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "MT_PATH": "mt5", **given}
+    environment |= {"SOFT_CHECKPOINT": "soft", "RESULTS_DIR": str(tmp_path / "r")}
+    command = ["bash", str(ROOT / "scripts" / "compare_all.sh")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *evaluations, table = (tmp_path / "calls").read_text().splitlines()
+    assert f"--row MindMerger-Soft{suffix}={tmp_path}/r/compare/mindmerger-soft/math_mgsm" in table
+    assert f"--missing MindMerger-Hard{suffix}=HARD_CHECKPOINT is not given" in table
+    soft = [line for line in evaluations if "--init_checkpoint soft" in line]
+    assert len(soft) == 1 and f"--llm_path {given.get('MINDMERGER_LLM', 'expert')} " in soft[0]
+    assert sum("--llm_path expert " in f"{line} " for line in evaluations) == (4 if not given else 3)
