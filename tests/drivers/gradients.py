@@ -31,8 +31,9 @@ def main():
         def take(trainer, step_loss, losses, micro_batches, name=name):
             if runtime_utils.is_main():
                 mapping = trainer.engine.module.mapping
-                state = {key: p.grad.clone() for key, p in mapping.named_parameters()}
-                save_file(state | {"loss": step_loss.detach().reshape(1)}, folder / f"{name}.safetensors")
+                save_file(
+                    {key: p.grad.clone() for key, p in mapping.named_parameters()}, folder / f"{name}.safetensors"
+                )
             raise Taken
 
         run_training.update = take
