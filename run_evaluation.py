@@ -9,6 +9,7 @@ on, generation, merging, and `answer()` for use from Python.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -649,6 +650,7 @@ def _cached_tokenizers(mt_path: str | None, llm_path: str):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
+    from interrupt_utils import FolderLock
     from results_utils import compare_results, format_results, open_results
 
     if args.compare:
@@ -658,12 +660,18 @@ def main(argv: list[str] | None = None) -> int:
     device = init_distributed()
     plan = together(prepare, args, device.type == "cuda")
     number = len(plan.examples)
-    opened = together(lambda: open_results(plan.folder, plan.identity, number, args.overwrite) if is_main() else None)
-    results, finished = broadcast_object(opened)
-    if results is None:
-        results = evaluate(plan, args, device, finished)
-    else:
-        log(f"{plan.folder} holds this evaluation already, nothing is generated; --overwrite starts over")
+    with contextlib.ExitStack() as stack:
+        lock = together(lambda: FolderLock(plan.folder) if is_main() else None)
+        if lock is not None:
+            stack.callback(lock.release)
+        opened = together(
+            lambda: open_results(plan.folder, plan.identity, number, args.overwrite) if is_main() else None
+        )
+        results, finished = broadcast_object(opened)
+        if results is None:
+            results = evaluate(plan, args, device, finished)
+        else:
+            log(f"{plan.folder} holds this evaluation already, nothing is generated; --overwrite starts over")
     if is_main():
         print(format_results(results))
         log(f"results are in {plan.folder}")

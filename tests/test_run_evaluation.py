@@ -347,6 +347,21 @@ def test_a_finished_run_only_prints_its_table_again(evaluate, tmp_path, monkeypa
     }
 
 
+def test_a_second_run_into_the_same_results_is_refused_and_a_dead_ones_lock_is_taken_over(evaluate, tmp_path):
+    folder = tmp_path / "results/MindMerger/math_mgsm"
+    code = f"from interrupt_utils import FolderLock as F; lock = F({str(folder)!r}); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as owner:
+        owner.stdout.readline()
+        with pytest.raises(UserError, match=f'another run is writing to .*"pid": {owner.pid}'):
+            evaluate(*FEW)
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        owner.kill()
+    evaluate(*FEW)
+    assert "results.json" in {path.name for path in folder.iterdir()} and not (folder / ".lock").exists()
+
+
 def test_a_crash_while_merging_loses_no_answer(evaluate, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_evaluation, "write_json_atomic", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
