@@ -149,7 +149,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     models.add_argument("--llm_batch_size", type=int, default=32, help="texts per step")
     models.add_argument("--encoder_steps", type=int, default=500, help="training steps of the mT5")
     models.add_argument("--encoder_batch_size", type=int, default=64, help="sentence pairs per step")
-    models.add_argument("--expert_steps", type=int, default=200, help="training steps of each expert")
+    models.add_argument("--expert_steps", type=int, default=150, help="training steps of each expert")
     models.add_argument("--expert_batch_size", type=int, default=32, help="texts per step")
     args = parser.parse_args(arguments)
     for name in (
