@@ -409,8 +409,13 @@ def test_killed_merge_leaves_nothing(pair, tmp_path, monkeypatch, sent):
         os.kill(os.getpid(), sent)
 
     monkeypatch.setattr(model_folders, "_write_shard", write_then_die)
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
-        swap(pair, tmp_path / "new" / "merged")
+    # A shell's background job starts with SIGINT ignored, and a test run may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            swap(pair, tmp_path / "new" / "merged")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
