@@ -56,6 +56,7 @@ def outputs(tmp_path, name, stage="mapping"):
     return tmp_path / "outputs" / name / "math" / stage
 
 
+@pytest.mark.slow
 def test_losses_after_a_stop_equal_an_uninterrupted_run(run, flags, tmp_path):
     """Stopped in mid-epoch, exactly at an epoch's end (13 steps), before a due evaluation, with accumulation, and with
     a scheduler: data order, moments, rate and best mapping must all go on as if nothing had happened."""
@@ -114,6 +115,7 @@ def test_another_world_size_or_zero_stage_continues_with_the_same_global_batches
         assert read_log(outputs(tmp_path, name), "target_tokens") == read_log(whole, "target_tokens")
 
 
+@pytest.mark.slow
 def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
     run, flags, tiny_llm, tiny_encoder, datas, tmp_path
 ):
@@ -240,6 +242,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, d
     ]
 
 
+@pytest.mark.slow
 def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(run, flags, tmp_path):
     argv = named(flags, "cut", "--max_steps", "7")
     results = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "7"), stopped_at(argv, 5)])
@@ -265,6 +268,7 @@ class Payload:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.slow
 def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, tiny_llm, tmp_path):
     witness = tmp_path / "executed"
     folder = small_checkpoint(tmp_path / "checkpoints", 1)
@@ -285,6 +289,7 @@ def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, t
 # -- the disk, the numbers, the memory
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_path_and_bytes_and_leaves_earlier_work_valid(run, flags, tmp_path):
     """A limit on file sizes stops a write in its middle, as a full disk does."""
     argv = named(flags, "full", "--max_steps", "3")
@@ -346,6 +351,7 @@ def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_examples(ru
     assert_same_run(outputs(tmp_path, "whole"), outputs(tmp_path, "ds_zero0"))
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_is_known_before_training_and_names_the_flags(run, flags, tmp_path):
     (result,) = run_many(run, tmp_path, [{"argv": named(flags, "oom"), "fault": {"memory": True}}])
     assert result["code"] == 2
