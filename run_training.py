@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -517,7 +516,7 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
     return norm, loss, code
 
 
-@contextmanager
+@contextlib.contextmanager
 def out_of_memory_named(batch: dict):
     """Turns running out of memory into an error that names the micro-batch and the flags to lower."""
     import torch

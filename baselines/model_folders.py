@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from checkpoint_utils import sync_folder
 from runtime_utils import UserError, is_main, versions, warn, write_json_atomic
 
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB in fp32: large enough for the disk, small enough to hold a dozen at once
@@ -477,12 +478,12 @@ def new_folder(output: Path) -> Iterator[Path]:
         with _sigterm_as_exit():
             temporary.mkdir(parents=True)
             yield temporary
-            _sync(temporary)
+            sync_folder(temporary)
             if output.exists():
                 os.replace(output, replaced)
             os.replace(temporary, output)
             done = True
-            _sync(output.parent)
+            sync_folder(output.parent)
     except OSError as error:
         raise MergeError(f"cannot write {output}: {error.strerror or error}; nothing is left behind") from error
     finally:
@@ -510,14 +511,6 @@ def _sigterm_as_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_merged(
