@@ -8,10 +8,14 @@ import argparse
 import json
 import os
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
 __version__ = "0.1.0"
+
+# Seconds that a rank which has finished waits for the others before it leaves.
+PATIENCE_S = 20.0
 
 
 class UserError(Exception):
@@ -118,12 +122,6 @@ def _local_address() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
-    if _group_is_up():
-        sys.modules["torch"].distributed.barrier()
-
-
 def together(function, *args, **kwargs):
     """Calls `function` on every rank and returns its result; where one rank fails, all fail.
 
@@ -195,14 +193,33 @@ def run_main(main) -> None:
         if is_main() or not shared:
             print("error: " + " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
         code = 2
-        if isinstance(error, ReportedError):
-            # A launcher ends the other ranks as soon as one has left: leave together, each with its own exit code.
-            barrier()
+        if not shared:
+            sys.exit(code)  # the others do not know of it yet
     except KeyboardInterrupt:
-        code = 130
+        sys.exit(130)
     if _group_is_up():
+        leave_together()
         sys.modules["torch"].distributed.destroy_process_group()
     sys.exit(code)
+
+
+def leave_together() -> None:
+    """Waits until every rank has finished its last collective, but no longer than `PATIENCE_S`.
+
+    A rank that closes its connections too early can break that collective on a slower one, and a launcher ends the
+    others as soon as one has left. So the ranks count one another in the store that the group was started with, which
+    needs none of these connections.
+    """
+    distributed = sys.modules["torch"].distributed
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        end = time.monotonic() + PATIENCE_S
+        here = store.add("mindmerger/leaving", 1)
+        while here < world_size() and time.monotonic() < end:
+            time.sleep(0.02)
+            here = store.add("mindmerger/leaving", 0)
+    except distributed.DistError:
+        pass  # the rank that keeps the store has left: it counted all
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

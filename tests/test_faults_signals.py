@@ -123,7 +123,7 @@ def test_sigusr1_writes_a_checkpoint_and_goes_on_then_sigterm_on_one_rank_ends_a
     first = list_checkpoints(training.folder)[0]
     started = time.monotonic()
     os.kill(training.ranks()[1], signal.SIGTERM)
-    assert training.end() == 143
+    assert training.end() == 143, training.errors.read_text()[-4000:]
     assert time.monotonic() - started < 40
     assert assert_checkpoint_of_the_last_step(training).name > first.name
     assert "ended by a signal" in training.errors.read_text()
@@ -173,5 +173,5 @@ def test_a_second_run_is_refused_a_dead_rank_ends_the_others_and_the_lock_is_tak
     step = int(list_checkpoints(again.folder)[0].name[-6:])
     again.wait(lambda: again.lines() > step + 2, "steps after the resume", 60)
     os.kill(again.ranks()[0], signal.SIGTERM)
-    assert again.end() == 143
+    assert again.end() == 143, again.errors.read_text()[-4000:]
     load_file(assert_checkpoint_of_the_last_step(again) / "training.safetensors")
