@@ -1,5 +1,6 @@
 """Tokenising, the cache of the tokenised training set, batch order, and collation."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import data_tasks
 import data_utils
 from data_utils import (
     LANGUAGES,
+    MICRO_BATCH_COST,
     DataError,
     Example,
     Language,
@@ -520,11 +522,29 @@ def test_every_rank_gets_equally_many_micro_batches_and_every_row_once(
             assert len(batch.indices) <= micro_batch_size
         else:
             assert len(batch.indices) == 1 or len(batch.indices) * lengths[batch.indices].max() <= token_budget
-    # In the order in which they run, no row is longer than one before it.
-    in_order = [length for step in zip(*ranks, strict=True) for b in step if b.weight for length in lengths[b.indices]]
-    assert in_order == sorted(in_order, reverse=True)
+    # In the order in which they run, no row is longer than one of a micro-batch before it, on whatever rank.
+    steps = [[length for b in step if b.weight for length in lengths[b.indices]] for step in zip(*ranks, strict=True)]
+    assert all(min(before) >= max(after) for before, after in itertools.pairwise(steps))
     least = -(-len(indices) // (micro_batch_size * world_size))
     assert token_budget is not None or len(ranks[0]) == least
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=9), token_budget=st.integers(1, 200))
+def test_a_token_budget_is_spent_on_the_cheapest_of_all_cuts(lengths, token_budget):
+    """Against every way to cut: padded positions plus the fixed cost of each micro-batch."""
+    lengths = np.array(sorted(lengths, reverse=True))
+
+    def cost(parts):
+        return sum(len(part) * part.max() + MICRO_BATCH_COST * token_budget for part in parts)
+
+    cuts = (c for n in range(len(lengths)) for c in itertools.combinations(range(1, len(lengths)), n))
+    fits = [
+        parts
+        for parts in (np.split(lengths, cut) for cut in cuts)
+        if all(len(part) == 1 or len(part) * part.max() <= token_budget for part in parts)
+    ]
+    (mine,) = cut_global_batch(np.arange(len(lengths)), lengths, 1, 1, token_budget)
+    assert cost([lengths[batch.indices] for batch in mine]) == min(map(cost, fits))
 
 
 def test_full_global_batch_is_cut_into_full_micro_batches():
