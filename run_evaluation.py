@@ -44,6 +44,7 @@ from runtime_utils import (
 
 DEFAULT_LLM = "../LLMs/Llama-2-7b-hf"
 DEFAULT_ENCODER = "../LLMs/mt5-xl"
+DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_LEN = 512  # tokens, of the encoder's input and of the prompt
 FORM_SUFFIX = {"soft": "", "hard": "-hard", "llm_only": "-llm_only"}
 
@@ -101,7 +102,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--limit", type=_at_least(1), help="only the first N examples of each language")
     generation = parser.add_argument_group("generation")
-    generation.add_argument("--eval_batch_size", type=_at_least(1), default=8, help="examples per batch (default 8)")
+    generation.add_argument(
+        "--eval_batch_size",
+        type=_at_least(1),
+        help="most examples in a batch (default 8; with --eval_max_tokens no limit)",
+    )
+    generation.add_argument(
+        "--eval_max_tokens",
+        type=_at_least(1),
+        help="most positions in a batch, new tokens included: short questions then share larger batches",
+    )
     generation.add_argument(
         "--max_seq_len", type=_at_least(2), default=DEFAULT_MAX_LEN, help="limits the encoder's tokens (default 512)"
     )
@@ -358,13 +368,35 @@ class Generation:
     hit_limit: bool
 
 
-def cut_batches(indices: list[int], lengths: list[int], batch_size: int) -> list[list[int]]:
+def cut_batches(
+    indices: list[int], lengths: list[int], batch_size: int | None, token_budget: int | None = None, new_tokens: int = 0
+) -> list[list[int]]:
     """Batches of similar length, longest first, so that running out of memory shows at the start.
 
     Taking whole batches out of `indices` leaves the other batches as they were: a continued run relies on it.
+
+    Args:
+        lengths: positions of every example's input, by its number.
+        batch_size: most examples of a batch; None for any number.
+        token_budget: most positions of a batch, padding and `new_tokens` for each row included; a longer row stands
+            alone.
     """
     order = sorted(indices, key=lambda i: (-lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches, start = [], 0
+    while start < len(order):
+        rows = batch_size or len(order)
+        if token_budget is not None:
+            rows = min(rows, max(1, token_budget // (lengths[order[start]] + new_tokens)))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def cut_evaluation(remaining: list[int], plan: Plan, args: argparse.Namespace) -> list[list[int]]:
+    """The batches that the flags ask for; BOS and boundary count as positions."""
+    rows = args.eval_batch_size or (None if args.eval_max_tokens else DEFAULT_BATCH_SIZE)
+    lengths = [length + 2 for length in input_lengths(plan.columns)]
+    return cut_batches(remaining, lengths, rows, args.eval_max_tokens, plan.max_new_tokens)
 
 
 def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_tokens: int) -> list[Generation]:
@@ -389,7 +421,8 @@ def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_t
         sizes = ", ".join(f"{value.shape[1]} {name}" for name, value in inputs.items() if name.endswith("_ids"))
         raise UserError(
             f"out of GPU memory on a batch of {len(batch)} examples ({sizes}, up to {max_new_tokens} new tokens): "
-            "lower --eval_batch_size (it continues where this run stopped), --max_new_tokens or --max_gen_len"
+            "lower --eval_max_tokens, --eval_batch_size (it continues where this run stopped), --max_new_tokens or "
+            "--max_gen_len"
         ) from error
     generations = []
     for ids in ids_BT.tolist():
@@ -682,7 +715,7 @@ def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, d
     """Generates what is not finished, merges on rank 0 and returns the results there."""
     remaining = [i for i in range(len(plan.examples)) if i not in finished]
     # Dealing out batches of falling length one by one gives every rank about the same work.
-    batches = cut_batches(remaining, input_lengths(plan.columns), args.eval_batch_size)[rank() :: world_size()]
+    batches = cut_evaluation(remaining, plan, args)[rank() :: world_size()]
     everyone = _patient_group()
     start = time.perf_counter()
     if remaining:

@@ -84,7 +84,7 @@ train() {
     # Passed only when set: the program's own defaults are the published ones.
     add_settings "$prefix" "${published[@]}" \
         data_root languages output_dir seed deepspeed_config lr_scheduler warmup_ratio max_grad_norm precision \
-        micro_batch_tokens gradient_accumulation eval_batch_size eval_steps save_steps save_total_limit logging_steps \
+        gradient_accumulation eval_batch_size eval_steps save_steps save_total_limit logging_steps \
         report_to max_steps num_workers attn_implementation resume_from_checkpoint
     # INIT_CHECKPOINT is where the whole run starts: the later stage then starts from the earlier one's mapping.
     if [[ $stage == mapping || -n ${STAGE_NAME:-${stage_name-}} ]]; then
@@ -130,7 +130,7 @@ evaluate() {
         last_argument save_name "$REPLY" "$@"
         published+=("init_checkpoint=$trained/$REPLY/$trained_task/augmentation/pytorch_model.bin" augmentation=True)
     fi
-    add_settings "" "${published[@]}" data_root languages limit max_new_tokens precision attn_implementation \
-        results_dir seed
+    add_settings "" "${published[@]}" data_root languages limit eval_batch_size max_new_tokens precision \
+        attn_implementation results_dir seed
     launch run_evaluation.py "${command_line[@]}" "$@"
 }

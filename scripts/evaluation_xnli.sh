@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Evaluates a trained mapping on XNLI: by default the one that training_xnli.sh leaves. Every value can be replaced by an
-# environment variable of the flag's name (INIT_CHECKPOINT=…, EVAL_BATCH_SIZE=32); further arguments are passed on
+# environment variable of the flag's name (INIT_CHECKPOINT=…, EVAL_MAX_TOKENS=65536); further arguments are passed on
 # (--llm_only, --limit 20). See common.sh beside this file, and `python run_evaluation.py --help`.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 evaluate xnli xnli llm_path=LLaMAX/LLaMAX2-7B-XNLI mt_path=google/mt5-xl save_name=MindMerger \
-    eval_batch_size=8 max_seq_len=512 max_gen_len -- "$@"
+    eval_max_tokens=16384 max_seq_len=512 max_gen_len -- "$@"

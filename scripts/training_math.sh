@@ -8,8 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 train math mapping llm_path=meta-math/MetaMath-7B-V1.0 mt_path=google/mt5-xl save_name=MindMerger \
     train_num=100000 train_batch_size=128 train_micro_batch_size_per_gpu=8 augmentation=False \
-    epoch_num=3 lr=2e-5 max_seq_len=200 max_gen_len=200 dev_size=3000 -- "$@"
+    micro_batch_tokens=4096 epoch_num=3 lr=2e-5 max_seq_len=200 max_gen_len=200 dev_size=3000 -- "$@"
 
 train math augmentation llm_path=meta-math/MetaMath-7B-V1.0 mt_path=google/mt5-xl save_name=MindMerger \
     train_num=30000 train_batch_size=128 train_micro_batch_size_per_gpu=2 augmentation=True \
-    epoch_num=3 lr=2e-5 max_seq_len=512 max_gen_len=512 dev_size=3000 -- "$@"
+    micro_batch_tokens=4096 epoch_num=3 lr=2e-5 max_seq_len=512 max_gen_len=512 dev_size=3000 -- "$@"

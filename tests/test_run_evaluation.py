@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, clean_environment, free_port, make_tiny_encoder, make_tiny_llm
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import run_evaluation
@@ -281,11 +283,35 @@ def test_batches_are_longest_first_and_survive_the_removal_of_others():
     assert cut_batches([4, 5, 3, 1, 2], lengths, 2) == [[1, 2], [4, 5], [3]]
 
 
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    batch_size=st.none() | st.integers(1, 9),
+    token_budget=st.integers(1, 300),
+    new_tokens=st.integers(0, 20),
+    data=st.data(),
+)
+def test_batches_by_token_budget_keep_both_limits_and_survive_the_removal_of_others(
+    lengths, batch_size, token_budget, new_tokens, data
+):
+    batches = cut_batches(list(range(len(lengths))), lengths, batch_size, token_budget, new_tokens)
+    assert sorted(sum(batches, [])) == list(range(len(lengths)))
+    for i, batch in enumerate(batches):
+        positions = len(batch) * (max(lengths[i] for i in batch) + new_tokens)
+        assert len(batch) == 1 or positions <= token_budget
+        assert batch_size is None or len(batch) <= batch_size
+        if i + 1 < len(batches) and len(batch) != batch_size:
+            one_more = (len(batch) + 1) * (max(lengths[i] for i in batch) + new_tokens)
+            assert one_more > token_budget, "the batch could have been larger"
+    kept = [batch for batch in batches if data.draw(st.booleans())]
+    assert cut_batches(sum(kept, []), lengths, batch_size, token_budget, new_tokens) == kept
+
+
 def test_batch_size_changes_no_answer(evaluate, tmp_path):
+    sizes = {"one": ["--eval_batch_size", 1], "five": ["--eval_batch_size", 5], "budget": ["--eval_max_tokens", 700]}
     found = []
-    for size in (1, 5, 12):
-        evaluate(*FEW[:4], "--eval_batch_size", size, "--results_dir", f"r{size}")
-        found.append(outcome(tmp_path / f"r{size}/MindMerger/math_mgsm"))
+    for name, size in sizes.items():
+        evaluate(*FEW[:4], *size, "--results_dir", name)
+        found.append(outcome(tmp_path / name / "MindMerger/math_mgsm"))
     assert found[0] == found[1] == found[2]
 
 

@@ -99,7 +99,8 @@ def test_training_script_runs_both_stages_with_the_published_settings(run_script
     expected = [published_command(task, stage) for stage in ("mapping", "augmentation")]
     assert [call[0] for call in calls] == ["run_training.py"] * 2
     assert [flags_of(call) for call in calls] == [
-        vars(parser_of("run_training.py").parse_args(command.split())) for command in expected
+        vars(parser_of("run_training.py").parse_args([*command.split(), "--micro_batch_tokens", "4096"]))
+        for command in expected
     ]
     assert flags_of(calls[0])["lr"] == 2e-5 and flags_of(calls[0])["dev_size"] == 3000
 
@@ -122,7 +123,8 @@ def test_evaluation_script_evaluates_what_training_left(run_script, script, task
         "mt_path": "google/mt5-xl",
         "init_checkpoint": f"outputs/MindMerger/{trained}/augmentation/pytorch_model.bin",
         "augmentation": True,
-        "eval_batch_size": 8,
+        "eval_max_tokens": 16384,
+        "eval_batch_size": None,
         "max_seq_len": 512,
         "max_gen_len": length,
         "save_name": "MindMerger",
