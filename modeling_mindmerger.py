@@ -180,6 +180,39 @@ def head_on_positions(head: nn.Module, flat_M: torch.Tensor):
         raise RuntimeError(f"the LLM's output head was called {len(calls)} times in one forward pass, expected once")
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of logits (M, V) against labels (M,), in fp32 whatever the logits' dtype.
+
+    Like `F.cross_entropy(logits.float(), labels, reduction="sum")`, but fp32 copies exist for a few rows at a time:
+    at 256,000 tokens of vocabulary the copies that autograd keeps would outgrow the rest of the step.
+    """
+
+    CHUNK = 2**23  # elements, 32 MB in fp32: enough to keep a GPU busy
+
+    @classmethod
+    def chunks(cls, logits_MV: torch.Tensor, *others: torch.Tensor):
+        """Slices of all the tensors, for as many rows as a chunk may have."""
+        rows = max(1, cls.CHUNK // logits_MV.shape[1])
+        return zip(*(tensor.split(rows) for tensor in (logits_MV, *others)), strict=True)
+
+    @staticmethod
+    def forward(ctx, logits_MV, labels_M):
+        ctx.save_for_backward(logits_MV, labels_M)
+        chunks = ChunkedCrossEntropy.chunks(logits_MV, labels_M)
+        losses = [F.cross_entropy(logits.float(), labels, reduction="sum") for logits, labels in chunks]
+        return torch.stack(losses).sum() if losses else logits_MV.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits_MV, labels_M = ctx.saved_tensors
+        grad_MV = torch.empty_like(logits_MV)
+        for logits, labels, out in ChunkedCrossEntropy.chunks(logits_MV, labels_M, grad_MV):
+            probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
+            probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
+            out.copy_(probabilities.mul_(grad))
+        return grad_MV, None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
@@ -352,7 +385,7 @@ class MindMerger(nn.Module):
         with head_on_positions(self.llm.get_output_embeddings(), predictor_M):
             # Causal attention on right-padded rows never looks at padding: no mask, so the fused kernels apply.
             logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False).logits[0]
-        loss_sum = F.cross_entropy(logits_MV.float(), labels_M, reduction="sum")
+        loss_sum = ChunkedCrossEntropy.apply(logits_MV, labels_M)
         tokens = loss_sum.new_tensor(labels_M.numel())
         return MindMergerOutput(loss=loss_sum / tokens, loss_sum=loss_sum, target_tokens=tokens)
 

@@ -9,6 +9,7 @@ from conftest import DATA
 from safetensors.torch import load_file, save_file
 
 from modeling_mindmerger import (
+    ChunkedCrossEntropy,
     Mapping,
     MindMerger,
     ModelError,
@@ -514,3 +515,25 @@ def test_config_of_a_newer_format_or_another_program_is_not_misread(tmp_path, ti
         read_config(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert read_config(str(tmp_path)) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross-entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 6, 7, 20])
+def test_cross_entropy_in_chunks_is_the_cross_entropy(monkeypatch, dtype, rows):
+    """Loss and gradient, for whole and broken chunks of seven rows and for none at all."""
+    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", 7 * 50)
+    torch.manual_seed(0)
+    ours = (4 * torch.randn(rows, 50)).to(dtype).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    labels = torch.randint(0, 50, (rows,))
+    loss = ChunkedCrossEntropy.apply(ours, labels)
+    expected = torch.nn.functional.cross_entropy(theirs.float(), labels, reduction="sum")
+    (loss * 0.37).backward()
+    (expected * 0.37).backward()
+    assert loss.dtype == torch.float32 and ours.grad.dtype == dtype
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-8)
