@@ -460,9 +460,12 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
     rate = trainer.learning_rate(trainer.step)
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = rate
-    losses = []
+    losses, waited = [], 0.0
     for number, micro in enumerate(micro_batches, start=1):
-        batch = trainer.to_device(next(batches))
+        asked = time.perf_counter()
+        collated = next(batches)
+        waited += time.perf_counter() - asked
+        batch = trainer.to_device(collated)
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         with out_of_memory_named(batch):
             # DeepSpeed averages gradients over processes, hence the factor. Without rows, a rank passes with weight 0.
@@ -483,6 +486,7 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
         "samples_per_s": len(indices) / seconds,
         "tokens_per_s": int(lengths[indices].sum()) / seconds,
         "padding_share": 1 - sum(int(lengths[m.indices].sum() * m.weight) for m in micro_batches) / processed,
+        "data_wait_share": waited / seconds,
         "peak_memory_gb": peak_memory_gb(trainer.device),
     }
     return line, code

@@ -6,16 +6,18 @@ Models have random weights in a preset's exact shapes; texts have their real len
 training step (`run_training.train_step`) and generation (`run_evaluation.generate_batch`). `plain` is the loop as the
 published code runs it: shuffled micro-batches padded to their longest row, tokenised row by row inside the step, a
 dense mask, fp32 logits for every position, generation at batch 8 in file order to the length limit. They alternate
-window by window in one process; figures are medians over windows, after a warm-up window of each.
+window by window in one process, or in each process of `deepspeed scripts/benchmark.py`; figures are medians over
+windows, after a warm-up window of each. `--windows 0` reports that one.
 
 Useful tokens are the real positions of merged rows. FLOP utilisation counts 4 N per useful position of the LLM (one
 forward pass, and one backward pass to the inputs alone), 2 N per encoder token and 6 N per token of the mapping, over
-the rate of a large matmul of the same dtype measured in the same run.
+the rate of a large matmul of the same dtype measured in the same run. Ours computes the output head on target tokens
+alone, which a second column counts.
 """
 
 import json
-import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import runtime_utils  # noqa: E402
-from runtime_utils import CommandParser, log  # noqa: E402
+from runtime_utils import CommandParser, is_main, log, together, world_size  # noqa: E402
+from training_log import peak_memory_gb  # noqa: E402
 
 VOCABULARY = 32_000
 PRESETS = {
@@ -48,17 +51,26 @@ def build_parser():
     add("--data_root", default="./datas", help="folder in the released layout: its text is what is timed")
     add("--train_num", type=int, default=300, help="pairs or queries per language")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the frozen models")
-    add("--parts", default="mapping,augmentation,evaluation", help="which of these to time, separated by commas")
+    add(
+        "--parts",
+        default="mapping,augmentation,augmentation_memory,soft,hard",
+        help="mapping, augmentation: training; mapping_memory, augmentation_memory: its peak memory, in processes of "
+        "their own; soft, hard: generation in that form; separated by commas",
+    )
+    add("--modes", default="rows,tokens,plain", help="rows, tokens: ours by micro-batch and by token budget; plain")
     add("--global_batch", type=int, default=128, help="examples of one optimizer step")
     add("--micro_batch", type=int, default=8, help="rows of a micro-batch in both modes")
     add("--micro_batch_tokens", type=int, help="ours also by this token budget (default: 2048 mapping, 4096 else)")
     add("--windows", type=int, default=5, help="timed windows of each mode")
     add("--steps", type=int, default=1, help="optimizer steps of ours in a window")
     add("--plain_micro_batches", type=int, default=8, help="micro-batches of plain in a window")
-    add("--questions", type=int, default=24, help="questions of the evaluation part, over three languages")
+    add("--questions", type=int, default=96, help="questions to generate answers for, over three languages")
+    add("--eval_max_tokens", type=int, default=16384, help="token budget of a batch of ours in generation")
     add("--max_new_tokens", type=int, default=64, help="length limit of generation")
     add("--gradient_checkpointing", action="store_true", help="in both modes")
+    add("--models", help="folder that keeps the preset's tokenizers and configs for a next run (default: a new one)")
     add("--output", help="JSON file for the figures")
+    add("--local_rank", type=int, help="set by the launcher")
     return parser
 
 
@@ -188,6 +200,11 @@ class NoSignals:
         return 0, torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]).cpu()
 
 
+# What a window counts: seconds and of these those spent waiting for data, LLM positions that are real, encoder tokens,
+# target tokens, LLM positions with padding, examples.
+COUNTED = ("seconds", "waited", "useful", "encoder", "targets", "processed", "samples")
+
+
 class Ours:
     """The project's training step, timed over whole optimizer steps."""
 
@@ -206,10 +223,10 @@ class Ours:
         self.epoch += 1
 
     def window(self) -> dict:
-        """One window: seconds, useful positions, encoder tokens, processed positions, samples."""
+        """One window's counts."""
         import run_training
 
-        total = dict.fromkeys(("seconds", "useful", "encoder", "processed", "samples"), 0)
+        total = dict.fromkeys(COUNTED, 0)
         for _ in range(self.steps):
             step = next(self.plan, None)
             if step is None or len(step[2]) < self.trainer.args.train_batch_size:
@@ -218,9 +235,12 @@ class Ours:
             micro_batches, target_tokens, indices = step
             synchronise(self.trainer.device)
             started = time.perf_counter()
-            run_training.train_step(self.trainer, self.batches, micro_batches, target_tokens, indices)
+            line, _ = run_training.train_step(self.trainer, self.batches, micro_batches, target_tokens, indices)
             synchronise(self.trainer.device)
-            total["seconds"] += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            total["seconds"] += seconds
+            total["waited"] += line["data_wait_share"] * seconds
+            total["targets"] += target_tokens
             total["useful"] += int(self.lengths[indices].sum())
             total["encoder"] += int(self.trainer.data.encoder_lengths[indices].sum())
             total["processed"] += sum(len(m.indices) * int(self.lengths[m.indices].max()) for m in micro_batches)
@@ -247,7 +267,7 @@ class Plain:
         """One window of micro-batches with one optimizer step at its end."""
         import torch
 
-        total = dict.fromkeys(("seconds", "useful", "encoder", "processed", "samples"), 0)
+        total = dict.fromkeys(COUNTED, 0)
         synchronise(self.trainer.device)
         started = time.perf_counter()
         for _ in range(self.micro_batches):
@@ -255,47 +275,48 @@ class Plain:
                 self.position = 0
             chosen = [self.examples[i] for i in self.order[self.position : self.position + self.rows]]
             self.position += self.rows
-            loss, real, source, processed = self.forward(chosen)
-            (loss / self.micro_batches).backward()
-            total["useful"] += real
-            total["encoder"] += source
-            total["processed"] += processed
+            self.forward(chosen, total)
             total["samples"] += len(chosen)
         torch.nn.utils.clip_grad_norm_(self.model.mapping.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         synchronise(self.trainer.device)
         total["seconds"] = time.perf_counter() - started
-        return total
+        others = world_size()  # every rank runs as many
+        return {name: n if name in ("seconds", "waited") else n * others for name, n in total.items()}
 
-    def forward(self, examples: list):
-        """Tokenises row by row, pads left, runs the LLM with labels over all positions in fp32."""
+    def tokenised(self, example) -> tuple[list, list, list]:
+        """Ids of source, prompt and target."""
+        limits, encoder, llm = self.trainer.args, self.trainer.tokenizers.encoder, self.trainer.tokenizers.llm
+        cut = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
+        source = encoder(example.source, truncation=True, max_length=limits.max_seq_len).input_ids
+        prompt = llm(example.prompt, **cut).input_ids if self.trainer.plan.with_prompt else []
+        return source, prompt, llm(example.target, **cut).input_ids + [2]
+
+    def forward(self, examples: list, total: dict) -> None:
+        """Tokenises row by row, pads left, runs the LLM with labels over all positions in fp32, and back."""
         import torch
 
-        model, limits, device = self.model, self.trainer.args, self.trainer.device
-        encoder, llm = self.trainer.tokenizers.encoder, self.trainer.tokenizers.llm
-        embed, rows, labels, sources = model.llm.get_input_embeddings(), [], [], 0
-        longest = max(
-            len(encoder(e.source, truncation=True, max_length=limits.max_seq_len).input_ids) for e in examples
-        )
-        ids_BS = torch.zeros(len(examples), longest, dtype=torch.long)
+        started = time.perf_counter()
+        model, device = self.model, self.trainer.device
+        texts = [self.tokenised(example) for example in examples]
+        ids_BS = torch.zeros(len(examples), max(len(source) for source, _, _ in texts), dtype=torch.long)
         mask_BS = torch.zeros_like(ids_BS)
-        for i, example in enumerate(examples):
-            ids = encoder(example.source, truncation=True, max_length=limits.max_seq_len).input_ids
-            ids_BS[i, : len(ids)], mask_BS[i, : len(ids)] = torch.tensor(ids), 1
-            sources += len(ids)
+        for i, (source, _, _) in enumerate(texts):
+            ids_BS[i, : len(source)], mask_BS[i, : len(source)] = torch.tensor(source), 1
+        total["waited"] += time.perf_counter() - started
         with torch.no_grad():
             states = model.encoder(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device)).last_hidden_state
         mapped, boundary = model.mapping(states)
         dtype = next(model.llm.parameters()).dtype
-        for i, example in enumerate(examples):
-            cut = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
-            prompt = llm(example.prompt, **cut).input_ids if self.trainer.plan.with_prompt else []
-            target = llm(example.target, **cut).input_ids + [2]
+        embed, rows, labels = model.llm.get_input_embeddings(), [], []
+        for i, (source, prompt, target) in enumerate(texts):
             text = embed(torch.tensor([[1, *prompt, *target]], device=device))[0]
-            row = torch.cat([text[:1], mapped[i, mask_BS[i].bool()].to(dtype), boundary[0].to(dtype), text[1:]])
+            row = torch.cat([text[:1], mapped[i, : len(source)].to(dtype), boundary[0].to(dtype), text[1:]])
             rows.append(row)
             labels.append([-100] * (len(row) - len(target)) + target)
+            total["encoder"] += len(source)
+            total["targets"] += len(target)
         length = max(len(row) for row in rows)
         embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -303,7 +324,9 @@ class Plain:
         logits = model.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits.float()
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten())
         loss.item()  # as the published loop does for its progress bar
-        return loss, sum(len(row) for row in rows), sources, len(rows) * length
+        (loss / self.micro_batches).backward()
+        total["useful"] += sum(len(row) for row in rows)
+        total["processed"] += len(rows) * length
 
 
 def synchronise(device) -> None:
@@ -315,7 +338,7 @@ def synchronise(device) -> None:
 
 
 def matmul_rate(precision: str, device) -> float:
-    """FLOP per second of a large square matmul of the dtype, the best of several."""
+    """FLOP per second of a large square matmul of the dtype, against a transposed matrix as linear layers run it."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -325,18 +348,20 @@ def matmul_rate(precision: str, device) -> float:
     for _ in range(8):
         synchronise(device)
         started = time.perf_counter()
-        a @ b
+        a @ b.T
         synchronise(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
 
 
-def flop(model, window: dict) -> float:
-    """Useful FLOP of a window."""
+def flop(model, window: dict, head_on_all: bool) -> float:
+    """Useful FLOP of a window, the output head's counted on all useful positions or on target tokens alone."""
     llm = sum(p.numel() for name, p in model.llm.named_parameters() if "embed_tokens" not in name)
+    head = model.llm.get_output_embeddings().weight.numel()
     encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "shared" not in name)
     mapping = sum(p.numel() for p in model.mapping.parameters())
-    return 4 * llm * window["useful"] + (2 * encoder + 6 * mapping) * window["encoder"]
+    with_head = window["useful"] if head_on_all else window["targets"]
+    return 4 * ((llm - head) * window["useful"] + head * with_head) + (2 * encoder + 6 * mapping) * window["encoder"]
 
 
 def figures(model, windows: list[dict], rate: float) -> dict:
@@ -345,7 +370,9 @@ def figures(model, windows: list[dict], rate: float) -> dict:
         "samples_per_s": [w["samples"] / w["seconds"] for w in windows],
         "useful_tokens_per_s": [w["useful"] / w["seconds"] for w in windows],
         "real_position_share": [w["useful"] / w["processed"] for w in windows],
-        "flop_utilisation": [flop(model, w) / w["seconds"] / rate for w in windows],
+        "flop_utilisation": [flop(model, w, True) / w["seconds"] / rate for w in windows],
+        "flop_utilisation_head_on_targets": [flop(model, w, False) / w["seconds"] / rate for w in windows],
+        "data_wait_share": [w["waited"] / w["seconds"] for w in windows],
     }
     return {name: statistics.median(values) for name, values in per.items()}
 
@@ -355,34 +382,68 @@ def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> di
     from data_utils import find_task, training_examples
 
     budget = args.micro_batch_tokens or (2048 if stage == "mapping" else 4096)
-    trainer = make_trainer(args, folder, stage, model, device, None)
-    by_tokens = make_trainer(args, folder, stage, model, device, budget)
-    examples = list(training_examples(find_task("math"), stage, args.data_root, None, args.train_num))
-    modes = {
-        f"ours, micro-batch {args.micro_batch}": Ours(trainer, args.steps),
-        f"ours, {budget} tokens": Ours(by_tokens, args.steps),
-        "plain": Plain(trainer, examples, args.plain_micro_batches, args.micro_batch),
-    }
-    windows = {name: [] for name in modes}
+    names = {"rows": f"ours, micro-batch {args.micro_batch}", "tokens": f"ours, {budget} tokens", "plain": "plain"}
+    modes, first_step = {}, {}
+    for mode in args.modes.split(","):
+        started = time.perf_counter()
+        trainer = make_trainer(args, folder, stage, model, device, budget if mode == "tokens" else None)
+        if mode == "plain":
+            examples = list(training_examples(find_task("math"), stage, args.data_root, None, args.train_num))
+            modes[mode] = Plain(trainer, examples, args.plain_micro_batches, args.micro_batch)
+        else:
+            modes[mode] = Ours(trainer, args.steps)
+        first_step[mode] = time.perf_counter() - started
+    windows = {mode: [] for mode in modes}
     for number in range(args.windows + 1):
-        for name, mode in modes.items():
-            window = mode.window()
-            if number:
-                windows[name].append(window)
-            log(f"{stage} window {number} {name}: {window['useful'] / window['seconds']:.0f} useful tokens/s")
-    result = {name: figures(model, found, rate) for name, found in windows.items()}
-    plain = result["plain"]["useful_tokens_per_s"]
-    for row in result.values():
-        row["times_plain"] = row["useful_tokens_per_s"] / plain
+        for mode, runner in modes.items():
+            window = runner.window()
+            if number or not args.windows:
+                windows[mode].append(window)
+            if not number:
+                first_step[mode] += window["seconds"]
+            log(f"{stage} window {number} {names[mode]}: {window['useful'] / window['seconds']:.0f} useful tokens/s")
+    result = {names[mode]: figures(model, found, rate) for mode, found in windows.items()}
+    for mode in modes:
+        result[names[mode]]["time_to_first_step_s"] = first_step[mode]
+        if "plain" in result:
+            ours = result[names[mode]]["useful_tokens_per_s"]
+            result[names[mode]]["times_plain"] = ours / result["plain"]["useful_tokens_per_s"]
     return result
+
+
+def peak_memory(args, stage: str) -> dict:
+    """Peak memory of training in each mode, each in a process of its own."""
+    found = {}
+    for mode in args.modes.split(","):
+        with tempfile.TemporaryDirectory() as name:
+            report = Path(name) / "report.json"
+            flags = ["--parts", stage, "--modes", mode, "--windows", "0", "--output", str(report)]
+            flags += ["--global_batch", str(4 * args.micro_batch), "--plain_micro_batches", "4"]
+            for flag in (
+                "preset",
+                "data_root",
+                "train_num",
+                "precision",
+                "micro_batch",
+                "micro_batch_tokens",
+                "models",
+            ):
+                if (value := getattr(args, flag)) is not None:
+                    flags += [f"--{flag}", str(value)]
+            if args.gradient_checkpointing:
+                flags.append("--gradient_checkpointing")
+            subprocess.run([sys.executable, __file__, *flags], check=True, stdout=subprocess.DEVNULL)
+            found[mode] = json.loads(report.read_text(encoding="utf-8"))["peak_memory_gb"]
+        log(f"{stage} memory {mode}: {found[mode]:.2f} GB")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
 
-def time_generation(args, folder: Path, model, device) -> dict:
-    """Questions per second of both modes on the same questions, and whether they gave the same answers."""
+def time_generation(args, folder: Path, form: str, model, device) -> dict:
+    """Questions per second of both modes on the same questions, and how many answers are the same."""
     import torch
 
     import run_evaluation
@@ -395,34 +456,34 @@ def time_generation(args, folder: Path, model, device) -> dict:
         for code in ("sw", "de", "zh")
         for example in evaluation_examples(task, args.data_root, find_language(code), args.questions // 3)
     ]
-    columns = run_evaluation.tokenise_form(tokenizers, examples, "soft", 512, 512)
-    lengths = run_evaluation.input_lengths(columns)
-    found = {"ours": [], "plain": []}
-    answers, tokens = {}, {}
+    columns = run_evaluation.tokenise_form(tokenizers, examples, form, 512, 512)
+    lengths = [length + 2 for length in run_evaluation.input_lengths(columns)]
+    every, new = list(range(len(examples))), args.max_new_tokens
+    batches = {
+        "ours": run_evaluation.cut_batches(every, lengths, None, args.eval_max_tokens, new),
+        "plain": [every[i : i + 8] for i in range(0, len(every), 8)],
+    }
+    found, answers, tokens = {mode: [] for mode in batches}, {}, {}
     for number in range(args.windows + 1):
-        for mode in found:
-            batches = (
-                run_evaluation.cut_batches(list(range(len(examples))), lengths, 32)
-                if mode == "ours"
-                else [list(range(i, min(i + 8, len(examples)))) for i in range(0, len(examples), 8)]
-            )
+        for mode in batches:
             synchronise(device)
             started, outputs, generated = time.perf_counter(), {}, 0
             with torch.no_grad():
-                for batch in batches:
-                    out = run_evaluation.generate_batch(model, tokenizers, columns, batch, args.max_new_tokens)
+                for batch in batches[mode]:
+                    out = run_evaluation.generate_batch(model, tokenizers, columns, batch, new)
                     outputs |= {i: g.output for i, g in zip(batch, out, strict=True)}
                     generated += sum(g.generated_tokens for g in out)
             synchronise(device)
             seconds = time.perf_counter() - started
             answers[mode], tokens[mode] = outputs, generated
-            if number:
+            log(f"generation, {form}, window {number} {mode}: {len(examples) / seconds:.2f} questions/s")
+            if number or not args.windows:
                 found[mode].append(seconds)
-    result = {}
+    result = {"mean_input": statistics.mean(lengths)}
     for mode, seconds in found.items():
         median = statistics.median(seconds)
         result[mode] = {"questions_per_s": len(examples) / median, "generated_tokens_per_s": tokens[mode] / median}
-    result["same_answers"] = answers["ours"] == answers["plain"]
+    result["same_answers"] = sum(answers["ours"][i] == answers["plain"][i] for i in every) / len(every)
     result["times_plain"] = result["ours"]["questions_per_s"] / result["plain"]["questions_per_s"]
     return result
 
@@ -432,68 +493,98 @@ def time_generation(args, folder: Path, model, device) -> dict:
 
 def markdown(report: dict) -> str:
     """The figures as tables."""
-    lines = [f"preset {report['preset']}, {report['precision']}, matmul {report['matmul_gflops']:.0f} GFLOP/s", ""]
+    lines = [
+        f"preset {report['preset']}, {report['precision']}, {report['processes']} process(es), matmul "
+        f"{report['matmul_gflops']:.0f} GFLOP/s each",
+        "",
+    ]
+    columns = {
+        "samples/s": "{samples_per_s:.1f}",
+        "useful tokens/s": "{useful_tokens_per_s:.0f}",
+        "x plain": "{times_plain:.2f}",
+        "real positions": "{real_position_share:.1%}",
+        "FLOP utilisation": "{flop_utilisation:.1%}",
+        "head on targets alone": "{flop_utilisation_head_on_targets:.1%}",
+        "data wait": "{data_wait_share:.2%}",
+        "first step, s": "{time_to_first_step_s:.1f}",
+    }
     for stage in ("mapping", "augmentation"):
-        if stage not in report:
-            continue
-        lines += [
-            f"| {stage} | samples/s | useful tokens/s | x plain | real positions | FLOP utilisation |",
-            "|" + "---|" * 6,
-        ]
-        for name, row in report[stage].items():
-            lines.append(
-                f"| {name} | {row['samples_per_s']:.1f} | {row['useful_tokens_per_s']:.0f} | "
-                f"{row['times_plain']:.2f} | {row['real_position_share']:.1%} | {row['flop_utilisation']:.1%} |"
-            )
-        lines.append("")
-    if "evaluation" in report:
-        found = report["evaluation"]
-        lines += ["| generation | questions/s | generated tokens/s |", "|---|---|---|"]
-        for mode in ("ours", "plain"):
-            row = found[mode]
-            lines.append(f"| {mode} | {row['questions_per_s']:.2f} | {row['generated_tokens_per_s']:.0f} |")
-        lines += ["", f"x plain: {found['times_plain']:.2f}; same answers: {found['same_answers']}", ""]
-    lines.append(f"peak memory of the process: {report['peak_memory_gb']:.2f} GB")
+        if stage in report:
+            lines += [f"| {stage} | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+            for name, row in report[stage].items():
+                cells = [cell.format(**{"times_plain": float("nan"), **row}) for cell in columns.values()]
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append("")
+        if f"{stage}_memory" in report:
+            shown = ", ".join(f"{mode} {gb:.2f} GB" for mode, gb in report[f"{stage}_memory"].items())
+            lines += [f"peak memory, {stage}: {shown}", ""]
+    for form in ("soft", "hard"):
+        if form in report:
+            found = report[form]
+            lines += [f"| generation, {form} | questions/s | generated tokens/s |", "|---|---|---|"]
+            for mode in ("ours", "plain"):
+                row = found[mode]
+                lines.append(f"| {mode} | {row['questions_per_s']:.2f} | {row['generated_tokens_per_s']:.0f} |")
+            lines += ["", f"x plain: {found['times_plain']:.2f}; same answers: {found['same_answers']:.0%}; "]
+            lines[-1] += f"mean input {found['mean_input']:.0f} positions"
+            lines.append("")
+    lines.append(f"peak memory of this process: {report['peak_memory_gb']:.2f} GB")
     return "\n".join(lines)
+
+
+def build_world(args, folder: Path) -> None:
+    """Tokenizers and configs of the preset, unless the folder has them."""
+    if is_main() and not (folder / "llm" / "config.json").is_file():
+        train_tokenizers(folder, args.data_root)
+        make_configs(folder, args.preset)
+
+
+def run(args, folder: Path, device) -> dict:
+    """The figures of all parts."""
+    import torch
+
+    together(build_world, args, folder)
+    report = {
+        "preset": args.preset,
+        "precision": args.precision,
+        "processes": world_size(),
+        "versions": runtime_utils.versions(),
+        "flags": vars(args),
+    }
+    model = make_model(folder, args.precision, device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    rate = matmul_rate(args.precision, device)
+    report["matmul_gflops"] = rate / 1e9
+    for part in args.parts.split(","):
+        if part in ("soft", "hard"):
+            report[part] = time_generation(args, folder, part, model, device)
+        elif part.endswith("_memory"):
+            report[part] = peak_memory(args, part.removesuffix("_memory"))
+        else:
+            report[part] = time_stage(args, folder, part, model, device, rate * world_size())
+    report["peak_memory_gb"] = peak_memory_gb(device)
+    if device.type == "cuda":
+        report["device"] = torch.cuda.get_device_name(device)
+    return report
 
 
 def main(argv=None) -> int:
     """Times the parts, prints the tables, writes the JSON."""
     args = build_parser().parse_args(argv)
     device = runtime_utils.init_distributed(force=True)
-    import torch
 
     from deepspeed_utils import quiet_start
 
     quiet_start()
-    report = {
-        "preset": args.preset,
-        "precision": args.precision,
-        "versions": runtime_utils.versions(),
-        "flags": vars(args),
-    }
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        train_tokenizers(folder, args.data_root)
-        make_configs(folder, args.preset)
-        model = make_model(folder, args.precision, device)
-        if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        rate = matmul_rate(args.precision, device)
-        report["matmul_gflops"] = rate / 1e9
-        for part in args.parts.split(","):
-            if part == "evaluation":
-                report[part] = time_generation(args, folder, model, device)
-            else:
-                report[part] = time_stage(args, folder, part, model, device, rate)
-    report["peak_memory_gb"] = (
-        torch.cuda.max_memory_allocated() / 1e9
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    )
-    print(markdown(report))
-    if args.output:
-        runtime_utils.write_json_atomic(args.output, report)
+        folder = Path(args.models or runtime_utils.broadcast_object(name))
+        report = run(args, folder, device)
+        together(lambda: None)  # nobody takes the folder away from the others
+    if is_main():
+        print(markdown(report))
+        if args.output:
+            runtime_utils.write_json_atomic(args.output, report)
     return 0
 
 

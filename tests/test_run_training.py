@@ -16,7 +16,7 @@ from modeling_mindmerger import MindMerger
 OUTPUTS = {"pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"}
 OUTPUTS |= {"ds_config.json", "args.json", "last"}
 LINE = {"step", "epoch", "loss", "lr", "grad_norm", "target_tokens", "samples_per_s", "tokens_per_s", "padding_share"}
-LINE |= {"peak_memory_gb"}
+LINE |= {"peak_memory_gb", "data_wait_share"}
 
 
 def test_both_stages_leave_exactly_the_documented_files(run, flags, tmp_path):
