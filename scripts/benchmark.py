@@ -32,6 +32,10 @@ from training_log import peak_memory_gb  # noqa: E402
 
 VOCABULARY = 32_000
 PRESETS = {
+    "tiny": {  # where only the data path is measured
+        "encoder": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+        "llm": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    },
     "cpu-small": {
         "encoder": {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
         "llm": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
