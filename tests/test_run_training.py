@@ -87,6 +87,21 @@ def test_mapping_gradient_is_the_same_for_any_cut_and_number_of_ranks(run, flags
             assert (state[key] - expected).norm() <= 5e-6 * expected.norm(), (name, key)
 
 
+def test_speed_options_leave_the_mapping_after_fifty_steps_as_it_is(run, flags, tmp_path):
+    """Row by row, collated in the step, against a token budget, threads that prefetch, and recomputed layers."""
+    steps = ["--max_steps", "50", "--epoch_num", "50", "--eval_steps", "50", "--precision", "fp32", "--lr", "1e-4"]
+    off = ["--train_micro_batch_size_per_gpu", "1", "--num_workers", "0"]
+    on = ["--micro_batch_tokens", "300", "--num_workers", "2", "--gradient_checkpointing"]
+    runs = [[*flags, *steps, *options, "--save_name", name] for name, options in (("off", off), ("on", on))]
+    assert [outcome["code"] for outcome in run_many(run, tmp_path, runs)] == [0, 0]
+    slow, fast = (tmp_path / "outputs" / name / "math/mapping" for name in ("off", "on"))
+    assert len(read_log(slow)) == 50 and read_log(slow, "target_tokens") == read_log(fast, "target_tokens")
+    expected, found = (load_file(folder / "last/mapping.safetensors") for folder in (slow, fast))
+    assert min(read_log(slow, "grad_norm")) > 1e-3  # steps of Adam's size, 5e-3 in all
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() <= 1e-5, name
+
+
 @pytest.mark.slow
 def test_every_zero_stage_and_offload_trains_the_same_mapping_on_two_ranks(run, flags, tmp_path):
     presets = ["ds_zero0", "ds_zero1", "ds_zero2", "ds_zero3", "ds_zero3_offload"]
