@@ -137,21 +137,31 @@ class FolderLock:
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.path = Path(folder) / ".lock"
-        self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
-        try:
-            # A POSIX record lock, unlike flock, is not inherited by child processes that outlive a killed run.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            owner = self._file.read().strip()
-            self._file.close()
-            raise UserError(
-                f"another run is writing to {folder} ({owner or 'owner unknown'}): wait for it, stop it, or use "
-                "another --save_name"
-            ) from error
+        while True:
+            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
+            try:
+                # A POSIX record lock, unlike flock, is not inherited by child processes that outlive a killed run.
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._file.seek(0)
+                owner = self._file.read().strip()
+                self._file.close()
+                raise UserError(
+                    f"another run is writing to {folder} ({owner or 'owner unknown'}): wait for it, stop it, or use "
+                    "another --save_name"
+                ) from error
+            if self._is_in_place():
+                break
+            self._file.close()  # the run that had it has just removed this very file: a lock on it keeps nobody out
         self._file.truncate(0)
         self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         self._file.flush()
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Gives the folder back."""

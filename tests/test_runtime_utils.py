@@ -1,4 +1,4 @@
-"""Leaving a process group."""
+"""Leaving a process group, and the lock on a folder."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ import time
 
 import pytest
 from conftest import ROOT, free_port
+
+import interrupt_utils
 
 PROGRAM = """
 import sys, time
@@ -46,3 +48,20 @@ def test_no_rank_leaves_before_the_slowest_has_finished_its_last_collective(slow
     printed = [float(process.communicate()[0]) for process in ranks]
     assert [process.returncode for process in ranks] == [7, 7]
     assert ends[1 - slow_rank] >= printed[slow_rank], "the quick rank was gone before the slow one was through"
+
+
+def test_a_lock_file_removed_while_it_was_being_locked_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+    """The run that held the folder removes the file when it ends, maybe after the next run has opened it."""
+    lockf, calls = interrupt_utils.fcntl.lockf, []
+
+    def lock_late(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        return lockf(file, how)
+
+    monkeypatch.setattr(interrupt_utils.fcntl, "lockf", lock_late)
+    lock = interrupt_utils.FolderLock(tmp_path)
+    assert len(calls) == 2 and str(os.getpid()) in (tmp_path / ".lock").read_text()
+    lock.release()
+    assert not (tmp_path / ".lock").exists()
