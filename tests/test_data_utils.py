@@ -581,3 +581,30 @@ def test_collate_gives_none_for_segments_that_no_row_has(tokenizers, tmp_path):
     assert batch["prompt_ids"] is None and batch["prompt_mask"] is None
     assert batch["target_ids"].shape[0] == 2
     assert collate([{"encoder_ids": [1]}], 0, 2)["target_ids"] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages are counted in Linux' /proc")
+def test_released_pages_leave_the_process_and_the_rows_stay_the_same(tokenizers, tmp_path):
+    """A rank that reads at random would otherwise soon count the whole training set as its own memory."""
+
+    def resident(files):
+        """kB of the files that this process has in memory."""
+        total, counts = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split()[0]:
+                counts = line.split(maxsplit=5)[-1] in files
+            elif counts and line.startswith("Rss:"):
+                total += int(line.split()[1])
+        return total
+
+    data = build(tokenizers, tmp_path)
+    files = {file["filename"] for file in data.dataset.cache_files}
+    rows = data.dataset[:]
+    assert resident(files) > 0
+    data.release_pages()
+    assert resident(files) == 0
+    assert data.dataset[:] == rows
