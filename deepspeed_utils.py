@@ -141,8 +141,11 @@ def loading_towers(config: dict, bf16: bool):
     if zero_stage(config) != 3:
         yield
         return
+    import os
+
     from transformers.integrations import HfDeepSpeedConfig
 
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain python run
     live = HfDeepSpeedConfig(dict(config, bf16={"enabled": True}) if bf16 else dict(config))
     try:
         yield
@@ -161,7 +164,7 @@ def make_engine(model, config: dict, lr: float):
     import deepspeed
     import torch
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain python run
+    os.environ.setdefault("LOCAL_RANK", "0")  # as above
     parameters = list(model.mapping.parameters())
     on_cuda = parameters[0].device.type == "cuda" and not config["zero_optimization"].get("offload_optimizer")
     optimizer = torch.optim.AdamW(

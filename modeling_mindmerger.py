@@ -390,6 +390,29 @@ class MindMerger(nn.Module):
         return MindMergerOutput(loss=loss_sum / tokens, loss_sum=loss_sum, target_tokens=tokens)
 
     @torch.no_grad()
+    def merged_embeddings(
+        self,
+        encoder_input_ids: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the LLM reads before it answers: `<bos> mapped-source boundary [prompt]`, or `<bos> prompt` without
+        `encoder_input_ids`. Uses no part of the LLM but its input embedding.
+
+        Returns:
+            the left-padded embeddings (B, L, D), and their mask (B, L) on the masks' device.
+
+        Raises:
+            ModelError: when neither an encoder input nor a prompt is given.
+        """
+        if encoder_input_ids is None and prompt_ids is None:
+            raise ModelError("generation needs encoder_input_ids, prompt_ids, or both")
+        embeds, masks = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        plan = plan_packing(masks, "left")
+        return take_rows(torch.cat(embeds, dim=1), plan.source_BL), plan.mask_BL
+
+    @torch.no_grad()
     def generate(
         self,
         encoder_input_ids: torch.Tensor | None = None,
@@ -409,14 +432,10 @@ class MindMerger(nn.Module):
         """
         if generation_kwargs.get("do_sample"):
             raise ModelError("generate() is greedy: do_sample=True is not available")
-        if encoder_input_ids is None and prompt_ids is None:
-            raise ModelError("generate() needs encoder_input_ids, prompt_ids, or both")
-        embeds, masks = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
-        plan = plan_packing(masks, "left")
-        embeds_BLD = take_rows(torch.cat(embeds, dim=1), plan.source_BL)
+        embeds_BLD, mask_BL = self.merged_embeddings(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
         return self.llm.generate(
             inputs_embeds=embeds_BLD,
-            attention_mask=plan.mask_BL.to(embeds_BLD.device),
+            attention_mask=mask_BL.to(embeds_BLD.device),
             **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation_kwargs},
         )
 

@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, astuple, dataclass
 from datetime import timedelta
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 from baselines.parallel_input import add_arguments as add_parallel_arguments
@@ -95,6 +96,38 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--llm_only", action="store_true", help="the LLM alone on the prompt: no encoder, no mapping")
     add_parallel_arguments(parser.add_argument_group("parallel multilingual input (PMI), with --llm_only"))
+    _add_data_and_generation(parser)
+    output = parser.add_argument_group("results")
+    output.add_argument("--save_name", default="MindMerger", help="name of the run (default MindMerger)")
+    output.add_argument("--results_dir", type=_path, default="results", help="default results")
+    output.add_argument(
+        "--overwrite", action="store_true", help="start over where results/<save_name>/<task> already exists"
+    )
+    output.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the bootstrap intervals (default 0); decoding is greedy"
+    )
+    output.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FOLDER",
+        help="evaluate nothing: compare finished results folders, the first with each other one",
+    )
+    launcher = parser.add_argument_group("launcher and older commands")
+    launcher.add_argument(
+        "--deepspeed",
+        action="store_true",
+        help="accepted; the launcher's processes share the examples with or without it",
+    )
+    launcher.add_argument("--local_rank", type=int, default=0, help="appended by the launcher")
+    launcher.add_argument(
+        "--gpu", help="accepted, changes nothing: set CUDA_VISIBLE_DEVICES or use deepspeed --include"
+    )
+    launcher.add_argument("--train_batch_size", help="accepted, changes nothing here")
+    launcher.add_argument("--train_micro_batch_size_per_gpu", help="accepted, changes nothing here")
+    return parser
+
+
+def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data_root", type=_path, default="./datas", help="data folder (default ./datas)")
     data.add_argument(
@@ -129,34 +162,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=["bf16", "fp32"], help="of both models (default bf16 on a GPU, fp32 on a CPU)"
     )
     generation.add_argument("--attn_implementation", help="handed to transformers: sdpa, eager, flash_attention_2, …")
-    output = parser.add_argument_group("results")
-    output.add_argument("--save_name", default="MindMerger", help="name of the run (default MindMerger)")
-    output.add_argument("--results_dir", type=_path, default="results", help="default results")
-    output.add_argument(
-        "--overwrite", action="store_true", help="start over where results/<save_name>/<task> already exists"
+    generation.add_argument(
+        "--engine",
+        choices=["hf", "vllm"],
+        default="hf",
+        help="what decodes: transformers (default), or vLLM on one NVIDIA GPU in one process",
     )
-    output.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of the bootstrap intervals (default 0); decoding is greedy"
-    )
-    output.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="FOLDER",
-        help="evaluate nothing: compare finished results folders, the first with each other one",
-    )
-    launcher = parser.add_argument_group("launcher and older commands")
-    launcher.add_argument(
-        "--deepspeed",
-        action="store_true",
-        help="accepted; the launcher's processes share the examples with or without it",
-    )
-    launcher.add_argument("--local_rank", type=int, default=0, help="appended by the launcher")
-    launcher.add_argument(
-        "--gpu", help="accepted, changes nothing: set CUDA_VISIBLE_DEVICES or use deepspeed --include"
-    )
-    launcher.add_argument("--train_batch_size", help="accepted, changes nothing here")
-    launcher.add_argument("--train_micro_batch_size_per_gpu", help="accepted, changes nothing here")
-    return parser
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,6 +191,7 @@ class Plan:
     max_new_tokens: int
     folder: Path
     identity: dict  # everything the answers and scores depend on
+    engine: str = "hf"
     parallel_input: dict | None = None  # what results.json says of --parallel_input
 
     @property
@@ -238,6 +250,8 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         "--max_new_tokens": max_new_tokens,
         "--precision": precision,
         "--attn_implementation": args.attn_implementation,
+        # Its kernels round otherwise. None for transformers: folders without the entry are its.
+        "--engine": None if args.engine == "hf" else args.engine,
         "--seed": args.seed,
     }
     return Plan(
@@ -254,6 +268,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         max_new_tokens=max_new_tokens,
         folder=Path(args.results_dir) / args.save_name / (task.name + (suffix or FORM_SUFFIX[form])),
         identity=identity,
+        engine=args.engine,
         parallel_input=parallel_input,
     )
 
@@ -399,14 +414,8 @@ def cut_evaluation(remaining: list[int], plan: Plan, args: argparse.Namespace) -
     return cut_batches(remaining, lengths, rows, args.eval_max_tokens, plan.max_new_tokens)
 
 
-def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_tokens: int) -> list[Generation]:
-    """Greedy answers to the examples numbered `batch`, in that order.
-
-    Raises:
-        UserError: out of GPU memory, naming what to lower.
-    """
-    import torch
-
+def batch_inputs(model, tokenizers, columns: dict, batch: list[int]) -> dict:
+    """What the model is given for the examples numbered `batch`."""
     from data_utils import collate
 
     rows = [{name: columns[name][i] for name in ("encoder_ids", "prompt_ids") if name in columns} for i in batch]
@@ -414,34 +423,83 @@ def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_t
     names = ("encoder_input_ids", "encoder_attention_mask", "prompt_ids", "prompt_mask")
     inputs = {name: tensors[name] for name in names if tensors.get(name) is not None}
     # Masks stay on the CPU, where packing is planned.
-    inputs = {name: value.to(model.device) if name.endswith("_ids") else value for name, value in inputs.items()}
+    return {name: value.to(model.device) if name.endswith("_ids") else value for name, value in inputs.items()}
+
+
+@contextlib.contextmanager
+def out_of_memory_named(inputs: dict, max_new_tokens: int):
+    """Turns running out of GPU memory into an error that names the batch's size and what to lower."""
+    import torch
+
     try:
-        ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens)
+        yield
     except torch.cuda.OutOfMemoryError as error:
-        sizes = ", ".join(f"{value.shape[1]} {name}" for name, value in inputs.items() if name.endswith("_ids"))
+        sizes = {name: value.shape for name, value in inputs.items() if name.endswith("_ids")}
+        rows = next(iter(sizes.values()))[0]
+        tokens = ", ".join(f"{shape[1]} {name}" for name, shape in sizes.items())
         raise UserError(
-            f"out of GPU memory on a batch of {len(batch)} examples ({sizes}, up to {max_new_tokens} new tokens): "
+            f"out of GPU memory on a batch of {rows} examples ({tokens}, up to {max_new_tokens} new tokens): "
             "lower --eval_max_tokens, --eval_batch_size (it continues where this run stopped), --max_new_tokens or "
             "--max_gen_len"
         ) from error
-    generations = []
-    for ids in ids_BT.tolist():
-        end = next((i for i, token in enumerate(ids) if token in model.eos_token_ids), None)
-        text = tokenizers.llm.decode(ids[:end], skip_special_tokens=True)
-        generations.append(Generation(text, len(ids) if end is None else end + 1, end is None))
-    return generations
 
 
-def load_model(plan: Plan, device):
-    """Both towers and the mapping on this rank's device."""
+def to_generation(model, tokenizers, ids: list[int]) -> Generation:
+    """New ids, up to the first end token where there is one, as an answer."""
+    end = next((i for i, token in enumerate(ids) if token in model.eos_token_ids), None)
+    text = tokenizers.llm.decode(ids[:end], skip_special_tokens=True)
+    return Generation(text, len(ids) if end is None else end + 1, end is None)
+
+
+def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_tokens: int) -> list[Generation]:
+    """Greedy answers to the examples numbered `batch`, in that order.
+
+    Raises:
+        UserError: out of GPU memory, naming what to lower.
+    """
+    inputs = batch_inputs(model, tokenizers, columns, batch)
+    with out_of_memory_named(inputs, max_new_tokens):
+        ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    return [to_generation(model, tokenizers, ids) for ids in ids_BT.tolist()]
+
+
+def merge_batch(model, plan: Plan, batch: list[int]) -> list:
+    """The merged embeddings (L, D) of each example numbered `batch`, without padding, on the CPU."""
+    inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
+    with out_of_memory_named(inputs, plan.max_new_tokens):
+        embeds_BLD, mask_BL = model.merged_embeddings(**inputs)
+        embeds_BLD = embeds_BLD.cpu()
+    lengths = mask_BL.sum(1).tolist()
+    return [row_LD[-length:] for row_LD, length in zip(embeds_BLD, lengths, strict=True)]
+
+
+def answer_batches(model, engine, plan: Plan, batches: list[list[int]]):
+    """Yields (batches, answers to all their examples in order): one batch by transformers, a chunk of them by vLLM."""
+    if engine is None:
+        for batch in batches:
+            yield [batch], generate_batch(model, plan.tokenizers, plan.columns, batch, plan.max_new_tokens)
+        return
+    import vllm_engine
+
+    for chunk in vllm_engine.chunks(batches):
+        rows = [row for batch in chunk for row in merge_batch(model, plan, batch)]
+        answers = vllm_engine.decode(engine, rows, model.eos_token_ids, plan.max_new_tokens)
+        yield chunk, [to_generation(model, plan.tokenizers, ids) for ids in answers]
+
+
+def load_model(plan: Plan, device, input_side_only: bool = False):
+    """Both towers and the mapping on this rank's device, if asked for without the LLM's layers."""
     import torch
 
     from modeling_mindmerger import MindMerger
+    from vllm_engine import keep_input_side
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
     model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation)
     if plan.checkpoint is not None:
         model.load_mapping(plan.checkpoint)
+    if input_side_only:
+        keep_input_side(model)
     try:
         return model.to(device).eval()
     except torch.cuda.OutOfMemoryError as error:
@@ -450,8 +508,18 @@ def load_model(plan: Plan, device):
         ) from error
 
 
-def generate_share(model, plan: Plan, batches: list[list[int]]) -> None:
-    """Generates this rank's batches, each on disk before the next begins."""
+def start_engine(plan: Plan):
+    """What decodes where that is not the model itself. Call it when the model has its place on the GPU."""
+    if plan.engine == "hf":
+        return None
+    import vllm_engine
+
+    longest = max(input_lengths(plan.columns)) + 2 + plan.max_new_tokens
+    return vllm_engine.start(plan.llm_path, plan.precision, longest)
+
+
+def generate_share(model, engine, plan: Plan, batches: list[list[int]]) -> None:
+    """Generates this rank's batches, each (with vLLM: each chunk of them) on disk before the next begins."""
     from tqdm import tqdm
 
     from results_utils import PARTIAL, append_records
@@ -464,14 +532,13 @@ def generate_share(model, plan: Plan, batches: list[list[int]]) -> None:
         total=total, unit="example", desc=f"rank 0 of {world_size()}", disable=not is_main(), mininterval=interval
     ) as progress:
         try:
-            for batch in batches:
-                generations = generate_batch(model, plan.tokenizers, plan.columns, batch, plan.max_new_tokens)
-                keys = {"batch": batch[0], "batch_size": len(batch)}
-                append_records(
-                    shard, [{"index": i, **asdict(g), **keys} for i, g in zip(batch, generations, strict=True)]
-                )
-                done += len(batch)
-                progress.update(len(batch))
+            for chunk, generations in answer_batches(model, engine, plan, batches):
+                following = iter(generations)
+                for batch in chunk:
+                    keys = {"batch": batch[0], "batch_size": len(batch)}
+                    append_records(shard, [{"index": i, **asdict(next(following)), **keys} for i in batch])
+                    done += len(batch)
+                    progress.update(len(batch))
         except KeyboardInterrupt:
             log(f"stopped; {done} examples of this run are kept: the same command continues")
             raise
@@ -594,6 +661,7 @@ def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]]
         "counts": {"examples": number} | {mark: sum(values) for mark, values in marks.items()},
         "published": published,
         "max_new_tokens": plan.max_new_tokens,
+        "engine": plan.engine if plan.engine == "hf" else f"vllm {metadata.version('vllm')}",
         "checkpoint": plan.checkpoint,
         "llm_path": plan.llm_path,
         "mt_path": plan.mt_path,
@@ -691,6 +759,10 @@ def main(argv: list[str] | None = None) -> int:
             print(compare_results(args.compare))
         return 0
     device = init_distributed()
+    if args.engine == "vllm":
+        from vllm_engine import check_vllm
+
+        log(f"--engine vllm: version {together(check_vllm, device.type)}")
     plan = together(prepare, args, device.type == "cuda")
     number = len(plan.examples)
     with contextlib.ExitStack() as stack:
@@ -720,10 +792,12 @@ def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, d
     start = time.perf_counter()
     if remaining:
         where = f"{world_size()} processes" if world_size() > 1 else device.type
+        where += " by vLLM" if plan.engine == "vllm" else ""
         log(f"{plan.task.name}, {plan.form}: generating {len(remaining)} answers in {plan.precision} on {where}")
-        model = together(load_model, plan, device)
+        model = together(load_model, plan, device, input_side_only=plan.engine == "vllm")
+        engine = together(start_engine, plan)
         start = time.perf_counter()
-        generate_share(model, plan, batches)
+        generate_share(model, engine, plan, batches)
     wait_for_all(everyone)
     seconds = time.perf_counter() - start
     return together(lambda: finish(plan, args, set(remaining), seconds) if is_main() else None)

@@ -25,6 +25,7 @@ from training_log import Recorder, draw_loss, peak_memory_gb, perplexity
 
 DEFAULT_EVAL_MICRO_BATCHES = 2000
 EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
+STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
 # Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
 CHANGEABLE = {"train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_tokens", "epoch_num", "max_steps"}
 CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm"}
@@ -70,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--micro_batch_tokens", type=int, help="cut micro-batches by this many positions instead of rows")
     add("--eval_batch_size", type=int, default=2, help="examples of one forward pass on the dev split")
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more arithmetic")
+    add("--compile", action="store_true", help="compile the frozen models' layers with torch.compile (not at ZeRO 3)")
+    add("--liger", action="store_true", help="Liger's kernels in the LLM (NVIDIA GPU, package liger-kernel)")
     add("--seed", type=int, default=0, help="of the fresh mapping, the dev split and the order of the examples")
     add("--deterministic", action="store_true", help="deterministic kernels: bit-exact resume on CUDA too")
 
@@ -121,8 +124,9 @@ def check_arguments(args) -> Plan:
         UserError: for the first thing that cannot be.
     """
     from data_utils import find_task, parse_languages
-    from deepspeed_utils import effective_config, read_deepspeed_config
+    from deepspeed_utils import effective_config, read_deepspeed_config, zero_stage
     from modeling_mindmerger import check_mapping, config_of_models, load_config, model_fingerprint
+    from speed_options import check_speed_options
 
     args.llm_path, args.mt_path = args.llm_path.rstrip("/") or "/", args.mt_path.rstrip("/") or "/"
     if args.gpu is not None:
@@ -158,6 +162,7 @@ def check_arguments(args) -> Plan:
         )
     for path in (args.llm_path, args.mt_path):
         load_config(path)
+    check_speed_options(args, zero_stage(config))
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
     check_reporting(args.report_to)
     plan = Plan(
@@ -273,6 +278,7 @@ def load_model(args, plan: Plan, device):
 
     from deepspeed_utils import loading_towers
     from modeling_mindmerger import MindMerger, load_encoder, load_llm
+    from speed_options import apply_liger, compile_layers
 
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -290,6 +296,10 @@ def load_model(args, plan: Plan, device):
         log("mapping: starts fresh")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if args.compile:
+        compile_layers(model)
+    if args.liger:
+        apply_liger(llm)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"trainable parameters: {trainable:,} (mapping only)")
     return model.to(device)
@@ -427,6 +437,8 @@ def train(trainer: Trainer, record) -> int:
                 epoch * trainer.steps_per_epoch + trainer.batch + 1, trainer.steps_per_epoch
             )
             bar.update()
+            if trainer.step % STEPS_PER_RELEASE == 0:
+                trainer.data.release_pages()
             end = trainer.step == trainer.total_steps
             due = len(trainer.dev) and (trainer.step % trainer.eval_steps == 0 or trainer.batch == 0 or end)
             if due:

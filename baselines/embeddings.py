@@ -172,7 +172,7 @@ def draw_retrieval(scores: dict, chance: float, path) -> None:
     axes.axhline(chance, color="grey", linestyle="--", linewidth=1, label=f"chance: {chance:.1f} %")
     axes.set_xticks(range(len(codes)), codes)
     axes.set(xlabel="language", ylabel="own English sentence is nearest, %", ylim=(0, 105))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0))
     save_figure(figure, path)
 
 
@@ -201,7 +201,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MAPPING",
         help="one or more mappings: saved folders, .safetensors files or released pytorch_model.bin files",
     )
-    parser.add_argument("--names", nargs="+", help="of the mappings, for tables and pictures (default: their paths)")
+    parser.add_argument(
+        "--names", nargs="+", help="of the mappings, for tables and pictures (default: the ends of their paths)"
+    )
     parser.add_argument("--before", metavar="MAPPING", help="a saved mapping for 'before' (default: a fresh one)")
     parser.add_argument("--mt_path", help="the encoder (default: what the first mapping's config.json names)")
     parser.add_argument("--llm_path", help="the LLM, read for its width alone (default: likewise)")
@@ -247,9 +249,19 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
 
     torch.manual_seed(args.seed)
     mappings = {"before": load(args.before)}
-    for name, path in zip(args.names or args.init_checkpoint, args.init_checkpoint, strict=True):
+    for name, path in zip(args.names, args.init_checkpoint, strict=True):
         mappings[name] = load(path)
     return mappings, config
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The shortest ends of the paths, of two parts or more, that tell them apart: a picture has little room."""
+    parts = [Path(path).parts for path in paths]
+    for number in range(2, max(map(len, parts))):
+        names = ["/".join(part[-number:]) for part in parts]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return paths
 
 
 def prepare(args: argparse.Namespace):
@@ -270,8 +282,8 @@ def prepare(args: argparse.Namespace):
         raise EmbeddingError("--languages names English only: name a language to compare with it")
     if args.names is not None and len(args.names) != len(args.init_checkpoint):
         raise EmbeddingError(f"--names gives {len(args.names)} names for {len(args.init_checkpoint)} mappings")
-    names = args.names or args.init_checkpoint
-    if len(set(names) | {"before"}) < len(names) + 1:
+    args.names = args.names or short_names(args.init_checkpoint)
+    if len(set(args.names) | {"before"}) < len(args.names) + 1:
         raise EmbeddingError("two mappings have one name, or one is called before: tell them apart by --names")
     if args.tsne:
         try:

@@ -215,8 +215,8 @@ def observe_encoder(model, inputs: dict) -> Observation:
 # Counting a whole evaluation set
 
 
-def count_plan(model, plan, batch_size: int, tower: str) -> tuple[dict, list[dict]]:
-    """Counts over all examples of an evaluation plan (`run_evaluation.prepare`).
+def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Counts over all examples of an evaluation plan (`run_evaluation.prepare`), in the batches its flags ask for.
 
     Returns:
         {"counts": (layers, width), "tokens": (1,), and both again as "counts.<code>" for every language}, int64 on the
@@ -225,25 +225,20 @@ def count_plan(model, plan, batch_size: int, tower: str) -> tuple[dict, list[dic
     import torch
     from tqdm import tqdm
 
-    from data_utils import collate, find_language
-    from run_evaluation import cut_batches, input_lengths
+    from data_utils import find_language
+    from run_evaluation import batch_inputs, cut_evaluation
 
     tensors: dict[str, torch.Tensor] = {}
     records: list[dict] = [{}] * len(plan.examples)
     by_language: dict[str, list[int]] = {}
     for i, example in enumerate(plan.examples):
         by_language.setdefault(example.language, []).append(i)
-    lengths = input_lengths(plan.columns)
-    names = [name for name in ("encoder_ids", "prompt_ids") if name in plan.columns]
     with tqdm(total=len(plan.examples), unit="example", desc="counting") as progress:
         for language, indices in by_language.items():
             code = find_language(language).code
-            for batch in cut_batches(indices, lengths, batch_size):
-                rows = [{name: plan.columns[name][i] for name in names} for i in batch]
-                inputs = collate(rows, plan.tokenizers.encoder_pad_id, plan.tokenizers.llm_pad_id)
-                inputs = {key: value for key, value in inputs.items() if value is not None and "target" not in key}
-                inputs = {key: v.to(model.device) if key.endswith("_ids") else v for key, v in inputs.items()}
-                if tower == "encoder":
+            for batch in cut_evaluation(indices, plan, args):
+                inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
+                if args.tower == "encoder":
                     seen = observe_encoder(model, inputs)
                 else:
                     seen = observe_answers(model, inputs, plan.max_new_tokens)
@@ -273,6 +268,8 @@ def count(args: argparse.Namespace) -> int:
         raise NeuronError("neurons are counted by one process: start it with python, not with the launcher")
     if args.tower == "encoder" and args.llm_only:
         raise NeuronError("--tower encoder needs an encoder: leave --llm_only out")
+    if args.engine != "hf":
+        raise NeuronError("neurons are counted in transformers' model: leave --engine out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = prepare(args, device.type == "cuda")
     folder = Path(args.output_dir or plan.folder / ("neurons" if args.tower == "llm" else "neurons-encoder"))
@@ -280,7 +277,7 @@ def count(args: argparse.Namespace) -> int:
         raise NeuronError(f"{folder} holds counts already: pass --overwrite to replace them, or another --output_dir")
     model = load_model(plan, device)
     find_activations(model.encoder if args.tower == "encoder" else model.llm)
-    tensors, records = count_plan(model, plan, args.eval_batch_size, args.tower)
+    tensors, records = count_plan(model, plan, args)
     title = form_title({"form": plan.form, "parallel_input": plan.parallel_input})
     run = {
         "name": f"{'encoder of ' if args.tower == 'encoder' else ''}{title.split(' (mapped')[0].split(' (prompt')[0]}",

@@ -152,3 +152,11 @@ def test_wrong_input_is_one_line(mapping, datas, tmp_path):
             embeddings.main([*arguments, *flags])
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_mappings_are_the_shortest_ends_that_tell_them_apart():
+    short = embeddings.short_names
+    assert short(["outputs/a/math/mapping"]) == ["math/mapping"]
+    assert short(["outputs/a/math/mapping", "outputs/a/math/augmentation"]) == ["math/mapping", "math/augmentation"]
+    assert short(["outputs/a/math/mapping", "outputs/b/math/mapping"]) == ["a/math/mapping", "b/math/mapping"]
+    assert short(["one.bin"]) == ["one.bin"] and short(["same/x/y", "same/x/y"]) == ["x/y", "x/y"]

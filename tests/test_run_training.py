@@ -134,6 +134,15 @@ def test_every_zero_stage_and_offload_trains_the_same_mapping_on_two_ranks(run, 
 
 
 @pytest.mark.slow
+def test_zero_3_trains_without_a_launcher(run, flags):
+    done = run(
+        ROOT / "run_training.py", *flags, "--max_steps", "1", "--deepspeed_config", ROOT / "scripts/ds_zero3.json"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished at step 1 of 1" in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_published_commands_run(run, tiny_llm, tiny_encoder, datas, tmp_path, ranks):
     """The three training commands that users already have, flag by flag, only sizes made small."""

@@ -1,0 +1,177 @@
+"""--compile and --liger: what they leave as it is, and what they refuse. Compiling needs a compiler, Liger a GPU."""
+
+import inspect
+import os
+import sys
+from argparse import Namespace
+from importlib import metadata
+from importlib.util import find_spec
+from shutil import which
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT, make_tiny_llm, read_log
+from transformers import LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+import speed_options
+from modeling_mindmerger import MindMerger
+from runtime_utils import UserError
+
+LIGER = pytest.mark.skipif(
+    find_spec("liger_kernel") is None or not torch.cuda.is_available(), reason="needs Liger and a GPU"
+)
+
+
+def options(**given):
+    return Namespace(**{"compile": False, "liger": False, "llm_path": None, **given})
+
+
+# -- torch.compile
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["--gradient_checkpointing"], marks=pytest.mark.soak),  # another minute, for the rarer case
+    ],
+)
+@pytest.mark.skipif(which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_training_has_the_same_losses(run, flags, tmp_path, more):
+    """Batches of one row, evaluation without gradient and many lengths must all stay compiled and right."""
+    steps = ["--max_steps", "4", "--eval_steps", "2", "--micro_batch_tokens", "150"]
+    ways = {"plain": [], "compiled": ["--compile", *more]}
+    # The clean environment of tests has no compiler on PATH, and ours must not be shadowed by its CC and CXX.
+    env = {"PATH": os.environ["PATH"], "CXX": which("g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    losses = {}
+    for name, option in ways.items():
+        done = run(ROOT / "run_training.py", *flags, *steps, *option, "--save_name", name, env=env, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "recompile_limit" not in done.stderr
+        folder = tmp_path / "outputs" / name / "math/mapping"
+        losses[name] = read_log(folder) + read_log(folder, "dev_loss")
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+def test_every_layer_of_both_towers_is_compiled(tiny_llm, tiny_encoder):
+    model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
+    speed_options.compile_layers(model)
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == [f"{tower}.{i}" for tower in ("encoder.encoder.block", "llm.model.layers") for i in (0, 1)]
+    assert torch._dynamo.config.recompile_limit >= 64
+
+
+@pytest.mark.slow
+def test_without_a_compiler_one_line_says_so(run, flags, tmp_path):
+    done = run(ROOT / "run_training.py", *flags, "--compile", env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: --compile needs a C++ compiler such as g++ here: install it, or leave --compile out")
+    assert "InvalidCxxCompiler" in line and "Traceback" not in done.stderr
+
+
+def test_compile_is_refused_at_zero_3_and_with_liger(monkeypatch):
+    monkeypatch.setattr(speed_options, "check_compiler", lambda: None)
+    speed_options.check_speed_options(options(compile=True), zero_stage=2)
+    with pytest.raises(UserError, match="--compile gains nothing at ZeRO 3"):
+        speed_options.check_speed_options(options(compile=True), zero_stage=3)
+    with pytest.raises(UserError, match="--compile and --liger .* use one of them"):
+        speed_options.check_speed_options(options(compile=True, liger=True), zero_stage=0)
+
+
+# -- Liger
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A Liger with the real one's table and signatures for three model types, on a machine that seems to have a GPU."""
+    calls = []
+
+    def llama(
+        rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True, model=None
+    ): ...
+
+    def gemma(
+        rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, geglu=True, model=None
+    ): ...
+
+    def apply(model, **kwargs):
+        table = sys.modules["liger_kernel.transformers.monkey_patch"].MODEL_TYPE_TO_APPLY_LIGER_FN
+        assert kwargs.keys() <= inspect.signature(table[model.config.model_type]).parameters.keys()
+        calls.append(kwargs)
+
+    names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch")
+    modules = {name: ModuleType(name) for name in names}
+    modules[names[1]]._apply_liger_kernel_to_instance = apply
+    modules[names[2]].MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": llama, "gemma": gemma}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.8.5" if name == "liger-kernel" else real(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return calls
+
+
+def test_liger_gets_no_cross_entropy(stand_in, tiny_llm):
+    speed_options.check_speed_options(options(liger=True, llm_path=tiny_llm), zero_stage=3)
+    assert stand_in == []
+    speed_options.apply_liger(LlamaForCausalLM.from_pretrained(tiny_llm))
+    off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert stand_in == [{"rope": True, "rms_norm": True, "swiglu": True, **off}]
+
+
+def test_liger_refuses_models_it_does_not_know(stand_in, tmp_path):
+    from transformers import GemmaConfig, GPT2Config
+
+    for kind, config in (("gpt2", GPT2Config()), ("gemma", GemmaConfig())):
+        config.save_pretrained(tmp_path / kind)
+        with pytest.raises(UserError, match=f"--liger has no kernels for .*, a {kind} model"):
+            speed_options.check_liger(str(tmp_path / kind))
+    odd = make_tiny_llm(tmp_path / "odd", hidden_act="gelu")
+    with pytest.raises(UserError, match="--liger computes SwiGLU, but .*odd has the activation gelu"):
+        speed_options.check_liger(odd)
+
+
+def test_liger_needs_a_gpu_and_its_package(monkeypatch, tiny_llm):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--liger needs an NVIDIA GPU"):
+        speed_options.check_liger(tiny_llm)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(UserError, match=r'pip install "liger-kernel>=0\.8\.5"'):
+        speed_options.check_liger(tiny_llm)
+
+
+@LIGER
+def test_liger_changes_losses_and_gradients_by_rounding_only(tiny_encoder, tmp_path, monkeypatch):
+    """The real kernels on a tiny model; the rotary embedding of transformers is put back afterwards."""
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+    for name in ("LlamaRMSNorm", "LlamaMLP"):
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    llm = make_tiny_llm(tmp_path / "llm", width=256)
+    generator = torch.Generator().manual_seed(0)
+    ids = {
+        f"{name}_ids": torch.randint(3, 250, (3, n), generator=generator) for name, n in (("prompt", 7), ("target", 9))
+    }
+    ids["encoder_input_ids"] = torch.randint(3, 250, (3, 11), generator=generator)
+    batch = {name: tensor.cuda() for name, tensor in ids.items()}
+    batch |= {"encoder_attention_mask": torch.ones(3, 11, dtype=torch.long)}
+    batch |= {f"{name}_mask": torch.ones(3, n, dtype=torch.long) for name, n in (("prompt", 7), ("target", 9))}
+    found = []
+    for with_liger in (False, True):
+        torch.manual_seed(0)
+        model = MindMerger.from_models(tiny_encoder, llm, torch.float32)
+        if with_liger:
+            speed_options.check_liger(llm)
+            speed_options.apply_liger(model.llm)
+        model.cuda()
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss.item(), model.mapping.mlp.linear1.weight.grad.norm().item()))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
