@@ -20,6 +20,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
+import benchmark
+import benchmark_growth
 import prepare_data
 
 from data_utils import find_language, find_task
@@ -618,6 +620,7 @@ def test_every_flag_the_readme_mentions_exists():
 
     known = {f"--{name}" for name in vars(parse_launcher(["x.py"]))}
     parsers = [parser_of("run_training.py"), parser_of("run_evaluation.py"), prepare_data.build_parser()]
+    parsers += [benchmark.build_parser(), benchmark_growth.build_parser()]
     for name in ("layer_swap", "maet", "contamination", "embeddings"):
         parsers.append(importlib.import_module(f"baselines.{name}").build_parser())
     for parser in parsers:
