@@ -200,7 +200,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits_MV, labels_M)
         chunks = ChunkedCrossEntropy.chunks(logits_MV, labels_M)
         losses = [F.cross_entropy(logits.float(), labels, reduction="sum") for logits, labels in chunks]
-        return torch.stack(losses).sum() if losses else logits_MV.new_zeros((), dtype=torch.float32)
+        return torch.stack(losses).sum()  # without rows there is one empty chunk, of loss 0
 
     @staticmethod
     def backward(ctx, grad):

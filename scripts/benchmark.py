@@ -536,18 +536,18 @@ def markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
-def build_world(args, folder: Path) -> None:
+def build_world(folder: Path, preset: str, data_root: str) -> None:
     """Tokenizers and configs of the preset, unless the folder has them."""
     if is_main() and not (folder / "llm" / "config.json").is_file():
-        train_tokenizers(folder, args.data_root)
-        make_configs(folder, args.preset)
+        train_tokenizers(folder, data_root)
+        make_configs(folder, preset)
 
 
 def run(args, folder: Path, device) -> dict:
     """The figures of all parts."""
     import torch
 
-    together(build_world, args, folder)
+    together(build_world, folder, args.preset, args.data_root)
     report = {
         "preset": args.preset,
         "precision": args.precision,

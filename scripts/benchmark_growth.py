@@ -55,9 +55,7 @@ class World:
         folder = self.folder / preset
         if not (folder / "llm" / "model.safetensors").is_file():
             log(f"making the models of preset {preset}")
-            folder.mkdir(parents=True, exist_ok=True)
-            benchmark.train_tokenizers(folder, str(self.data_root))
-            benchmark.make_configs(folder, preset)
+            benchmark.build_world(folder, preset, str(self.data_root))
             model = benchmark.make_model(folder, "fp32", torch.device("cpu"))
             model.encoder.save_pretrained(folder / "encoder")
             model.llm.save_pretrained(folder / "llm")

@@ -77,8 +77,8 @@ evaluate_row() {
     local label=$1 slug=$2 form=$3 command_line=() program=(python run_evaluation.py)
     shift 3
     command_line=(--task "$task" --results_dir "$results_dir/compare" --save_name "$slug")
-    add_settings "" data_root languages limit eval_batch_size eval_max_tokens max_seq_len max_gen_len max_new_tokens precision \
-        attn_implementation seed
+    add_settings "" data_root languages limit eval_batch_size eval_max_tokens max_seq_len max_gen_len max_new_tokens \
+        precision attn_implementation seed
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py)
         command_line+=(--deepspeed)
