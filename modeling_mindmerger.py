@@ -39,6 +39,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.models.mbart.modeling_mbart import MBartEncoder
 from transformers.utils import ModelOutput, cached_file, logging
 
+from generation_utils import contiguous_input, growing_cache
 from runtime_utils import UserError, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 FORMAT_VERSION = 1
@@ -433,11 +434,14 @@ class MindMerger(nn.Module):
         if generation_kwargs.get("do_sample"):
             raise ModelError("generate() is greedy: do_sample=True is not available")
         embeds_BLD, mask_BL = self.merged_embeddings(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
-        return self.llm.generate(
-            inputs_embeds=embeds_BLD,
-            attention_mask=mask_BL.to(embeds_BLD.device),
-            **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation_kwargs},
-        )
+        if not generation_kwargs.keys() & {"past_key_values", "cache_implementation", "use_cache"}:
+            generation_kwargs |= growing_cache(self.llm)
+        with contiguous_input(self.llm.get_output_embeddings()):
+            return self.llm.generate(
+                inputs_embeds=embeds_BLD,
+                attention_mask=mask_BL.to(embeds_BLD.device),
+                **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation_kwargs},
+            )
 
     def _segments(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
         """Embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order."""

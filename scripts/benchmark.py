@@ -446,6 +446,18 @@ def peak_memory(args, stage: str) -> dict:
 # Generation
 
 
+def plain_generation(model, tokenizers, columns: dict, batch: list[int], new: int) -> list:
+    """Answers by transformers' `generate` as it comes, with the cache it makes for itself."""
+    import run_evaluation
+
+    inputs = run_evaluation.batch_inputs(model, tokenizers, columns, batch)
+    embeds, mask = model.merged_embeddings(**inputs)
+    ids = model.llm.generate(
+        inputs_embeds=embeds, attention_mask=mask.to(embeds.device), max_new_tokens=new, do_sample=False
+    )
+    return [run_evaluation.to_generation(model, tokenizers, row) for row in ids.tolist()]
+
+
 def time_generation(args, folder: Path, form: str, model, device) -> dict:
     """Questions per second of both modes on the same questions, and how many answers are the same."""
     import torch
@@ -467,6 +479,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
         "ours": run_evaluation.cut_batches(every, lengths, None, args.eval_max_tokens, new),
         "plain": [every[i : i + 8] for i in range(0, len(every), 8)],
     }
+    generate = {"ours": run_evaluation.generate_batch, "plain": plain_generation}
     found, answers, tokens = {mode: [] for mode in batches}, {}, {}
     for number in range(args.windows + 1):
         for mode in batches:
@@ -474,7 +487,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
             started, outputs, generated = time.perf_counter(), {}, 0
             with torch.no_grad():
                 for batch in batches[mode]:
-                    out = run_evaluation.generate_batch(model, tokenizers, columns, batch, new)
+                    out = generate[mode](model, tokenizers, columns, batch, new)
                     outputs |= {i: g.output for i, g in zip(batch, out, strict=True)}
                     generated += sum(g.generated_tokens for g in out)
             synchronise(device)

@@ -154,7 +154,7 @@ def make_folder(folder, family, settings, suffix):
     import transformers
 
     torch.manual_seed(7)
-    config_name = family.replace("Gemma3Text", "Gemma3Text") + "Config"
+    config_name = family + "Config"
     config = getattr(transformers, config_name)(**settings)
     model = getattr(transformers, family.replace("Gemma3Text", "Gemma3") + suffix)(config)
     model.save_pretrained(folder)
