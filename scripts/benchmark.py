@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import runtime_utils  # noqa: E402
-from runtime_utils import CommandParser, is_main, log, together, world_size  # noqa: E402
+from runtime_utils import CommandParser, is_main, log, rank, together, world_size  # noqa: E402
 from training_log import peak_memory_gb  # noqa: E402
 
 VOCABULARY = 32_000
@@ -204,9 +204,18 @@ class NoSignals:
         return 0, torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]).cpu()
 
 
-# What a window counts: seconds and of these those spent waiting for data, LLM positions that are real, encoder tokens,
-# target tokens, LLM positions with padding, examples.
-COUNTED = ("seconds", "waited", "useful", "encoder", "targets", "processed", "samples")
+# What a window counts, over all processes: LLM positions that are real, encoder tokens, target tokens, LLM positions
+# with padding, examples; and seconds, with those of them spent waiting for data.
+COUNTED = ("useful", "encoder", "targets", "processed", "samples")
+
+
+def summed(total: dict, device) -> dict:
+    """The counts of all processes together; seconds are this one's, since the steps go together."""
+    import torch
+
+    counts = torch.tensor([total[name] for name in COUNTED], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(counts)
+    return total | dict(zip(COUNTED, counts.tolist(), strict=True))
 
 
 class Ours:
@@ -214,7 +223,6 @@ class Ours:
 
     def __init__(self, trainer, steps: int):
         self.trainer, self.steps, self.epoch = trainer, steps, 0
-        self.lengths = trainer.data.merged_lengths
         self.restart()
 
     def restart(self):
@@ -230,7 +238,8 @@ class Ours:
         """One window's counts."""
         import run_training
 
-        total = dict.fromkeys(COUNTED, 0)
+        data = self.trainer.data
+        total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
         for _ in range(self.steps):
             step = next(self.plan, None)
             if step is None or len(step[2]) < self.trainer.args.train_batch_size:
@@ -244,12 +253,15 @@ class Ours:
             seconds = time.perf_counter() - started
             total["seconds"] += seconds
             total["waited"] += line["data_wait_share"] * seconds
-            total["targets"] += target_tokens
-            total["useful"] += int(self.lengths[indices].sum())
-            total["encoder"] += int(self.trainer.data.encoder_lengths[indices].sum())
-            total["processed"] += sum(len(m.indices) * int(self.lengths[m.indices].max()) for m in micro_batches)
-            total["samples"] += len(indices)
-        return total
+            for micro in micro_batches:
+                rows = micro.indices
+                total["processed"] += len(rows) * int(data.merged_lengths[rows].max())
+                if micro.weight:
+                    total["targets"] += int(data.target_lengths[rows].sum())
+                    total["useful"] += int(data.merged_lengths[rows].sum())
+                    total["encoder"] += int(data.encoder_lengths[rows].sum())
+                    total["samples"] += len(rows)
+        return summed(total, self.trainer.device)
 
 
 class Plain:
@@ -261,7 +273,7 @@ class Plain:
 
         self.trainer, self.examples, self.micro_batches, self.rows = trainer, examples, micro_batches, rows
         self.model = trainer.engine.module
-        self.order = np.random.RandomState(0).permutation(len(examples))
+        self.order = np.random.RandomState(0).permutation(len(examples))[rank() :: world_size()]
         self.position = 0
         self.optimizer = torch.optim.AdamW(
             self.model.mapping.parameters(), lr=2e-5, betas=(0.8, 0.999), weight_decay=3e-7
@@ -271,7 +283,7 @@ class Plain:
         """One window of micro-batches with one optimizer step at its end."""
         import torch
 
-        total = dict.fromkeys(COUNTED, 0)
+        total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
         synchronise(self.trainer.device)
         started = time.perf_counter()
         for _ in range(self.micro_batches):
@@ -281,13 +293,14 @@ class Plain:
             self.position += self.rows
             self.forward(chosen, total)
             total["samples"] += len(chosen)
+        for parameter in self.model.mapping.parameters():
+            torch.distributed.all_reduce(parameter.grad)
         torch.nn.utils.clip_grad_norm_(self.model.mapping.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         synchronise(self.trainer.device)
         total["seconds"] = time.perf_counter() - started
-        others = world_size()  # every rank runs as many
-        return {name: n if name in ("seconds", "waited") else n * others for name, n in total.items()}
+        return summed(total, self.trainer.device)
 
     def tokenised(self, example) -> tuple[list, list, list]:
         """Ids of source, prompt and target."""
@@ -483,16 +496,19 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
     found, answers, tokens = {mode: [] for mode in batches}, {}, {}
     for number in range(args.windows + 1):
         for mode in batches:
+            torch.distributed.barrier()
             synchronise(device)
-            started, outputs, generated = time.perf_counter(), {}, 0
+            started, mine = time.perf_counter(), {}
             with torch.no_grad():
-                for batch in batches[mode]:
-                    out = generate[mode](model, tokenizers, columns, batch, new)
-                    outputs |= {i: g.output for i, g in zip(batch, out, strict=True)}
-                    generated += sum(g.generated_tokens for g in out)
+                for batch in batches[mode][rank() :: world_size()]:
+                    mine |= zip(batch, generate[mode](model, tokenizers, columns, batch, new), strict=True)
             synchronise(device)
-            seconds = time.perf_counter() - started
-            answers[mode], tokens[mode] = outputs, generated
+            torch.distributed.barrier()
+            seconds, shares = time.perf_counter() - started, [None] * world_size()
+            torch.distributed.all_gather_object(shares, mine)
+            outputs = {i: generation for share in shares for i, generation in share.items()}
+            answers[mode] = [outputs[i].output for i in every]
+            tokens[mode] = sum(generation.generated_tokens for generation in outputs.values())
             log(f"generation, {form}, window {number} {mode}: {len(examples) / seconds:.2f} questions/s")
             if number or not args.windows:
                 found[mode].append(seconds)
@@ -500,7 +516,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
     for mode, seconds in found.items():
         median = statistics.median(seconds)
         result[mode] = {"questions_per_s": len(examples) / median, "generated_tokens_per_s": tokens[mode] / median}
-    result["same_answers"] = sum(answers["ours"][i] == answers["plain"][i] for i in every) / len(every)
+    result["same_answers"] = sum(map(str.__eq__, answers["ours"], answers["plain"])) / len(every)
     result["times_plain"] = result["ours"]["questions_per_s"] / result["plain"]["questions_per_s"]
     return result
 
