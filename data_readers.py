@@ -46,6 +46,8 @@ def find_file(data_root, relative: str) -> Path:
     except OSError as error:
         raise DataError(f"cannot look for {path}: {error.strerror}") from error
     shown_names = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+    if not Path(data_root).is_dir():
+        raise DataError(f"no folder {data_root} (--data_root); {folder.resolve()} holds: {shown_names or 'nothing'}")
     raise DataError(
         f"no file {path}; {folder.resolve()} holds: {shown_names or 'nothing'} (--data_root names the data folder)"
     )

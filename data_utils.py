@@ -125,7 +125,8 @@ def _load_tokenizer(path: str, flag: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the libraries raise nearly every type here, the Rust one bare Exception
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 200 else reason[:197] + "..."
         raise DataError(f"cannot load the tokenizer of {path} ({flag}): {type(error).__name__}: {reason}") from error
     files = set(tokenizer.vocab_files_names.values()) - {"tokenizer_config.json"}
     files |= {"tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}

@@ -133,12 +133,15 @@ class FolderLock:
         """Takes the lock.
 
         Raises:
-            UserError: when another living run holds it, naming its host and process.
+            UserError: when another living run holds it, naming its host and process, or the folder cannot be written.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
         self.path = Path(folder) / ".lock"
         while True:
-            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
+            except OSError as error:
+                raise UserError(f"cannot write to the folder {folder}: {error.strerror}: {error.filename}") from error
             try:
                 # A POSIX record lock, unlike flock, is not inherited by child processes that outlive a killed run.
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

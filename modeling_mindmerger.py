@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -236,7 +237,7 @@ class MindMerger(nn.Module):
         assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen part is trainable"
         self.mapping = Mapping(config.encoder_width, config.llm_width) if encoder is not None else None
         self.bos_token_id = bos_token_id
-        self.eos_token_ids = _eos_token_ids(llm)
+        self.eos_token_ids = _eos_token_ids(llm.config.name_or_path, llm.config, llm.generation_config)
         self.pad_token_id = _pad_token_id(llm, self.eos_token_ids)
         # Whatever sampling settings the LLM's folder ships, decoding here is plain greedy.
         llm.generation_config = GenerationConfig(
@@ -608,16 +609,38 @@ def find_bos_token_id(llm_path: str, llm_config) -> int | None:
     return llm_config.get_text_config().bos_token_id
 
 
-def _eos_token_ids(llm: nn.Module) -> list[int]:
+def _eos_token_ids(path: str, config, generation_config) -> list[int]:
     """Every id that ends a generation: an instruction-tuned LLM may have several."""
     found = []
-    for source in (llm.generation_config, llm.config.get_text_config()):
+    for source in (generation_config, config.get_text_config()):
         ids = getattr(source, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [ids]
     ids = [i for i in dict.fromkeys(found) if i is not None]
     if not ids:
-        raise ModelError(f"the LLM {llm.config.name_or_path} names no eos_token_id: add it to its config.json")
+        raise ModelError(f"the LLM {path} names no eos_token_id: add it to its config.json")
     return ids
+
+
+def check_ends(llm_path: str) -> None:
+    """Makes sure that the LLM knows what ends a text, before its weights load.
+
+    Raises:
+        ModelError: when neither its config nor its generation config names an end token.
+    """
+    path = strip_slash(llm_path)
+    has_own = cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None
+    _eos_token_ids(llm_path, load_config(path), GenerationConfig.from_pretrained(path) if has_own else None)
+
+
+def usable_positions(config) -> int | None:
+    """How many positions a model's tables of positions reach, None where the config names no limit.
+
+    RoBERTa and its kin count positions from behind their padding id, whose rows of the table are lost.
+    """
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    lost = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+    return None if positions is None else positions - lost
 
 
 def _pad_token_id(llm: nn.Module, eos_token_ids: list[int]) -> int:
@@ -734,7 +757,8 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
         except (OSError, safetensors.SafetensorError) as error:
             raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about the pickle's protocol, before the error that matters
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{file} is not a plain file of tensors and was not read, since unpickling it could run code: if you trust "

@@ -273,16 +273,24 @@ def published_scores(
     scores = {name: score for name, score in published[label].items() if name != "avg"}
     mean, note = published[label].get("avg"), ""
     if not scores:
-        note = " (only its average over the task's languages is published)"
+        note = ", of which the average alone is published"
     elif set(scores) != set(languages):
         shown = [scores[name] for name in languages if name in scores]
-        mean = sum(shown) / len(shown) if shown else None
+        if not shown:
+            return None
+        mean = sum(shown) / len(shown)
         note = " (mean over the languages of this table)"
     return {"label": label, "note": note, "scores": scores, "mean": mean}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing
+
+
+def find_results(folder: str) -> str:
+    """The folder itself, or the finished evaluation inside it where it holds exactly one."""
+    inside = [found.parent for found in Path(folder).glob("*/results.json")]
+    return str(inside[0]) if len(inside) == 1 and not (Path(folder) / "results.json").is_file() else folder
 
 
 def read_results(folder: str) -> dict:
@@ -337,7 +345,7 @@ def compare_results(folders: list[str]) -> str:
     """
     if len(folders) < 2:
         raise ResultsError(f"--compare needs at least two results folders, got {len(folders)}")
-    folders = [folder.rstrip("/") or "/" for folder in folders]
+    folders = [find_results(folder.rstrip("/") or "/") for folder in folders]
     results = [read_results(folder) for folder in folders]
     tasks = [one["task"] for one in results]
     for folder, task in zip(folders, tasks, strict=True):

@@ -208,7 +208,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         UserError: for the first thing that does not.
     """
     from data_utils import TASKS, evaluation_examples, find_task, load_tokenizers, parse_languages
-    from modeling_mindmerger import check_mapping, config_of_models, model_fingerprint
+    from modeling_mindmerger import check_ends, check_mapping, config_of_models, model_fingerprint
 
     task = find_task(args.task)
     if args.task == "math":
@@ -232,7 +232,10 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
     precision = args.precision or ("bf16" if on_gpu else "fp32")
     if checkpoint is not None:
         check_mapping(checkpoint, config_of_models(mt_path, llm_path))
+    check_ends(llm_path)
     check_positions(llm_path, max(input_lengths(columns)) + 2 + max_new_tokens)
+    if mt_path is not None:
+        check_encoder_positions(mt_path, max(map(len, columns["encoder_ids"])))
     identity = {
         "--task": task.name,
         "form (--augmentation, --llm_only)": form,
@@ -338,7 +341,9 @@ def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, 
         found[flag] = given or recorded or default
     if form == "llm_only":
         return None, None, found["llm_path"]
-    if config is not None and config.augmentation is not None and config.augmentation != args.augmentation:
+    if config is not None and config.stage == "mapping":
+        warn("this mapping comes from the mapping stage: it has not been trained on the task yet")
+    elif config is not None and config.augmentation is not None and config.augmentation != args.augmentation:
         name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
         warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[args.augmentation]}")
     return mapping_file, found["mt_path"], found["llm_path"]
@@ -346,10 +351,10 @@ def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, 
 
 def check_positions(llm_path: str, longest: int) -> None:
     """Refuses inputs longer than a table of learned positions; warns where rotary positions merely get worse."""
-    from modeling_mindmerger import load_config
+    from modeling_mindmerger import load_config, usable_positions
 
     config = load_config(llm_path).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = usable_positions(config)
     if positions is None or longest <= positions:
         return
     message = (
@@ -359,6 +364,17 @@ def check_positions(llm_path: str, longest: int) -> None:
     if getattr(config, "rope_parameters", None) is None:
         raise UserError(message)
     warn(message)
+
+
+def check_encoder_positions(mt_path: str, longest: int) -> None:
+    """Refuses questions that the encoder has no positions for."""
+    from modeling_mindmerger import load_config, usable_positions
+
+    limit = usable_positions(load_config(mt_path))
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest question has {longest} tokens but {mt_path} has {limit} positions: lower --max_seq_len"
+        )
 
 
 def _sha256(content: bytes) -> str:
@@ -652,6 +668,8 @@ def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]]
     published = None
     if plan.parallel_input is None:
         published = published_scores(plan.task.published, plan.form, plan.llm_path, list(languages))
+        if published and not published["scores"] and len(languages) < len(plan.task.evaluation_languages):
+            published = None  # an average over other languages than this run's
     return {
         "task": plan.task.name,
         "form": plan.form,

@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag, its default and what it does."""
     parser = runtime_utils.CommandParser(
         description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=runtime_utils.DefaultsShown,
+        allow_abbrev=False,
         epilog="Start it with the deepspeed launcher (one process for each GPU) or, for one process, with python.",
     )
     add = parser.add_argument_group("models").add_argument
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train_batch_size", type=int, default=24, help="examples of one optimizer step, over all processes")
     add("--train_micro_batch_size_per_gpu", type=int, default=1, help="examples of one forward pass")
     add("--gradient_accumulation", type=int, help="checked against the two above and the number of processes")
-    add("--micro_batch_tokens", type=int, help="cut micro-batches by this many positions instead of rows")
+    add("--micro_batch_tokens", type=int, help="cut micro-batches by this many positions instead of rows (0: by rows)")
     add("--eval_batch_size", type=int, default=2, help="examples of one forward pass on the dev split")
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more arithmetic")
     add("--compile", action="store_true", help="compile the frozen models' layers with torch.compile (not at ZeRO 3)")
@@ -125,21 +126,25 @@ def check_arguments(args) -> Plan:
     """
     from data_utils import find_task, parse_languages
     from deepspeed_utils import effective_config, read_deepspeed_config, zero_stage
-    from modeling_mindmerger import check_mapping, config_of_models, load_config, model_fingerprint
+    from modeling_mindmerger import check_ends, check_mapping, config_of_models, load_config, model_fingerprint
     from speed_options import check_speed_options
 
     args.llm_path, args.mt_path = args.llm_path.rstrip("/") or "/", args.mt_path.rstrip("/") or "/"
     if args.gpu is not None:
         warn("--gpu is ignored: choose GPUs with the launcher, for instance deepspeed --include localhost:0")
     positive = ("train_num", "max_seq_len", "max_gen_len", "epoch_num", "max_steps", "train_batch_size")
-    positive += ("train_micro_batch_size_per_gpu", "micro_batch_tokens", "eval_batch_size", "eval_steps", "save_steps")
-    positive += ("save_total_limit", "logging_steps")
+    positive += ("train_micro_batch_size_per_gpu", "eval_batch_size", "eval_steps", "save_steps", "save_total_limit")
+    positive += ("logging_steps",)
+    args.micro_batch_tokens = args.micro_batch_tokens or None
     for name in positive:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("num_workers", "micro_batch_tokens"):
+        if (getattr(args, name) or 0) < 0:
+            raise UserError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if not 0 <= args.warmup_ratio < 1:
         raise UserError(f"--warmup_ratio must be at least 0 and below 1, not {args.warmup_ratio}")
-    if args.lr <= 0 or args.max_grad_norm <= 0:
+    if not (0 < args.lr < math.inf and args.max_grad_norm > 0):
         raise UserError(f"--lr and --max_grad_norm must be above 0, not {args.lr} and {args.max_grad_norm}")
     task = find_task(args.task)
     stage = args.stage_name
@@ -162,6 +167,7 @@ def check_arguments(args) -> Plan:
         )
     for path in (args.llm_path, args.mt_path):
         load_config(path)
+    check_ends(args.llm_path)
     check_speed_options(args, zero_stage(config))
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
     check_reporting(args.report_to)
@@ -207,19 +213,26 @@ def find_initial_mapping(args, output_dir: Path) -> str | None:
     Raises:
         UserError: when the augmentation stage has none to start from.
     """
-    from modeling_mindmerger import find_mapping_file
+    from modeling_mindmerger import find_mapping_file, read_config
 
-    if args.init_checkpoint and args.init_checkpoint.lower() != "none":
-        return str(find_mapping_file(args.init_checkpoint))
-    if args.stage_name == "mapping" or args.init_checkpoint:
+    given = args.init_checkpoint
+    if given and given.lower() == "none" or args.stage_name == "mapping" and not given:
         return None
-    folder = output_dir.parent / "mapping"
-    if not folder.is_dir():
+    folder = given or str(output_dir.parent / "mapping")
+    if not given and not Path(folder).is_dir():
+        if args.dry_run:
+            warn(f"there is no {folder} yet: the mapping stage has to run first")
+            return None
         raise UserError(
             f"the augmentation stage starts from the mapping stage's mapping, but there is no {folder}: run "
             "--stage_name mapping first, or name a mapping with --init_checkpoint ('none' for a fresh one)"
         )
-    return str(find_mapping_file(folder))
+    file, recorded = find_mapping_file(folder), read_config(folder)
+    for flag in ("llm_path", "mt_path"):
+        before, now = getattr(recorded, flag, None), getattr(args, flag)
+        if before is not None and Path(before).resolve() != Path(now).resolve():
+            warn(f"the mapping {file} was trained with --{flag} {before}, not {now}")
+    return str(file)
 
 
 def check_reporting(where: str) -> None:
@@ -260,14 +273,14 @@ def load_data(args, plan: Plan, cache_dir=None):
 
 def check_lengths(args, data) -> None:
     """Refuses rows that the LLM or the encoder has no positions for, before weights load."""
-    from modeling_mindmerger import load_config
+    from modeling_mindmerger import load_config, usable_positions
 
     longest = int((2 + data.encoder_lengths + data.prompt_lengths + data.target_lengths).max())
     for path, needed, flag in (
         (args.llm_path, longest, "--max_gen_len or --max_seq_len"),
         (args.mt_path, int(data.encoder_lengths.max()), "--max_seq_len"),
     ):
-        limit = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
+        limit = usable_positions(load_config(path))
         if limit is not None and needed > limit:
             raise UserError(f"the longest row needs {needed} positions but {path} has {limit}: lower {flag}")
 
@@ -444,8 +457,9 @@ def train(trainer: Trainer, record) -> int:
             if due:
                 trainer.evaluation_due = True
                 code = code or evaluate_and_keep(trainer, record)
-            elif end:
-                save_mapping(trainer, trainer.plan.output_dir)  # without a dev split the last mapping is the best known
+            elif end:  # without a dev split the last mapping is the best known
+                save_mapping(trainer, trainer.plan.output_dir)
+                save_mapping(trainer, trainer.plan.output_dir / "last")
             if trainer.step % trainer.save_steps == 0 or end or code or trainer.signals.save_agreed:
                 record.flush()
                 save_checkpoint(trainer)

@@ -26,6 +26,14 @@ class ReportedError(UserError):
     """A `UserError` that all ranks have agreed on, so that rank 0 alone prints it."""
 
 
+class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds its default to a flag's help, where there is one and the help does not name it already."""
+
+    def _get_help_string(self, action):
+        named = action.default is None or "(default" in (action.help or "")
+        return action.help if named else super()._get_help_string(action)
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s: one line, printed by rank 0 alone, no usage text."""
 

@@ -55,7 +55,11 @@ add_settings() {
 # launch PROGRAM ARGUMENT...: one process per GPU, on this machine or on those of HOSTFILE.
 launch() {
     local options=() word
-    if [[ -n ${HOSTFILE-} ]]; then options+=(--hostfile "$HOSTFILE"); fi
+    if [[ -n ${HOSTFILE-} ]]; then
+        # DeepSpeed would merely warn and train on this machine alone.
+        [[ -f $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE: no such file"
+        options+=(--hostfile "$HOSTFILE")
+    fi
     if [[ -n ${NUM_NODES-} ]]; then options+=(--num_nodes "$NUM_NODES"); fi
     if [[ -n ${NUM_GPUS-} ]]; then options+=(--num_gpus "$NUM_GPUS"); fi
     if [[ -n ${MASTER_ADDR-} ]]; then options+=(--master_addr "$MASTER_ADDR"); fi

@@ -7,7 +7,6 @@ Files that exist are kept unless --overwrite is given; each file appears whole o
 what every task has and what it still lacks.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -21,15 +20,15 @@ from pathlib import Path, PurePosixPath
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_utils import LANGUAGES, find_task
-from runtime_utils import UserError, log, run_main, write_text_atomic
+from runtime_utils import CommandParser, UserError, log, run_main, write_text_atomic
 
 DATA_FOLDERS = ("bilingual_pairs", "query_translation", "evaluation")
 XNLI_LABELS = ("entailment", "neutral", "contradiction")  # the hub's integers, in order
 CODES = {language.name: language.code for language in LANGUAGES.values()}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--data_root", type=Path, default=Path("datas"), help="the folder to fill (default: ./datas)")
     parser.add_argument(
         "--archive", type=Path, help="the released data: a .zip or .tar archive, or its unpacked folder"

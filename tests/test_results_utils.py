@@ -98,7 +98,8 @@ def test_published_mean_covers_the_languages_of_the_table():
     assert found["mean"] == 57.0 and "of this table" in found["note"]
     assert published_scores(PUBLISHED, "hard", "LLaMAX", ["Thai"]) is None
     average_only = published_scores({"LLM alone": {"avg": 37.9}}, "llm_only", "x", ["Thai"])
-    assert average_only["mean"] == 37.9 and "only its average" in average_only["note"]
+    assert average_only["mean"] == 37.9 and "the average alone" in average_only["note"]
+    assert published_scores(PUBLISHED, "soft", "LLaMAX", ["Amharic"]) is None
 
 
 # -- results folders

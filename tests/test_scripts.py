@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import SHIPPED
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -178,14 +179,24 @@ def test_arguments_reach_both_stages_and_win_over_the_environment(run_script):
     assert [flags_of(call)["data_root"] for call in calls] == ["my data"] * 2
 
 
-def test_launcher_options_stand_before_the_program(run_script):
-    environment = {"NUM_GPUS": "2", "HOSTFILE": "my hosts", "MASTER_PORT": "1234", "DEEPSPEED_ARGS": "--num_nodes 3 -q"}
+def test_launcher_options_stand_before_the_program(run_script, tmp_path):
+    hosts = tmp_path / "my hosts"
+    hosts.write_text("one slots=2\n")
+    environment = {"NUM_GPUS": "2", "HOSTFILE": str(hosts), "MASTER_PORT": "1234"}
+    environment["DEEPSPEED_ARGS"] = "--num_nodes 3 -q"
     for script in ("training_math.sh", "evaluation_mgsm.sh"):
         calls, _ = run_script(script, **environment)
         for call in calls:
             launcher, program, _ = split_launcher(call)
-            assert launcher == shlex.split("--hostfile 'my hosts' --num_gpus 2 --master_port 1234 --num_nodes 3 -q")
+            assert launcher[:2] == ["--hostfile", str(hosts)]
+            assert launcher[2:] == shlex.split("--num_gpus 2 --master_port 1234 --num_nodes 3 -q")
             assert (ROOT / program).is_file()
+
+
+def test_a_hostfile_that_is_not_there_is_refused(run_script):
+    """The launcher would merely warn and train on this machine alone."""
+    calls, errors = run_script("training_math.sh", HOSTFILE="typo", expected_exit=2)
+    assert calls == [] and errors == "error: HOSTFILE=typo: no such file\n"
 
 
 def test_one_stage_alone_and_where_it_starts(run_script):
@@ -650,14 +661,14 @@ def test_readme_python_imports_only_what_exists():
 
 
 def test_the_amharic_row_of_the_readme_is_a_language():
-    from data_utils import LANGUAGES, Language
+    from data_utils import Language
 
     row = ast.literal_eval(re.search(r'\("Amharic".*?\)', README).group(0))
     file = re.search(r"`LANGUAGES` in `(\w+\.py)`", README).group(1)
     assert "\nLANGUAGES" in (ROOT / file).read_text()
     language = Language(*row)
     assert (language.name, language.code, language.nllb) == ("Amharic", "am", "amh_Ethi")
-    assert language.name not in LANGUAGES
+    assert language.code not in SHIPPED
 
 
 def test_versions_of_the_package_agree():
