@@ -132,6 +132,28 @@ def quiet_start() -> None:
 
 
 @contextmanager
+def keeping_explicit_dtypes():
+    """Within it, `zero.Init` leaves floating tensors alone that are made with an explicit dtype.
+
+    It would cast them all to the weights' dtype, and rotary frequencies rounded to bf16 turn far positions wrongly.
+    transformers from 5.23 on avoids this by itself, for `torch.arange` only.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+
+    original = partition_parameters.zero_wrapper_for_fp_tensor_constructor
+
+    def wrapper(fn, target_fp_dtype, target_device):
+        cast, keep = original(fn, target_fp_dtype, target_device), original(fn, None, target_device)
+        return lambda *args, **kwargs: (cast if kwargs.get("dtype") is None else keep)(*args, **kwargs)
+
+    partition_parameters.zero_wrapper_for_fp_tensor_constructor = wrapper
+    try:
+        yield
+    finally:
+        partition_parameters.zero_wrapper_for_fp_tensor_constructor = original
+
+
+@contextmanager
 def loading_towers(config: dict, bf16: bool):
     """Within it, `from_pretrained` shards the weights it loads when `config` asks for ZeRO-3.
 
@@ -148,7 +170,8 @@ def loading_towers(config: dict, bf16: bool):
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain python run
     live = HfDeepSpeedConfig(dict(config, bf16={"enabled": True}) if bf16 else dict(config))
     try:
-        yield
+        with keeping_explicit_dtypes():
+            yield
     finally:
         del live  # transformers holds it weakly: from here on nothing is sharded at construction
 
