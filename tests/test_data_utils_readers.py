@@ -134,6 +134,8 @@ def test_tasks_are_found_by_alias_and_unknown_ones_get_the_list():
     assert find_task("math").name == "math_mgsm" and find_task("X_CSQA").name == "x-csqa"
     message = error_of(lambda: find_task("xnl"))
     assert "did you mean xnli?" in message and "math_msvamp" in message
+    for near in ("mgms", "mgsm"):
+        assert "did you mean math_mgsm?" in error_of(lambda near=near: find_task(near))
 
 
 def test_language_table_has_the_28_released_rows_with_unique_codes():

@@ -8,7 +8,8 @@ DTYPES_UNDER_ZERO_3 = """
 import os, sys
 
 sys.path.insert(0, sys.argv[1])
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
 from deepspeed_utils import keeping_explicit_dtypes, quiet_start
 
 quiet_start()

@@ -18,6 +18,7 @@ from modeling_mindmerger import (
     read_config,
     save_released,
     take_rows,
+    usable_positions,
 )
 
 CASES = {"mt5-llama": "mt5-tiny", "m2m100-llama-gqa": "nllb-tiny"}
@@ -457,6 +458,7 @@ def test_a_mapping_that_does_not_fit_is_refused_by_name(tmp_path, tiny_encoder, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path, tiny_encoder, tiny_llm):
     model = MindMerger.from_models(tiny_encoder, tiny_llm)
     witness = tmp_path / "executed"
@@ -468,6 +470,16 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path, tiny_encoder, 
             model.load_mapping(str(tmp_path / f"{name}.bin"))
         assert "\n" not in str(caught.value)
     assert not witness.exists()
+
+
+def test_positions_behind_robertas_padding_are_not_usable():
+    from transformers import BertConfig, GPT2Config, MT5Config, XLMRobertaConfig
+
+    sizes = {"max_position_embeddings": 514, "pad_token_id": 1}
+    assert usable_positions(XLMRobertaConfig(**sizes)) == 512
+    assert usable_positions(BertConfig(**sizes)) == 514
+    assert usable_positions(GPT2Config(n_positions=64)) == 64
+    assert usable_positions(MT5Config()) is None
 
 
 def test_unreadable_mapping_files_are_named(tmp_path, tiny_encoder, tiny_llm):

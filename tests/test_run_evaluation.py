@@ -151,6 +151,10 @@ def test_the_three_forms_differ_and_never_collide(evaluate, tmp_path, world):
     assert len({tuple(texts) for texts in outputs.values()}) == 3
     assert read_lines(root / "math_mgsm-hard/predictions/Thai.jsonl")[0]["prompt"] == ""
     main(["--compare", str(root / "math_mgsm"), str(root / "math_mgsm-llm_only")])
+    # A folder that holds a single finished evaluation stands for it.
+    (tmp_path / "alone").mkdir()
+    (root / "math_mgsm-hard").rename(tmp_path / "alone/math_mgsm-hard")
+    main(["--compare", str(tmp_path / "alone"), str(root / "math_mgsm")])
 
 
 @pytest.mark.parametrize(
@@ -607,6 +611,15 @@ def test_an_input_longer_than_learned_positions_is_refused_and_rotary_ones_warn(
     with pytest.raises(UserError, match="may take 65 positions but .*gpt2 has 64"):
         run_evaluation.check_positions(str(broken / "gpt2"), 65)
     run_evaluation.check_positions(str(broken / "gpt2"), 64)
+
+
+def test_a_question_longer_than_the_encoders_positions_is_refused(tmp_path):
+    from transformers import BertConfig
+
+    BertConfig(max_position_embeddings=64, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="has 65 tokens but .*bert has 64 positions: lower --max_seq_len"):
+        run_evaluation.check_encoder_positions(str(tmp_path / "bert"), 65)
+    run_evaluation.check_encoder_positions(str(tmp_path / "bert"), 64)
 
 
 # -- whole commands

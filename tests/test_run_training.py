@@ -248,6 +248,10 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
     torch.save({"model_state_dict": Path("x")}, tmp_path / "code.bin")
     no_eos = Path(shutil.copytree(tiny_llm, tmp_path / "no_eos"))
     byte_tokenizer(no_eos, {"unk_token": "<unk>", "bos_token": "<s>"})
+    endless = Path(shutil.copytree(tiny_llm, tmp_path / "endless"))
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((endless / name).read_text())
+        (endless / name).write_text(json.dumps(settings | {"eos_token_id": None}))
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_cliping": 1.0}))
     (tmp_path / "ds_bf16.json").write_text(json.dumps({"bf16": {"enabled": True}}))
     (tmp_path / "ds_batch.json").write_text(json.dumps({"train_batch_size": 99}))
@@ -275,6 +279,10 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
         (["--deepspeed_config", str(tmp_path / "ds_batch.json")], ["train_batch_size", "99", "8"]),
         (["--deepspeed_config", str(tmp_path / "none.json")], ["none.json"]),
         (["--epoch_num", "0"], ["--epoch_num", "0"]),
+        (["--num_workers", "-1"], ["--num_workers", "at least 0"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--llm_path", str(endless)], ["endless", "eos_token_id"]),
+        (["--output_dir", str(tmp_path / "ds.json")], ["ds.json", "cannot write"]),
         (["--report_to", "wandb"], ["wandb", "pip install"]),
         (["--train_batch_size", "many"], []),
     ]
@@ -304,6 +312,37 @@ def test_tokenizers_without_bos_or_pad_are_fine(run, flags, tiny_llm, tmp_path):
     byte_tokenizer(plain, {"unk_token": "<unk>", "other": "<other>", "eos_token": "</s>"})
     (outcome,) = run_many(run, tmp_path, [[*flags, "--llm_path", str(plain), "--max_steps", "1"]])
     assert outcome["code"] == 0, outcome
+
+
+def test_a_dry_run_of_the_second_stage_needs_no_first_one(run, flags, tmp_path):
+    """The scripts pass --dry_run to both stages; the first writes nothing that the second could start from."""
+    stage = ["--stage_name", "augmentation", "--dry_run"]
+    (outcome,) = run_many(run, tmp_path, [[*flags, *stage]])
+    assert outcome["code"] == 0, outcome
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_mapping_of_other_models_is_warned_of(flags, tiny_encoder, tiny_llm, tmp_path, capsys):
+    MindMerger.from_models(tiny_encoder, tiny_llm).save_pretrained(str(tmp_path / "mapping"))
+    other = shutil.copytree(tiny_llm, tmp_path / "other")
+    given = [*flags, "--init_checkpoint", str(tmp_path / "mapping"), "--llm_path", str(other)]
+    args = run_training.build_parser().parse_args([str(flag) for flag in given])
+    assert run_training.find_initial_mapping(args, tmp_path).endswith("mapping.safetensors")
+    errors = capsys.readouterr().err
+    assert errors.count("was trained with --") == 1 and f"--llm_path {tiny_llm}, not {other}" in errors
+
+
+def test_without_a_dev_split_the_last_mapping_is_also_the_best(run, flags, tmp_path):
+    (outcome,) = run_many(run, tmp_path, [[*flags, "--dev_size", "0", "--max_steps", "1"]])
+    assert outcome["code"] == 0, outcome
+    folder = next((tmp_path / "outputs").rglob("mapping.safetensors")).parent
+    folder = folder.parent if folder.name == "last" else folder
+    assert (folder / "mapping.safetensors").read_bytes() == (folder / "last/mapping.safetensors").read_bytes()
+
+
+def test_help_names_a_default_once():
+    text = " ".join(run_training.build_parser().format_help().split())
+    assert "(default: None)" not in text and ") (default" not in text and "(default: 2e-05)" in text
 
 
 def test_stage_form_and_defaults_follow_the_published_flags():

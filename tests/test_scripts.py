@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED
+from conftest import SHIPPED, clean_environment, free_port
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -177,6 +177,25 @@ def test_arguments_reach_both_stages_and_win_over_the_environment(run_script):
     calls, _ = run_script("training_x_csqa.sh", "--train_num", "5", "--data_root", "my data", TRAIN_NUM="9")
     assert [flags_of(call)["train_num"] for call in calls] == [5, 5]
     assert [flags_of(call)["data_root"] for call in calls] == ["my data"] * 2
+
+
+@pytest.mark.slow
+def test_the_math_scripts_train_and_evaluate_with_the_real_launcher(tmp_path, tiny_llm, tiny_encoder, datas):
+    """Both stages and MGSM on one process, as a user calls them; only sizes are made small."""
+    environment = clean_environment(tmp_path) | {"LLM_PATH": tiny_llm, "MT_PATH": tiny_encoder, "DATA_ROOT": str(datas)}
+    environment |= {"TRAIN_NUM": "6", "DEV_SIZE": "4", "MAX_STEPS": "2", "TRAIN_BATCH_SIZE": "16", "NUM_GPUS": "1"}
+    environment |= {"LANGUAGES": "sw,th", "LIMIT": "2", "MAX_NEW_TOKENS": "4", "MASTER_PORT": str(free_port())}
+    environment |= {"OUTPUT_DIR": str(tmp_path / "outputs"), "RESULTS_DIR": str(tmp_path / "results")}
+    environment["PATH"] += os.pathsep + os.environ["PATH"]
+    for script in ("training_math.sh", "evaluation_mgsm.sh"):
+        command = ["bash", str(ROOT / "scripts" / script)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "95 % interval" in done.stdout
+    results = json.loads((tmp_path / "results/MindMerger/math_mgsm/results.json").read_text())
+    assert results["form"] == "soft" and results["counts"]["examples"] == 4
+    trained = json.loads((tmp_path / "outputs/MindMerger/math/augmentation/config.json").read_text())
+    assert trained["stage"] == "augmentation"
 
 
 def test_launcher_options_stand_before_the_program(run_script, tmp_path):
