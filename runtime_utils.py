@@ -27,11 +27,12 @@ class ReportedError(UserError):
 
 
 class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds its default to a flag's help, where there is one and the help does not name it already."""
+    """Adds its default to a flag's help, where there is one."""
 
     def _get_help_string(self, action):
-        named = action.default is None or "(default" in (action.help or "")
-        return action.help if named else super()._get_help_string(action)
+        # A switch is off and a list is empty unless given: nothing to say. (0 equals False, but is a default.)
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
 class CommandParser(argparse.ArgumentParser):
