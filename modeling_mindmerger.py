@@ -40,7 +40,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.models.mbart.modeling_mbart import MBartEncoder
 from transformers.utils import ModelOutput, cached_file, logging
 
-from generation_utils import contiguous_input, growing_cache
+from generation_utils import contiguous_input, decoding_attention, growing_cache
 from runtime_utils import UserError, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 FORMAT_VERSION = 1
@@ -437,7 +437,7 @@ class MindMerger(nn.Module):
         embeds_BLD, mask_BL = self.merged_embeddings(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
         if not generation_kwargs.keys() & {"past_key_values", "cache_implementation", "use_cache"}:
             generation_kwargs |= growing_cache(self.llm)
-        with contiguous_input(self.llm.get_output_embeddings()):
+        with contiguous_input(self.llm.get_output_embeddings()), decoding_attention(self.llm):
             return self.llm.generate(
                 inputs_embeds=embeds_BLD,
                 attention_mask=mask_BL.to(embeds_BLD.device),

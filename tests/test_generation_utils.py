@@ -3,9 +3,12 @@
 import pytest
 import torch
 from test_modeling_mindmerger import LLMS, batch, make_pair, rows
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from generation_utils import ROOM, GrowingLayer, contiguous_input, growing_cache
+from generation_utils import ONE_QUERY, ROOM, GrowingLayer, contiguous_input, growing_cache, one_query_attention
+from modeling_mindmerger import MindMerger
 
 
 def states(tokens, rows=3, seed=0):
@@ -74,6 +77,66 @@ def test_changes_to_a_growing_layer_from_outside_are_kept(change):
         new = states(2, rows=left, seed=seed)
         for mine, other in zip(ours.update(*new), theirs.update(*new), strict=True):
             assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("llm", [name for name in LLMS if name != "gemma2"])  # its soft cap rules sdpa out
+def test_bf16_on_a_cpu_decodes_with_batched_products_and_the_same_logits(tmp_path, llm):
+    """The same tokens are fed to both; a random model's best two tokens may lie within bf16's rounding."""
+    model = make_pair(tmp_path, "mt5", llm)
+    model.llm.to(torch.bfloat16)
+    embeds, mask = model.merged_embeddings(**batch(rows(), "left", with_target=False))
+
+    def logits(implementation):
+        model.llm.set_attn_implementation(implementation)
+        cache, grown, found = growing_cache(model.llm), mask, []
+        new = {"inputs_embeds": embeds.to(torch.bfloat16)}
+        for step in range(6):
+            out = model.llm(**new, attention_mask=grown, use_cache=True, **cache)
+            cache = {"past_key_values": out.past_key_values}
+            found.append(out.logits[:, -1].float())
+            new = {"input_ids": torch.full((len(mask), 1), 5 + step)}
+            grown = torch.cat([grown, torch.ones(len(mask), 1, dtype=grown.dtype)], dim=1)
+        return torch.stack(found)
+
+    with torch.no_grad():
+        ours, theirs = logits(ONE_QUERY), logits("sdpa")
+    assert (ours - theirs).abs().max() <= 0.05 * theirs.abs().max()
+
+
+def test_one_query_attention_equals_sdpa_in_fp32():
+    """Grouped heads, a mask that hides, a cache with room behind it; several queries go to sdpa itself."""
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    key, value = (torch.randn(2, 2, 20, 8)[:, :, :11] for _ in range(2))
+    shown = torch.rand(2, 1, 1, 11) > 0.3
+    added = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+    for mask in (None, shown, added):
+        for scaling in (None, 0.5):
+            query = torch.randn(2, 6, 1, 8)
+            ours, _ = one_query_attention(module, query, key, value, mask, scaling=scaling)
+            theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+            assert ours.shape == theirs.shape == (2, 1, 6, 8) and torch.allclose(ours, theirs, atol=1e-6)
+    query = torch.randn(2, 6, 4, 8)
+    many = torch.ones(2, 1, 4, 11, dtype=torch.bool)
+    ours, _ = one_query_attention(module, query, key, value, many)
+    assert torch.equal(ours, sdpa_attention_forward(module, query, key, value, many)[0])
+
+
+def test_the_attention_is_as_before_after_generating(tiny_encoder, tiny_llm, monkeypatch):
+    used = []
+    real = AttentionInterface()[ONE_QUERY]
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, ONE_QUERY, lambda *a, **k: (used.append(1), real(*a, **k))[1]
+    )
+    for dtype, expected in ((torch.float32, False), (torch.bfloat16, True)):
+        model = MindMerger.from_models(tiny_encoder, tiny_llm, dtype)
+        model.generate(**batch(rows(), "left", with_target=False), max_new_tokens=3)
+        assert model.llm.config._attn_implementation == "sdpa" and bool(used) is expected
+    eager = MindMerger.from_models(tiny_encoder, tiny_llm, torch.bfloat16, "eager")
+    used.clear()
+    eager.generate(**batch(rows(), "left", with_target=False), max_new_tokens=3)
+    assert not used and eager.llm.config._attn_implementation == "eager"
 
 
 def test_the_head_gets_its_input_in_one_piece_within_the_context_alone():
