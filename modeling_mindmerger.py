@@ -41,7 +41,7 @@ from transformers.models.mbart.modeling_mbart import MBartEncoder
 from transformers.utils import ModelOutput, cached_file, logging
 
 from generation_utils import contiguous_input, decoding_attention, growing_cache
-from runtime_utils import UserError, write_bytes_atomic, write_json_atomic, write_text_atomic
+from runtime_utils import UserError, warn, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 FORMAT_VERSION = 1
 MAPPING_FILE = "mapping.safetensors"
@@ -542,6 +542,12 @@ def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementati
     if dtype == torch.float16 and config.model_type in ("t5", "mt5", "umt5"):
         raise ModelError(f"{path}: {config.model_type} overflows in fp16, use bf16 or fp32")
     own_encoders = {M2M100Config: M2M100Encoder, MBartConfig: MBartEncoder}
+    mappings = (own_encoders, MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel._model_mapping)
+    cls = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
+    if "flash" in (attn_implementation or "") and not getattr(cls, "_supports_flash_attn", True):
+        # The LLM, nearly all of the arithmetic, keeps it. T5's relative positions are a bias that flash kernels lack.
+        warn(f"the encoder {path} cannot use {attn_implementation}: it takes its own default, the LLM uses it")
+        attn_implementation = None
     if type(config) in own_encoders:
         # These classes share one embedding between both halves, stored under a name the encoder alone does not have.
         names = {

@@ -14,6 +14,7 @@ from modeling_mindmerger import (
     MindMerger,
     ModelError,
     head_on_positions,
+    load_encoder,
     plan_packing,
     read_config,
     save_released,
@@ -470,6 +471,19 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path, tiny_encoder, 
             model.load_mapping(str(tmp_path / f"{name}.bin"))
         assert "\n" not in str(caught.value)
     assert not witness.exists()
+
+
+def test_an_encoder_without_flash_attention_leaves_it_to_the_llm(tiny_encoder, tmp_path, monkeypatch, capsys):
+    """mT5's classes refuse flash attention, which would otherwise shut the LLM out of it too."""
+    encoder = load_encoder(tiny_encoder, attn_implementation="flash_attention_2")
+    assert encoder.config._attn_implementation == "sdpa"
+    assert "cannot use flash_attention_2" in capsys.readouterr().err
+    name, settings = ENCODERS["m2m100"]
+    folder, _ = make_folder(tmp_path / "encoder", name, settings, SAVED_AS[name])
+    asked = []
+    monkeypatch.setattr("modeling_mindmerger._from_pretrained", lambda *given, **more: asked.append(given[4]))
+    load_encoder(folder, attn_implementation="flash_attention_2")
+    assert asked == ["flash_attention_2"]
 
 
 def test_positions_behind_robertas_padding_are_not_usable():
