@@ -1,7 +1,8 @@
-"""The launcher watch, the watchdog's patience, the signals that stay ignored, and the lock on a folder."""
+"""The launcher watch, the watchdog's patience, ignored signals, the lock on a folder, the README's table of faults."""
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,3 +123,14 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
     monkeypatch.setattr(interrupt_utils.fcntl, "lockf", refuse)
     with pytest.raises(UserError, match=r"cannot lock .*/\.lock: No locks available: use a folder on a file system"):
         FolderLock(tmp_path)
+
+
+def test_every_row_of_what_it_survives_names_tests_that_exist():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What it survives")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1])
+        assert names, row
+        for name in names:
+            assert f"def {name}(" in tests, name
