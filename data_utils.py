@@ -480,6 +480,12 @@ def _build_cache(folder: Path, examples: Iterable[Example], tokenizers: Tokenize
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         os.rename(temporary, folder)
+    except OSError as error:
+        written = sum(path.stat().st_size for path in temporary.iterdir())
+        raise DataError(
+            f"cannot write the tokenised data to {folder.parent} ({written} bytes were written): "
+            f"{error.strerror or error}; make room, or set HF_DATASETS_CACHE to another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -4,6 +4,8 @@ A launcher passes signals on to some ranks, late, or to none. So every rank list
 the end of each optimizer step on what any of them has heard.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +22,96 @@ from runtime_utils import UserError, world_size
 # Seconds without a sign of life from the training thread, after a signal, before the rank gives up: it then waits in a
 # collective for a rank that is gone. Launchers kill after 30.
 PATIENCE_S = 20.0
+# The same while a checkpoint is written: a slow disk is no dead peer, and ending then would lose what is being saved.
+SAVING_PATIENCE_S = 600.0
+POLL_S = 0.25
+
+# What launchers (deepspeed, torchrun, accelerate) tell a rank by. Without any of them the parent is a shell.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+NODE_LAUNCHER = b"deepspeed.launcher.launch"
+
+
+class LauncherWatch:
+    """Ends this rank when the launcher that started it is gone: nobody else would, and it would hold its GPU for ever.
+
+    The parents are those of the first look, so it must come before anything slow. A run without a launcher is not
+    watched: its parent is a shell, which may go (nohup). Neither is a node launcher's parent unless it is DeepSpeed's
+    own command.
+    """
+
+    def __init__(self):
+        launched = any(name in os.environ for name in RANK_VARIABLES)
+        self._parent = os.getppid() if launched else None
+        self._runner = None
+        command = _command(self._parent) if launched else b""
+        if NODE_LAUNCHER in command:
+            runner = _parent_of(self._parent)
+            self._runner = runner if runner is not None and b"deepspeed" in _command(runner) else None
+        # Only DeepSpeed's node launcher sets CROSS_RANK: with another parent, it was gone before the first look.
+        self._lost_early = self._parent == 1 and "CROSS_RANK" in os.environ and NODE_LAUNCHER not in command
+        self._handed_over = threading.Event()
+        if launched:
+            threading.Thread(target=self._watch, name="launcher watch", daemon=True).start()
+
+    def is_gone(self) -> bool:
+        """Whether the launcher, or the command that the user sees above it, has ended."""
+        if self._parent is None:
+            return False
+        if self._lost_early or os.getppid() != self._parent:
+            return True
+        # The user's command may be killed and leave the node launcher alive, which then passes nothing on.
+        return self._runner is not None and _parent_of(self._parent) not in (self._runner, None)
+
+    def hand_over(self) -> None:
+        """From here on the caller looks, and this rank is no longer ended on the spot."""
+        self._handed_over.set()
+
+    def _watch(self) -> None:
+        while not self._handed_over.wait(POLL_S):
+            if self.is_gone():
+                _say("the launcher has gone: ending; the same command goes on where this one was")
+                _kill_children()
+                os._exit(143)
+
+
+_launcher_watch = None
+
+
+def watch_launcher() -> None:
+    """Watches this process's launcher until `Signals` does. The first statement of a command's `main()`."""
+    global _launcher_watch
+    if _launcher_watch is not None:
+        _launcher_watch.hand_over()
+    _launcher_watch = LauncherWatch()
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # no /proc on this system, or the process is just ending
+        return b""
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        # The name in parentheses may hold blanks; the parent's pid is the second field after it.
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _kill_children() -> None:
+    """Ends the processes that tokenise: os._exit skips what otherwise ends them."""
+    for name in ("multiprocessing", "multiprocess"):  # datasets has a multiprocessing of its own
+        if (module := sys.modules.get(name)) is not None:
+            for child in module.active_children():
+                child.kill()
+
+
+def _say(message: str) -> None:
+    # The launcher may have taken the other end of standard error with it.
+    with contextlib.suppress(OSError):
+        print(f"rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
 
 
 class Signals:
@@ -34,21 +126,33 @@ class Signals:
         self.save_asked = False  # this rank heard SIGUSR1
         self.save_agreed = False  # all ranks know of it; whoever writes the checkpoint clears it
         self._last_sign = time.monotonic()
+        self._patience = PATIENCE_S
         self._asked_at = None
         self._closing = False
-        self._ancestors = _launcher_processes()
+        self._launcher = _launcher_watch or LauncherWatch()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             # The wake-up byte carries the news; a handler must be there for the default action not to be taken.
             signal.signal(number, lambda *_: None)
+        self._launcher.hand_over()
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
 
     def alive(self) -> None:
         """The training thread calls this between micro-batches."""
         self._last_sign = time.monotonic()
+
+    @contextlib.contextmanager
+    def saving(self):
+        """Within it the rank is patient: it writes to a disk that may be slow, or waits for the rank that does."""
+        self._patience = SAVING_PATIENCE_S
+        try:
+            yield
+        finally:
+            self.alive()
+            self._patience = PATIENCE_S
 
     def agree(self, device, *values) -> tuple[int, object]:
         """Adds up `values` over the ranks and shares what any rank has heard. A collective call.
@@ -76,13 +180,14 @@ class Signals:
 
     def close(self) -> None:
         """Ends the listening. After a stop further signals are ignored: the launcher sends one to each rank that has
-        not left yet when the first one leaves, and that must not change the exit code."""
+        not left yet when the first one leaves, and that must not change the exit code. SIGUSR1 is ignored in any case:
+        it asks for a checkpoint, and a run that has just ended must not be killed by it."""
         self._closing = True
         signal.set_wakeup_fd(-1)
         after = (signal.SIG_IGN, signal.SIG_IGN) if self.stop_code else (signal.SIG_DFL, signal.default_int_handler)
         signal.signal(signal.SIGTERM, after[0])
-        signal.signal(signal.SIGUSR1, after[0])
         signal.signal(signal.SIGINT, after[1])
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         self._thread.join()
         self._reader.close()
         self._writer.close()
@@ -90,40 +195,25 @@ class Signals:
     def _listen(self) -> None:
         codes = {signal.SIGTERM: 143, signal.SIGINT: 130}
         while not self._closing:
-            if select.select([self._reader], [], [], 0.25)[0]:
+            if select.select([self._reader], [], [], POLL_S)[0]:
                 for number in self._reader.recv(64):
                     if number in codes:
                         self._ask(codes[number], f"signal {signal.Signals(number).name}")
                     elif number == signal.SIGUSR1:
                         self.save_asked = True
-            if self._asked_at is None and _launcher_processes() != self._ancestors:
+            if self._asked_at is None and self._launcher.is_gone():
                 self._ask(143, "the launcher has gone")
-            if self._asked_at is not None and time.monotonic() - max(self._asked_at, self._last_sign) > PATIENCE_S:
-                print(
-                    f"rank {os.environ.get('RANK', '0')}: no progress for {PATIENCE_S:.0f} s after {self._reason}, "
-                    "another rank must be gone: ending; the same command resumes from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
+            if self._asked_at is not None and time.monotonic() - max(self._asked_at, self._last_sign) > self._patience:
+                _say(
+                    f"no progress for {self._patience:.0f} s after {self._reason}, another rank must be gone: ending; "
+                    "the same command resumes from the last checkpoint"
                 )
                 os._exit(self.stop_code)
 
     def _ask(self, code: int, reason: str) -> None:
         if self._asked_at is None:
             self._asked_at, self._reason, self.stop_code = time.monotonic(), reason, code
-
-
-def _launcher_processes() -> tuple[int, int]:
-    """The parent's pid and, where the parent is DeepSpeed's per-node launcher, its parent's: the command the user
-    sees. Killing that one leaves the per-node launcher alive."""
-    parent = os.getppid()
-    try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes()
-        if b"deepspeed.launcher.launch" not in command:
-            return parent, 0
-        # The name in parentheses may hold blanks; the parent's pid is the second field after it.
-        return parent, int(Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except (OSError, ValueError, IndexError):  # no /proc on this system, or the parent is just ending
-        return parent, 0
+            _say(f"{reason}: ending after this step, with a checkpoint")
 
 
 class FolderLock:
@@ -133,13 +223,15 @@ class FolderLock:
         """Takes the lock.
 
         Raises:
-            UserError: when another living run holds it, naming its host and process, or the folder cannot be written.
+            UserError: when another living run holds it, naming its host and process, or the folder cannot be written or
+                locked.
         """
         self.path = Path(folder) / ".lock"
         while True:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
+                # Held open as long as the lock.
+                self._file = open(self.path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
             except OSError as error:
                 raise UserError(f"cannot write to the folder {folder}: {error.strerror}: {error.filename}") from error
             try:
@@ -149,6 +241,10 @@ class FolderLock:
                 self._file.seek(0)
                 owner = self._file.read().strip()
                 self._file.close()
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(
+                        f"cannot lock {self.path}: {error.strerror}: use a folder on a file system that has locks"
+                    ) from error
                 raise UserError(
                     f"another run is writing to {folder} ({owner or 'owner unknown'}): wait for it, stop it, or use "
                     "another --save_name"
@@ -156,9 +252,13 @@ class FolderLock:
             if self._is_in_place():
                 break
             self._file.close()  # the run that had it has just removed this very file: a lock on it keeps nobody out
-        self._file.truncate(0)
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        self._file.flush()
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        try:
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), owner.encode())
+        except OSError as error:
+            self.release()
+            raise UserError(f"cannot write {self.path} ({len(owner)} bytes): {error.strerror}") from error
 
     def _is_in_place(self) -> bool:
         try:

@@ -17,6 +17,10 @@ from runtime_utils import UserError, log, versions, warn, write_json_atomic, wri
 
 PARTIAL = ".partial"
 RESAMPLES = 10_000
+# What a line of an unfinished evaluation holds.
+RECORD = {"index": int, "output": str, "generated_tokens": int, "hit_limit": bool, "batch": int, "batch_size": int}
+# What a process that was killed while it wrote can leave beside the whole files.
+LEFTOVERS = (".results.json.*.tmp", ".scores.tsv.*.tmp", "predictions/.*.jsonl.*.tmp", f"{PARTIAL}/.*.tmp")
 
 
 class ResultsError(UserError):
@@ -39,7 +43,8 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
         the results when this very evaluation is finished already, else None; and the finished records by example index.
 
     Raises:
-        ResultsError: when the folder holds an evaluation of another identity, naming the first difference.
+        ResultsError: when the folder holds an evaluation of another identity, naming the first difference, or what it
+            holds cannot be read, or the disk refuses it.
     """
     partial, final = folder / PARTIAL, folder / "results.json"
     try:
@@ -54,6 +59,8 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
         if final.is_file():
             results = _read_json(final)
             _require_same(folder, identity, results, "a finished evaluation")
+            _remove_leftovers(folder)
+            shutil.rmtree(partial, ignore_errors=True)  # still there after a kill between results.json and its end
             return results, {}
         partial.mkdir(exist_ok=True)
         run_file = partial / "run.json"
@@ -61,6 +68,7 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
             _require_same(folder, identity, _read_json(run_file), "an unfinished evaluation")
         else:
             write_json_atomic(run_file, {"identity": identity, "versions": versions()})
+        _remove_leftovers(folder)
         finished = read_finished(partial)
         # One clean file replaces the shards, so that new lines never follow a line that a crash cut short.
         records = sorted(finished.values(), key=lambda record: record["index"])
@@ -68,24 +76,32 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
         for shard in partial.glob("rank*.jsonl"):
             shard.unlink()
     except OSError as error:
-        raise ResultsError(f"cannot use the results folder {folder}: {error.strerror or error}") from error
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        raise ResultsError(f"cannot use the results folder {folder}: {what}") from error
     if finished:
         log(f"continuing: {len(finished)} of {number} examples are finished")
     return None, finished
 
 
+def _remove_leftovers(folder: Path) -> None:
+    for pattern in LEFTOVERS:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{path} cannot be read ({error}): pass --overwrite to start over") from error
-    if not isinstance(content, dict):
+    parts = [content, content.get("identity", {}), content.get("versions", {})] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise ResultsError(f"{path} is not what an evaluation writes: pass --overwrite to start over")
     return content
 
 
 def _require_same(folder: Path, identity: dict, stored: dict, what: str) -> None:
-    before = stored.get("identity") or {}
+    before = stored.get("identity", {})
     for name, now in identity.items():
         if before.get(name) != now:
             raise ResultsError(
@@ -101,8 +117,8 @@ def _require_same(folder: Path, identity: dict, stored: dict, what: str) -> None
 def read_finished(partial: Path) -> dict[int, dict]:
     """Finished records by example index, from all files in `partial`, however many ranks wrote them.
 
-    A batch counts when all of its lines are there: what a crash left of one is generated again as a whole, so that a
-    continued run sees the same batches as an uninterrupted one.
+    A batch counts when all of its examples are there: what a crash left of one is generated again as a whole, so that
+    a continued run sees the same batches as an uninterrupted one. Lines that are no records are as good as lost.
     """
     finished = {}
     for shard in sorted(partial.glob("*.jsonl")):
@@ -110,28 +126,53 @@ def read_finished(partial: Path) -> dict[int, dict]:
         for line in shard.read_bytes().split(b"\n"):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # the empty end of the file, or a line cut short, which its batch then lacks
-            batches.setdefault((record["batch"], record["batch_size"]), []).append(record)
+            if isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
+                # By index, not as a list: a batch that was written twice is whole all the same.
+                batches.setdefault((record["batch"], record["batch_size"]), {})[record["index"]] = record
         for (_, size), records in batches.items():
             if len(records) == size:
-                finished.update((record["index"], record) for record in records)
+                finished.update(records)
     return finished
 
 
-def append_records(path: Path, records: list[dict]) -> None:
-    """Adds one batch's lines and returns when they are on disk.
+def open_shard(folder: Path, rank: int):
+    """Opens the file that takes one rank's finished examples; close it when the rank has generated its share.
+
+    It stays open: a rank that outlives its run then writes on into this very file, which the next run removes, and
+    never into the next run's.
 
     Raises:
-        ResultsError: when the disk refuses them.
+        ResultsError: when it cannot be opened.
     """
+    path = folder / PARTIAL / f"rank{rank}.jsonl"
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-            file.flush()
-            os.fsync(file.fileno())
+        # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
+        return open(path, "ab", buffering=0)
     except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from error
+        raise ResultsError(
+            f"cannot write {path} ({error.strerror}): --results_dir must be on a file system that all machines of the "
+            "run share"
+        ) from error
+
+
+def append_records(shard, records: list[dict]) -> None:
+    """Adds one batch's lines to a file of `open_shard` and returns when they are on disk.
+
+    Raises:
+        ResultsError: naming file and bytes when the disk refuses them.
+    """
+    left = data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    try:
+        while left:
+            left = left[shard.write(left) :]
+        os.fsync(shard.fileno())
+    except OSError as error:
+        raise ResultsError(
+            f"cannot write {shard.name} ({len(data)} bytes): {error.strerror or error}; what is finished is kept: the "
+            "same command continues"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +349,11 @@ def read_results(folder: str) -> dict:
         raise ResultsError(f"{folder} has no results.json: {hint}")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-        results["task"], results["form"], results["languages"].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = [name for name in ("task", "form") if not isinstance(results[name], str)]
+        wrong += [f"n of {name}" for name, one in results["languages"].items() if not isinstance(one["n"], int)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is of a wrong type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ResultsError(f"{file} is not the results of an evaluation: {type(error).__name__} {error}") from error
     return results
 
@@ -318,21 +362,26 @@ def read_predictions(folder: str, language: str) -> dict[str, dict]:
     """One language's predictions by item id.
 
     Raises:
-        ResultsError: naming file and line.
+        ResultsError: naming file and line, or both numbers where `results.json` counts other than are there.
     """
     file = Path(folder) / "predictions" / f"{language}.jsonl"
     if not file.is_file():
         raise ResultsError(f"{file} is missing although results.json counts that language")
     items = {}
     # Splitting on "\n" alone: outputs may hold characters that splitlines() takes for line ends.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line:
             continue
         try:
             item = json.loads(line)
+            if item["correct"] not in (True, False):
+                raise TypeError(f"correct is {item['correct']!r:.40}, not true or false")
             items[item["id"]] = {"source": item["source"], "answer": item["answer"], "correct": item["correct"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ResultsError(f"{file}:{number}: not a prediction ({type(error).__name__} {error})") from error
+    counted = read_results(folder)["languages"].get(language, {"n": len(items)})["n"]
+    if len(items) != counted:
+        raise ResultsError(f"{file} holds {len(items)} predictions but results.json counts {counted}: evaluate again")
     return items
 
 

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from baselines.parallel_input import add_arguments as add_parallel_arguments
+from interrupt_utils import FolderLock, watch_launcher
 from runtime_utils import (
     CommandParser,
     UserError,
@@ -534,13 +535,19 @@ def start_engine(plan: Plan):
     return vllm_engine.start(plan.llm_path, plan.precision, longest)
 
 
-def generate_share(model, engine, plan: Plan, batches: list[list[int]]) -> None:
-    """Generates this rank's batches, each (with vLLM: each chunk of them) on disk before the next begins."""
+def generate_share(model, engine, plan: Plan, batches: list[list[int]], shard) -> None:
+    """Generates this rank's batches, each (with vLLM: each chunk of them) on disk before the next begins.
+
+    Arguments:
+        shard: this rank's open file in the folder of unfinished results.
+
+    Raises:
+        UserError: out of GPU memory, naming what to lower, or when the disk refuses the answers.
+    """
     from tqdm import tqdm
 
-    from results_utils import PARTIAL, append_records
+    from results_utils import append_records
 
-    shard = plan.folder / PARTIAL / f"rank{rank()}.jsonl"
     total, done = sum(map(len, batches)), 0
     # A log file gets a line now and then, a terminal a live bar.
     interval = 0.1 if sys.stderr.isatty() else 30
@@ -584,7 +591,7 @@ def finish(plan: Plan, args: argparse.Namespace, generated_now: set[int], second
 
     partial = plan.folder / PARTIAL
     records = read_finished(partial)
-    missing = len(plan.examples) - len(records)
+    missing = sum(i not in records for i in range(len(plan.examples)))
     if missing:
         raise UserError(
             f"{missing} of {len(plan.examples)} answers are not in {partial}: --results_dir must be on a file system "
@@ -610,7 +617,7 @@ def finish(plan: Plan, args: argparse.Namespace, generated_now: set[int], second
     scores = "".join(f"{name}\t{one['accuracy']}\n" for name, one in results["languages"].items())
     write_text_atomic(plan.folder / "scores.tsv", scores)
     write_json_atomic(plan.folder / "results.json", results)
-    shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)  # the results are complete; what stays goes at the next start
     return results
 
 
@@ -768,8 +775,8 @@ def _cached_tokenizers(mt_path: str | None, llm_path: str):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
+    watch_launcher()
     args = build_parser().parse_args(argv)
-    from interrupt_utils import FolderLock
     from results_utils import compare_results, format_results, open_results
 
     if args.compare:
@@ -802,7 +809,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, dict]) -> dict | None:
-    """Generates what is not finished, merges on rank 0 and returns the results there."""
+    """Generates what is not finished, merges on rank 0 and returns the results there.
+
+    Raises:
+        UserError: out of memory, a full disk, or another process of the run that ended early.
+    """
+    from results_utils import open_shard
+
     remaining = [i for i in range(len(plan.examples)) if i not in finished]
     # Dealing out batches of falling length one by one gives every rank about the same work.
     batches = cut_evaluation(remaining, plan, args)[rank() :: world_size()]
@@ -812,10 +825,11 @@ def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, d
         where = f"{world_size()} processes" if world_size() > 1 else device.type
         where += " by vLLM" if plan.engine == "vllm" else ""
         log(f"{plan.task.name}, {plan.form}: generating {len(remaining)} answers in {plan.precision} on {where}")
-        model = together(load_model, plan, device, input_side_only=plan.engine == "vllm")
-        engine = together(start_engine, plan)
-        start = time.perf_counter()
-        generate_share(model, engine, plan, batches)
+        with together(open_shard, plan.folder, rank()) as shard:
+            model = together(load_model, plan, device, input_side_only=plan.engine == "vllm")
+            engine = together(start_engine, plan)
+            start = time.perf_counter()
+            generate_share(model, engine, plan, batches, shard)
     wait_for_all(everyone)
     seconds = time.perf_counter() - start
     return together(lambda: finish(plan, args, set(remaining), seconds) if is_main() else None)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import checkpoint_utils
 import runtime_utils
+from interrupt_utils import watch_launcher
 from runtime_utils import UserError, is_main, log, parse_bool, rank, together, warn, world_size
 from training_log import Recorder, draw_loss, peak_memory_gb, perplexity
 
@@ -660,7 +661,8 @@ def save_mapping(trainer: Trainer, folder: Path) -> None:
             trainer.engine.module.save_pretrained(folder, state)
             save_released(folder / RELEASED_FILE, state)
 
-    together(write)
+    with trainer.signals.saving():
+        together(write)
 
 
 def save_checkpoint(trainer: Trainer) -> None:
@@ -683,7 +685,8 @@ def save_checkpoint(trainer: Trainer) -> None:
                 trainer.plan.output_dir, trainer.step, tensors, state, trainer.args.save_total_limit
             )
 
-    together(write)
+    with trainer.signals.saving():
+        together(write)
 
 
 def identity(args, plan: Plan, data) -> dict:
@@ -901,6 +904,7 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the flags, trains one stage, writes its outputs; returns the exit code."""
+    watch_launcher()
     args = build_parser().parse_args(argv)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for a checkpoint; before the first step there is none to write
     if args.deterministic:

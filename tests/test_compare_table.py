@@ -28,7 +28,8 @@ def write_results(folder, correct, task="math_mgsm", parallel=None, source="ques
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"predictions/{language}.jsonl").write_text(text)
-    results = {"task": task, "form": "llm_only", "languages": dict.fromkeys(correct, {}), "parallel_input": parallel}
+    counts = {language: {"n": len(marks.replace(" ", ""))} for language, marks in correct.items()}
+    results = {"task": task, "form": "llm_only", "languages": counts, "parallel_input": parallel}
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
@@ -168,10 +169,8 @@ def test_ten_rows_and_sixteen_languages_fit_into_the_picture(tmp_path):
     ]
     flags = []
     for i in range(10):
-        write_results(tmp_path / str(i), dict.fromkeys(names, "1" * (i + 1) + "0" * 10))
-        for name in names:  # other lengths would be other items
-            file = tmp_path / str(i) / f"predictions/{name}.jsonl"
-            file.write_text("".join(file.read_text().splitlines(keepends=True)[:11]))
+        # Other lengths would be other items.
+        write_results(tmp_path / str(i), dict.fromkeys(names, ("1" * (i + 1) + "0" * 10)[:11]))
         flags += ["--row", f"method {i}={tmp_path / str(i)}"]
     found = table_of(tmp_path, *flags)
     assert len(found) == 10 * 13 and found["method 9", "nl"]["items"] == "11"

@@ -205,7 +205,8 @@ def write_results(folder, datas, code, correct):
     rows = [{"id": e.id, "source": e.source, "answer": e.target, "correct": e.id in correct} for e in examples]
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     (folder / f"predictions/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "results.json").write_text(json.dumps({"task": "math_mgsm", "form": "soft", "languages": {name: {}}}))
+    results = {"task": "math_mgsm", "form": "soft", "languages": {name: {"n": len(rows)}}}
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 def test_accuracy_on_all_clean_and_dirty_items(datas, tmp_path, capsys):

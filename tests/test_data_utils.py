@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -297,6 +298,18 @@ def build(tokenizers, cache, stage="augmentation", root=DATAS, **changes):
 
 def visible(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_a_full_disk_names_the_folder_the_bytes_and_what_to_do(tokenizers, tmp_path):
+    """A limit on file sizes stops a write in its middle, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(DataError, match=rf"cannot write .* to {tmp_path} \(\d+ bytes were written\): .*make room"):
+            build(tokenizers, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert visible(tmp_path) == set()
 
 
 def test_training_set_equals_tokenising_in_memory(tokenizers, tmp_path):

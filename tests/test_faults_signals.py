@@ -34,17 +34,16 @@ def processes(mark):
 
 
 class Launched:
-    """A training of two ranks that would run for very long, under the real launcher."""
+    """A command of two ranks that would run for very long, under the real launcher."""
 
-    def __init__(self, tmp_path, flags, name, ranks=2):
+    def __init__(self, tmp_path, program, flags, name):
         self.name, self.folder = name, tmp_path / "outputs" / name / "math/mapping"
         launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
-        flags = [*flags, "--epoch_num", "100000", "--eval_steps", "100000", "--logging_steps", "1", "--save_name", name]
-        command = [sys.executable, launcher, "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / program)]
         self.errors = tmp_path / f"{name}.err"
         with open(self.errors, "a") as errors:
             self.process = subprocess.Popen(
-                [*command, str(ROOT / "run_training.py"), *flags],
+                [*command, *flags, "--save_name", name],
                 cwd=tmp_path,
                 env=clean_environment(tmp_path),
                 stdout=subprocess.DEVNULL,
@@ -96,17 +95,24 @@ class Launched:
 
 
 @pytest.fixture
-def launch(tmp_path, flags):
-    """Starts long trainings and ends them whatever happens."""
+def start(tmp_path):
+    """Starts commands and ends them whatever happens."""
     started = []
 
-    def start(name, **options):
-        started.append(Launched(tmp_path, flags, name, **options))
+    def call(*command):
+        started.append(Launched(tmp_path, *command))
         return started[-1]
 
-    yield start
+    yield call
     for one in started:
         one.kill()
+
+
+@pytest.fixture
+def launch(start, flags):
+    """Starts long trainings."""
+    long = [*flags, "--epoch_num", "100000", "--eval_steps", "100000", "--logging_steps", "1"]
+    return lambda name: start("run_training.py", long, name)
 
 
 def assert_checkpoint_of_the_last_step(training):
@@ -118,8 +124,9 @@ def assert_checkpoint_of_the_last_step(training):
     return folder
 
 
-def test_sigusr1_writes_a_checkpoint_and_goes_on_then_sigterm_on_one_rank_ends_all_with_one(launch):
-    training = launch("usr1-term")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_sigusr1_writes_a_checkpoint_and_goes_on_then_a_stop_on_one_rank_ends_all_with_one(launch, number, code):
+    training = launch(f"usr1-{number.name}")
     training.wait_for_steps()
     os.kill(training.ranks()[1], signal.SIGUSR1)
     training.wait(lambda: list_checkpoints(training.folder), "checkpoint after SIGUSR1", 30)
@@ -127,17 +134,54 @@ def test_sigusr1_writes_a_checkpoint_and_goes_on_then_sigterm_on_one_rank_ends_a
     training.wait(lambda: training.lines() > lines + 2, "further steps", 30)
     first = list_checkpoints(training.folder)[0]
     started = time.monotonic()
-    os.kill(training.ranks()[1], signal.SIGTERM)
-    assert training.end() == 143, training.errors.read_text()[-4000:]
+    os.kill(training.ranks()[1], number)
+    assert training.end() == code, training.errors.read_text()[-4000:]
     assert time.monotonic() - started < 40
     assert assert_checkpoint_of_the_last_step(training).name > first.name
-    assert "ended by a signal" in training.errors.read_text()
+    errors = training.errors.read_text()
+    assert f"rank 1: signal {number.name}" in errors and "ended by a signal" in errors
 
 
-def test_sigint_on_the_process_group_ends_all_with_a_checkpoint(launch):
-    training = launch("int-group")
+SLOW_DISK = """
+import os, signal, sys, time
+import checkpoint_utils, interrupt_utils, run_training, runtime_utils
+
+interrupt_utils.PATIENCE_S = 2.0
+sync, train_step = checkpoint_utils.sync_folder, run_training.train_step
+
+def slow(path):
+    time.sleep(3)
+    sync(path)
+
+def stopped(trainer, *rest):
+    if trainer.step == 2:
+        checkpoint_utils.sync_folder = slow
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    return train_step(trainer, *rest)
+
+run_training.train_step = stopped
+runtime_utils.run_main(lambda: run_training.main(sys.argv[1:]))
+"""
+
+
+def test_a_checkpoint_on_a_slow_disk_is_written_to_its_end_after_a_stop(run, flags, tmp_path):
+    """The watchdog that ends a rank whose peers are gone once struck in the middle of the write."""
+    done = run(
+        sys.executable, "-c", SLOW_DISK, *flags, "--save_name", "slow", env={"PYTHONPATH": str(ROOT)}, timeout=120
+    )
+    assert done.returncode == 143, done.stderr[-2000:]
+    assert "ended by a signal at step 3" in done.stderr and "no progress" not in done.stderr
+    folder, skipped = newest_valid(tmp_path / "outputs/slow/math/mapping")
+    assert folder.name == "checkpoint-000003" and skipped == []
+    assert not list(folder.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_of_the_process_group_ends_all_with_a_checkpoint(launch, number):
+    training = launch(f"group-{number.name}")
     training.wait_for_steps()
-    os.killpg(training.process.pid, signal.SIGINT)
+    os.killpg(training.process.pid, number)
     training.end()
     assert_checkpoint_of_the_last_step(training)
 
@@ -154,16 +198,59 @@ def test_ranks_whose_launcher_is_gone_write_a_checkpoint_and_end(launch, who, nu
     assert_checkpoint_of_the_last_step(training)
 
 
-def test_a_second_run_is_refused_a_dead_rank_ends_the_others_and_the_lock_is_taken_over(launch, run, flags, tmp_path):
+def test_ranks_whose_launcher_is_killed_while_they_load_end(launch):
+    """Once they trained on with nobody to end them: the watch began with the first step."""
+    training = launch("gone-loading")
+    training.wait(lambda: len(training.ranks()) == 2, "ranks", 60)
+    maps = [Path(f"/proc/{pid}/maps") for pid in training.ranks()]
+    training.wait(lambda: all("libtorch" in one.read_text() for one in maps), "import of torch", 60)
+    for pid in (training.process.pid, training.node_launcher()):
+        os.kill(pid, signal.SIGKILL)
+    training.end(15)
+    assert "the launcher has gone" in training.errors.read_text()
+    assert not (training.folder / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("who", ["runner", "both"])
+def test_an_evaluation_whose_launcher_is_killed_ends_and_goes_on_when_started_again(
+    start, run, tmp_path, tiny_llm, datas, who
+):
+    """Its ranks once generated on, kept the folder locked, and could write into the next run's."""
+    flags = ["--task", "math_msvamp", "--llm_only", "--llm_path", tiny_llm, "--data_root", datas]
+    flags += ["--eval_batch_size", "1", "--max_new_tokens", "100"]
+    name = f"evaluation-{who}"
+    evaluation = start("run_evaluation.py", flags, name)
+    folder = tmp_path / "results" / name / "math_msvamp-llm_only"
+    shard = folder / ".partial/rank1.jsonl"
+    evaluation.wait(lambda: shard.is_file() and shard.stat().st_size, "answers", 120)
+    for pid in [evaluation.process.pid] + [evaluation.node_launcher()] * (who == "both"):
+        os.kill(pid, signal.SIGKILL)
+    evaluation.end(15)
+    assert not (folder / "results.json").exists(), "the evaluation was over before its launcher was killed"
+    assert "the launcher has gone" in evaluation.errors.read_text()
+    again = run(ROOT / "run_evaluation.py", *flags, "--save_name", name)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "continuing: " in again.stderr and sorted(entry.name for entry in folder.iterdir()) == [
+        *("predictions", "results.json", "scores.tsv")
+    ]
+
+
+def test_a_second_run_into_the_same_folder_is_refused_naming_host_and_process(launch, run, flags):
     training = launch("locked")
     training.wait_for_steps()
     second = run(ROOT / "run_training.py", *flags, "--save_name", "locked")
     assert second.returncode == 2, second.stderr[-2000:]
     message = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
     assert len(message) == 1 and f'"pid": {training.ranks()[0]}' in message[0] and "host" in message[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_other_and_the_same_command_takes_the_lock_over_and_resumes(launch, rank):
+    training = launch(f"dead-{rank}")
+    training.wait_for_steps()
     os.kill(training.ranks()[0], signal.SIGUSR1)
     training.wait(lambda: list_checkpoints(training.folder), "checkpoint", 30)
-    os.kill(training.ranks()[0], signal.SIGKILL)
+    os.kill(training.ranks()[rank], signal.SIGKILL)
     started = time.monotonic()
     assert training.end() != 0
     assert time.monotonic() - started < 60
@@ -171,7 +258,7 @@ def test_a_second_run_is_refused_a_dead_rank_ends_the_others_and_the_lock_is_tak
     assert "lost contact with another rank" in errors or "another rank must be gone" in errors, errors[-3000:]
     log = training.folder / "log.jsonl"
     before = log.stat().st_ino
-    again = launch("locked")
+    again = launch(f"dead-{rank}")
     # The resumed run replaces the log by its part up to the checkpoint before it goes on.
     again.wait(lambda: log.stat().st_ino != before, "log cut back", 90)
     assert "resumes from" in again.errors.read_text()

@@ -18,6 +18,7 @@ from results_utils import (
     format_results,
     mcnemar_exact,
     open_results,
+    open_shard,
     published_scores,
     read_finished,
 )
@@ -174,6 +175,48 @@ def test_comparison_names_file_and_line_of_a_broken_prediction(tmp_path):
         compare_results([a, b])
 
 
+BAD_PREDICTIONS = {
+    "deep": b"[" * 100_000,
+    "not UTF-8": b'{"id": "th-1", "source": "\xff", "answer": "1", "correct": true}',
+    "no truth value": b'{"id": "th-1", "source": "question", "answer": "1", "correct": "yes"}',
+    "a list as id": b'{"id": [], "source": "question", "answer": "1", "correct": true}',
+}
+
+
+@pytest.mark.parametrize("line", BAD_PREDICTIONS.values(), ids=BAD_PREDICTIONS.keys())
+def test_comparison_refuses_hostile_predictions_in_one_line(tmp_path, line):
+    folders = [make_results(tmp_path / name, {"Thai": {"th-1": True}}) for name in "ab"]
+    (tmp_path / "b/predictions/Thai.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ResultsError, match="Thai.jsonl:1: not a prediction"):
+        compare_results(folders)
+
+
+def test_comparison_refuses_a_lost_prediction(tmp_path):
+    folders = [make_results(tmp_path / name, {"Thai": {"th-1": True, "th-2": True}}) for name in "ab"]
+    file = tmp_path / "b/predictions/Thai.jsonl"
+    file.write_bytes(file.read_bytes().split(b"\n")[0] + b"\n")
+    with pytest.raises(ResultsError, match=r"b/.*Thai.jsonl holds 1 predictions but results.json counts 2"):
+        compare_results(folders)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"task": "math_mgsm", "form": "soft", "languages": {"Thai": {}}}',
+        '{"task": "math_mgsm", "form": "soft", "languages": {"Thai": {"n": "1"}}}',
+        '{"task": "math_mgsm", "form": [], "languages": {"Thai": {"n": 1}}}',
+        "\u00e9",
+    ],
+)
+def test_comparison_refuses_hostile_results_in_one_line(tmp_path, content):
+    folders = [make_results(tmp_path / name, {"Thai": {"th-1": True}}) for name in "ab"]
+    (tmp_path / "b/results.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ResultsError, match="b/results.json is not the results of an evaluation") as caught:
+        compare_results(folders)
+    assert "\n" not in str(caught.value)
+
+
 def test_table_shows_what_a_reader_needs():
     one = {"n": 4, "accuracy": 75.0, "interval": [25.0, 100.0]}
     results = {
@@ -201,34 +244,82 @@ def test_table_shows_what_a_reader_needs():
 
 
 def batch(*indices):
-    return [{"index": i, "output": f"{i}", "batch": indices[0], "batch_size": len(indices)} for i in indices]
+    whole = {"generated_tokens": 1, "hit_limit": False, "batch": indices[0], "batch_size": len(indices)}
+    return [{"index": i, "output": f"{i}", **whole} for i in indices]
 
 
-def test_only_whole_batches_count_as_finished_wherever_the_crash_cut(tmp_path):
+def append(partial, rank, *batches):
+    """Writes batches as that rank would; returns its file."""
+    with open_shard(partial.parent, rank) as shard:
+        for records in batches:
+            append_records(shard, records)
+    return partial / f"rank{rank}.jsonl"
+
+
+@pytest.fixture
+def partial(tmp_path):
+    """The folder of an unfinished evaluation's records."""
+    (tmp_path / results_utils.PARTIAL).mkdir()
+    return tmp_path / results_utils.PARTIAL
+
+
+def test_only_whole_batches_count_as_finished_wherever_the_crash_cut(partial):
     """A batch half on disk must be generated again as a whole, or padding would differ from an uninterrupted run."""
-    shard = tmp_path / "rank0.jsonl"
-    append_records(shard, batch(5, 2))
+    shard = append(partial, 0, batch(5, 2))
     whole = shard.stat().st_size
-    append_records(shard, batch(7, 1, 3))
+    append(partial, 0, batch(7, 1, 3))
     content = shard.read_bytes()
-    append_records(tmp_path / "rank1.jsonl", batch(4, 0))
+    append(partial, 1, batch(4, 0))
     for size in range(whole, len(content)):
         shard.write_bytes(content[:size])
         expected = {5, 2, 4, 0} | ({7, 1, 3} if size == len(content) - 1 else set())  # only the last "\n" is missing
-        assert read_finished(tmp_path).keys() == expected
+        assert read_finished(partial).keys() == expected
+
+
+def test_a_batch_written_twice_is_whole_and_one_with_a_line_twice_is_not(partial):
+    append(partial, 0, batch(5, 2), batch(5, 2))
+    append(partial, 1, batch(4, 0)[:1], batch(4, 0)[:1])
+    assert read_finished(partial).keys() == {5, 2}
+
+
+@pytest.mark.parametrize(
+    "line", ["1", "{}", "[]", "null", "[" * 100_000, '{"index": 1, "batch": [], "batch_size": {}}', "\xff"]
+)
+def test_a_line_that_is_no_record_is_as_good_as_lost(partial, line):
+    shard = append(partial, 0, batch(5, 2))
+    with open(shard, "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    append(partial, 0, batch(7))
+    assert read_finished(partial).keys() == {5, 2, 7}
+
+
+def test_a_rank_that_outlives_its_run_writes_nothing_into_the_next_ones_folder(tmp_path):
+    open_results(tmp_path, {"--limit": 1}, 9, overwrite=False)
+    with open_shard(tmp_path, 1) as of_the_dead_run:
+        open_results(tmp_path, {"--limit": 2}, 9, overwrite=True)
+        append_records(of_the_dead_run, batch(1))
+    assert read_finished(tmp_path / results_utils.PARTIAL) == {}
+
+
+def test_a_full_disk_names_file_and_bytes(partial, tmp_path):
+    no_space = pytest.raises(ResultsError, match=r"cannot write /dev/full \(\d\d+ bytes\): No space left")
+    with open("/dev/full", "ab", buffering=0) as full, no_space:
+        append_records(full, batch(1))
+    with pytest.raises(ResultsError, match=r"cannot write .*rank0.jsonl \(No such file"):
+        open_shard(tmp_path / "absent", 0)
 
 
 def test_reopening_leaves_no_cut_line_for_new_ones_to_follow(tmp_path):
     """A line appended to one without its end would be lost, and then be generated for ever."""
     assert open_results(tmp_path, {"--limit": 1}, 9, overwrite=False) == (None, {})
     partial = tmp_path / results_utils.PARTIAL
-    append_records(partial / "rank0.jsonl", batch(5, 2))
+    append(partial, 0, batch(5, 2))
     with open(partial / "rank0.jsonl", "a") as file:
         file.write('{"index": 7, "outp')
     for _ in range(2):
         results, finished = open_results(tmp_path, {"--limit": 1}, 9, overwrite=False)
         assert results is None and finished.keys() == {5, 2}
-        append_records(partial / "rank0.jsonl", batch(1))
+        append(partial, 0, batch(1))
         assert read_finished(partial).keys() == {1, 2, 5}
         (partial / "rank0.jsonl").unlink()
 
@@ -245,9 +336,27 @@ def test_another_identity_is_refused_by_name_and_loses_nothing(tmp_path, state):
     assert open_results(tmp_path, {"--task": "xnli", "--limit": 2}, 9, overwrite=True) == (None, {})
 
 
+@pytest.mark.parametrize("state", ["unfinished", "finished"])
+def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path, state):
+    open_results(tmp_path, {}, 9, overwrite=False)
+    (tmp_path / "predictions").mkdir()
+    expected = {".notes.tmp", "predictions"}
+    if state == "finished":  # and .partial was not removed any more
+        (tmp_path / "results.json").write_text('{"identity": {}}')
+        expected |= {"results.json"}
+    else:
+        expected |= {results_utils.PARTIAL}
+    names = (".results.json.1.tmp", ".scores.tsv.1.tmp", "predictions/.Thai.jsonl.1.tmp", ".partial/.run.json.1.tmp")
+    for name in (*names, ".notes.tmp"):
+        (tmp_path / name).write_text("{")
+    open_results(tmp_path, {}, 9, overwrite=False)
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert not [path for path in tmp_path.glob("*/*") if path.suffix == ".tmp"]
+
+
 def test_overwrite_leaves_what_is_not_an_evaluations(tmp_path):
     open_results(tmp_path, {}, 9, overwrite=False)
-    append_records(tmp_path / results_utils.PARTIAL / "rank0.jsonl", batch(1))
+    append(tmp_path / results_utils.PARTIAL, 0, batch(1))
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "Thai.jsonl").write_text("{}\n")
     (tmp_path / "notes.txt").write_text("mine")
@@ -260,5 +369,14 @@ def test_unreadable_state_is_one_line(tmp_path):
     with pytest.raises(ResultsError, match="results.json cannot be read.*--overwrite"):
         open_results(tmp_path, {}, 9, overwrite=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResultsError, match="cannot use the results folder"):
+    with pytest.raises(ResultsError, match="cannot use the results folder .*file/xnli: Not a directory"):
         open_results(tmp_path / "file" / "xnli", {}, 9, overwrite=False)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"identity": [1]}', '{"identity": {}, "versions": [1]}'])
+@pytest.mark.parametrize("name", ["results.json", ".partial/run.json"])
+def test_hostile_state_is_one_line(tmp_path, name, content):
+    open_results(tmp_path, {}, 9, overwrite=False)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ResultsError, match=f"{name} (cannot be read|is not what an evaluation writes).*--overwrite"):
+        open_results(tmp_path, {}, 9, overwrite=False)

@@ -401,6 +401,58 @@ def test_a_crash_while_merging_loses_no_answer(evaluate, tmp_path, monkeypatch):
     assert "mean" in out
 
 
+KILLED_MERGE = """
+import os, signal, sys
+import run_evaluation, runtime_utils
+
+name, number, finish = sys.argv[1], int(sys.argv[2]), run_evaluation.finish
+call, calls = getattr(os, name), []
+
+def counted(*arguments, **named):
+    calls.append(arguments)
+    if len(calls) == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(*arguments, **named)
+
+def armed(*arguments):
+    setattr(os, name, counted)
+    return finish(*arguments)
+
+run_evaluation.finish = armed
+runtime_utils.run_main(lambda: run_evaluation.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_point_of_the_merge_loses_no_answer_and_leaves_no_litter(
+    evaluate, world, datas, tmp_path, monkeypatch
+):
+    """Three files of predictions, scores.tsv, results.json, and then .partial goes."""
+    evaluate(*FEW, "--results_dir", "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_evaluation, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        evaluate(*FEW, "--results_dir", "generated")
+    monkeypatch.setattr(run_evaluation, "load_model", None)
+    for point in (("replace", 2), ("replace", 5), ("unlink", 1), ("rmdir", 1)):
+        parts = f"parts-{point[0]}-{point[1]}"
+        shutil.copytree(tmp_path / "generated", tmp_path / parts)
+        flags = [*FEW, "--init_checkpoint", world.folder, "--data_root", datas, "--results_dir", parts]
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED_MERGE, *map(str, point), *flags],
+            cwd=tmp_path,
+            env=clean_environment(tmp_path) | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr[-2000:])
+        folder = tmp_path / parts / "MindMerger/math_mgsm"
+        assert (folder / ".partial").is_dir()
+        assert (folder / "results.json").is_file() == (point[0] != "replace")
+        evaluate(*FEW, "--results_dir", parts)
+        assert outcome(folder) == outcome(tmp_path / "whole/MindMerger/math_mgsm"), point
+
+
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
 def test_changed_arguments_are_refused_by_name(evaluate, tmp_path, monkeypatch, state, world, datas):
     if state == "finished":

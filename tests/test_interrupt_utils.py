@@ -1,0 +1,136 @@
+"""The launcher watch, the watchdog's patience, ignored signals, the lock on a folder, the README's table of faults."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, clean_environment
+
+import interrupt_utils
+from interrupt_utils import FolderLock
+from runtime_utils import UserError
+
+# A stand-in for DeepSpeed's node launcher: the file's name makes its command line look like it.
+LAUNCHER = """
+import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+WATCHED = "import interrupt_utils as i, time; i.watch_launcher(); print('watching', flush=True); time.sleep(60)"
+
+
+def is_running(pid):
+    """Whether the process lives, zombies aside."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def orphaned(tmp_path, environment):
+    """A process that watches its launcher, after that launcher was killed: its pid, and how to read its errors."""
+    launcher = tmp_path / "deepspeed.launcher.launch.py"
+    launcher.write_text(LAUNCHER)
+    with open(tmp_path / "errors", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(launcher), WATCHED],
+            env=clean_environment() | {"PYTHONPATH": str(ROOT)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    lines = {process.stdout.readline().strip(), process.stdout.readline().strip()}
+    assert "watching" in lines
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    return int((lines - {"watching"}).pop())
+
+
+def test_a_rank_whose_launcher_is_killed_before_anything_is_loaded_ends_and_says_why(tmp_path):
+    """Once the watch came with the training loop only, and ranks that were loading models stayed behind for ever."""
+    pid = orphaned(tmp_path, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CROSS_RANK": "0"})
+    end = time.monotonic() + 10
+    while is_running(pid):
+        assert time.monotonic() < end, "the rank outlived its launcher"
+        time.sleep(0.05)
+    assert "rank 1: the launcher has gone" in (tmp_path / "errors").read_text()
+
+
+def test_a_run_without_a_launcher_outlives_the_shell_that_started_it(tmp_path):
+    """nohup python run_training.py &"""
+    pid = orphaned(tmp_path, {})
+    time.sleep(4 * interrupt_utils.POLL_S)
+    assert is_running(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_launcher_that_was_gone_before_the_first_look_is_gone(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    watch = interrupt_utils.LauncherWatch()
+    watch.hand_over()
+    assert not watch.is_gone()  # in a container the launcher may be process 1
+    monkeypatch.setenv("CROSS_RANK", "0")  # but DeepSpeed's is known by its command line
+    watch = interrupt_utils.LauncherWatch()
+    watch.hand_over()
+    assert watch.is_gone()
+
+
+def with_signals(code, patience=20.0):
+    """Runs code in a process that listens, with a watchdog of so many seconds."""
+    head = f"import os, signal, time, interrupt_utils as i; i.PATIENCE_S = {patience}; s = i.Signals()\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + code],
+        env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_watchdog_lets_a_slow_write_end_and_then_ends_what_hangs():
+    slow = "with s.saving(): time.sleep(2); print('written', flush=True)\ntime.sleep(30)"
+    done = with_signals(f"os.kill(os.getpid(), signal.SIGTERM)\n{slow}", patience=0.5)
+    assert done.stdout == "written\n" and done.returncode == 143, done.stderr
+    assert "no progress for 0 s after signal SIGTERM" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_stop_says_its_reason_and_leaves_its_code(number, code):
+    wait = "while not s.stop_code: time.sleep(0.01)"
+    done = with_signals(f"os.kill(os.getpid(), signal.{number})\n{wait}\ns.close()\nraise SystemExit(s.stop_code)")
+    assert done.returncode == code
+    assert done.stderr == f"rank 0: signal {number}: ending after this step, with a checkpoint\n"
+
+
+def test_sigusr1_after_the_end_of_a_run_does_not_kill_it():
+    done = with_signals("s.close(); os.kill(os.getpid(), signal.SIGUSR1); print('alive')")
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(interrupt_utils.fcntl, "lockf", refuse)
+    with pytest.raises(UserError, match=r"cannot lock .*/\.lock: No locks available: use a folder on a file system"):
+        FolderLock(tmp_path)
+
+
+def test_every_row_of_what_it_survives_names_tests_that_exist():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What it survives")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1])
+        assert names, row
+        for name in names:
+            assert f"def {name}(" in tests, name
