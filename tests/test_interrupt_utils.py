@@ -22,7 +22,17 @@ rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
 print(rank.pid, flush=True)
 time.sleep(60)
 """
-WATCHED = "import interrupt_utils as i, time; i.watch_launcher(); print('watching', flush=True); time.sleep(60)"
+# A rank with a child process, as tokenising has them.
+WATCHED = """
+import multiprocessing, time
+import interrupt_utils
+
+interrupt_utils.watch_launcher()
+child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+child.start()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
 
 
 def is_running(pid):
@@ -35,7 +45,7 @@ def is_running(pid):
 
 
 def orphaned(tmp_path, environment):
-    """A process that watches its launcher, after that launcher was killed: its pid, and how to read its errors."""
+    """Pids of a process that watches its launcher, and of its child, after that launcher was killed."""
     launcher = tmp_path / "deepspeed.launcher.launch.py"
     launcher.write_text(LAUNCHER)
     with open(tmp_path / "errors", "w") as errors:
@@ -46,30 +56,30 @@ def orphaned(tmp_path, environment):
             stderr=errors,
             text=True,
         )
-    lines = {process.stdout.readline().strip(), process.stdout.readline().strip()}
-    assert "watching" in lines
+    pids = [int(process.stdout.readline()) for _ in range(2)]
     process.kill()
     process.wait()
     process.stdout.close()
-    return int((lines - {"watching"}).pop())
+    return pids
 
 
-def test_a_rank_whose_launcher_is_killed_before_anything_is_loaded_ends_and_says_why(tmp_path):
+def test_a_rank_whose_launcher_is_killed_before_anything_is_loaded_ends_with_its_children_and_says_why(tmp_path):
     """Once the watch came with the training loop only, and ranks that were loading models stayed behind for ever."""
-    pid = orphaned(tmp_path, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CROSS_RANK": "0"})
+    pids = orphaned(tmp_path, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CROSS_RANK": "0"})
     end = time.monotonic() + 10
-    while is_running(pid):
-        assert time.monotonic() < end, "the rank outlived its launcher"
+    while any(map(is_running, pids)):
+        assert time.monotonic() < end, "the rank or its child outlived its launcher"
         time.sleep(0.05)
     assert "rank 1: the launcher has gone" in (tmp_path / "errors").read_text()
 
 
 def test_a_run_without_a_launcher_outlives_the_shell_that_started_it(tmp_path):
     """nohup python run_training.py &"""
-    pid = orphaned(tmp_path, {})
+    pids = orphaned(tmp_path, {})
     time.sleep(4 * interrupt_utils.POLL_S)
-    assert is_running(pid)
-    os.kill(pid, signal.SIGKILL)
+    assert all(map(is_running, pids))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_launcher_that_was_gone_before_the_first_look_is_gone(monkeypatch):
