@@ -183,7 +183,32 @@ def check_arguments(args) -> Plan:
     )
     if plan.init_file is not None:
         check_mapping(plan.init_file, config_of_models(args.mt_path, args.llm_path))
+    refuse_to_remove_the_start(args, plan)
     return plan
+
+
+def refuse_to_remove_the_start(args, plan: Plan) -> None:
+    """Makes sure that what the run is to start from survives what the run removes and writes.
+
+    Raises:
+        UserError: for a checkpoint to resume from in a run that starts over, and for an initial mapping in the run's
+            own output folder, where each new best mapping replaces it.
+    """
+    if args.overwrite_output_dir and args.resume_from_checkpoint != "auto":
+        raise UserError(
+            "--overwrite_output_dir starts over and --resume_from_checkpoint goes on from "
+            f"{args.resume_from_checkpoint}: leave one of them out"
+        )
+    if plan.init_file is None:
+        return
+    # Both as written and behind its links: starting over may remove either.
+    places = (Path(os.path.abspath(plan.init_file)), Path(plan.init_file).resolve())
+    folders = (Path(os.path.abspath(plan.output_dir)), plan.output_dir.resolve())
+    if any(place.is_relative_to(folder) for place in places for folder in folders):
+        raise UserError(
+            f"the mapping to start from, {plan.init_file}, lies in this run's own output folder {plan.output_dir}, "
+            "which the run overwrites: copy it elsewhere, or use another --save_name"
+        )
 
 
 def settle_accumulation(args) -> int:

@@ -148,6 +148,31 @@ def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
     assert "--train_batch_size was 8, from here on 4" in results[-1]["printed"]
 
 
+def files_of(folder):
+    """Every file below a folder with its content."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_starting_over_never_removes_what_the_run_was_told_to_start_from(run, flags, tmp_path):
+    """The folder used to be emptied first, and only then was the checkpoint or the mapping found missing."""
+    argv = named(flags, "kept", "--max_steps", "3")
+    assert run_many(run, tmp_path, [argv])[0]["code"] == 0
+    folder = outputs(tmp_path, "kept")
+    (tmp_path / "link").symlink_to(folder / "last")
+    before = files_of(folder)
+    cases = [
+        ["--resume_from_checkpoint", str(folder / "checkpoint-000003")],
+        ["--init_checkpoint", str(folder)],
+        ["--init_checkpoint", "outputs/kept/../kept/math/mapping/pytorch_model.bin"],
+        ["--init_checkpoint", str(tmp_path / "link")],
+    ]
+    results = run_many(run, tmp_path, [[*argv, "--overwrite_output_dir", *case] for case in cases])
+    for case, result in zip(cases, results, strict=True):
+        assert result["code"] == 2 and case[0].replace("init_checkpoint", "save_name") in result["error"], result
+    assert files_of(folder) == before
+
+
 # -- checkpoints on disk
 
 
