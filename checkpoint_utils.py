@@ -29,6 +29,9 @@ def checkpoint_path(output_dir, step: int) -> Path:
 def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: int | None) -> Path:
     """Writes one checkpoint and then prunes older ones beyond `keep`. Call it on rank 0 only.
 
+    Checkpoints of later steps are of a course that was abandoned when an earlier one was resumed from. They go once
+    the new one is whole: the newest folder is what the next start takes.
+
     Arguments:
         tensors: name to CPU tensor.
         state: a JSON value with everything that is no tensor.
@@ -48,8 +51,9 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
         files = {name: describe_file(temporary / name) for name in (TENSORS, STATE)}
         write_json_atomic(temporary / MANIFEST, {"files": files})
         sync_folder(temporary)
-        if final.exists():
-            discard(final)  # left by an earlier run that went further than the checkpoint this one resumed from
+        # Before the rename: a kill after it would leave two courses, of which the next start took the abandoned one.
+        for abandoned in later_checkpoints(output_dir, step - 1):
+            discard(abandoned)
         os.replace(temporary, final)
         sync_folder(final.parent)
     except OSError as error:
@@ -111,6 +115,11 @@ def list_checkpoints(output_dir) -> list[Path]:
         return []
     found = [entry for entry in Path(output_dir).iterdir() if entry.is_dir() and NAME.fullmatch(entry.name)]
     return sorted(found, key=lambda entry: int(NAME.fullmatch(entry.name)[1]), reverse=True)
+
+
+def later_checkpoints(output_dir, step: int) -> list[Path]:
+    """Checkpoint folders of steps after `step`, newest first."""
+    return [folder for folder in list_checkpoints(output_dir) if int(NAME.fullmatch(folder.name)[1]) > step]
 
 
 def fault_of(folder) -> str | None:

@@ -772,6 +772,10 @@ def read_resumable(args, plan: Plan, data) -> tuple:
                 f"--allow_changed {name} to go on with the new value, or --overwrite_output_dir to start over"
             )
         log(f"--{name} was {before}, from here on {value}")
+    later = checkpoint_utils.later_checkpoints(plan.output_dir, state["step"])
+    if later:
+        names = ", ".join(entry.name for entry in later)
+        warn(f"goes on from step {state['step']}: the first new checkpoint replaces {names}")
     return folder, tensors, state
 
 

@@ -190,6 +190,7 @@ def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one
         folder = tmp_path / str(points)
         folder.mkdir()
         small_checkpoint(folder, 1)
+        small_checkpoint(folder, 7)
         child = os.fork()
         if child == 0:
             count = [0]
@@ -213,6 +214,8 @@ def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one
         assert skipped == []
         step = int(found.name[-6:])
         assert checkpoint_utils.read_checkpoint(found)[0]["mapping.w"].tolist() == [float(step)] * 50
+        # Step 7 is of a course that was abandoned for step 1: it never outlives the first checkpoint of the new one.
+        assert step != 7 or not (folder / "checkpoint-000002").exists()
         checkpoint_utils.remove_leftovers(folder)
         assert all(fault_of(entry) is None for entry in folder.iterdir())
         # A restart writes the same step again over whatever is there.
@@ -236,6 +239,21 @@ def test_kill_9_in_mid_run_and_in_a_checkpoint_write_goes_on_exactly(run, flags,
     assert "resumes from" in done.stderr
     assert_same_run(outputs(tmp_path, "whole"), outputs(tmp_path, "cut"))
     assert not list(outputs(tmp_path, "cut").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_resume_from_an_older_checkpoint_keeps_the_new_work_and_drops_the_abandoned(run, flags, tmp_path):
+    """The abandoned checkpoint had the higher number: it was kept, resumed from, and the new one pruned at once."""
+    argv = named(flags, "turned", "--max_steps", "7")
+    older = outputs(Path(), "turned") / "checkpoint-000003"
+    turned = [*argv, "--resume_from_checkpoint", str(older), "--lr", "2e-2", "--allow_changed", "lr"]
+    turned += ["--save_total_limit", "1"]
+    after = [*argv, "--lr", "2e-2"]
+    first, second, third = run_many(run, tmp_path, [stopped_at(argv, 6), stopped_at(turned, 5), after])
+    assert [first["code"], second["code"], third["code"]] == [143, 143, 0], (second, third)
+    assert "the first new checkpoint replaces checkpoint-000006" in second["printed"]
+    assert "resumes from outputs/turned/math/mapping/checkpoint-000005 at step 5" in third["printed"]
+    assert read_log(outputs(tmp_path, "turned"), "lr") == [1e-2] * 3 + [2e-2] * 4
 
 
 def cut_short(file):
