@@ -913,7 +913,7 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
         trainer = build_trainer(args, plan, device, tokenizers, data, split, checkpoint)
         record = Recorder(args, plan.output_dir)
         together(write_settings, args, plan, data)
-        together(record.cut_back, trainer.step)
+        together(record.cut_back, trainer.step, trainer.evaluation_due)
         trainer.engine.train()
         together(probe_memory, trainer)
         trainer.signals = Signals()

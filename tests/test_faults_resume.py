@@ -79,6 +79,21 @@ def test_losses_after_a_stop_equal_an_uninterrupted_run(run, flags, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_evaluation_made_up_for_stands_once_in_the_log_however_often_the_run_is_resumed(run, flags, tmp_path):
+    """Its checkpoint says that the evaluation is due, also after it has been made: at step 4 before a kill, and at the
+    last step."""
+    driver, short = ROOT / "tests/drivers/killed.py", ["--max_steps", "7", "--save_steps", "100"]
+    whole, cut, ended = (named(flags, name, *short) for name in ("whole", "cut", "ended"))
+    # The signal strikes in the step whose evaluation is due: that evaluation is then cut short.
+    first = run_many(run, tmp_path, [whole, stopped_at(cut, 4), stopped_at(ended, 7), ended])
+    assert [result["code"] for result in first] == [0, 143, 143, 0], first
+    assert run(driver, "train_step:5", *cut).returncode == -signal.SIGKILL
+    assert [result["code"] for result in run_many(run, tmp_path, [cut, ended])] == [0, 0]
+    for name in ("cut", "ended"):
+        assert exact_log(outputs(tmp_path, name)) == exact_log(outputs(tmp_path, "whole"))
+
+
+@pytest.mark.slow
 def test_resume_is_exact_at_every_zero_stage_with_two_ranks_and_in_stage_2(run, flags, tmp_path):
     runs, names = [], []
     for preset in ("ds_zero0", "ds_zero1", "ds_zero2", "ds_zero3"):
