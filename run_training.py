@@ -28,7 +28,9 @@ EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
 # Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
 CHANGEABLE = {"train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_tokens", "epoch_num", "max_steps"}
-CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm"}
+CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
+# Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
+LATER_ENTRIES = {"init_checkpoint", "languages", "train_num", "max_seq_len", "max_gen_len"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,6 +117,7 @@ class Plan:
     config: dict
     output_dir: Path
     init_file: str | None
+    init_hash: str | None
     models: tuple[str, str]
 
 
@@ -171,6 +174,9 @@ def check_arguments(args) -> Plan:
     check_speed_options(args, zero_stage(config))
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
     check_reporting(args.report_to)
+    init_file = find_initial_mapping(args, output_dir)
+    if init_file is not None:
+        check_mapping(init_file, config_of_models(args.mt_path, args.llm_path))
     plan = Plan(
         task=task,
         languages=parse_languages(args.languages) if args.languages else None,
@@ -178,11 +184,10 @@ def check_arguments(args) -> Plan:
         accumulation=accumulation,
         config=config,
         output_dir=output_dir,
-        init_file=find_initial_mapping(args, output_dir),
+        init_file=init_file,
+        init_hash=checkpoint_utils.describe_file(Path(init_file))["sha256"][:16] if init_file else None,
         models=(model_fingerprint(args.llm_path), model_fingerprint(args.mt_path)),
     )
-    if plan.init_file is not None:
-        check_mapping(plan.init_file, config_of_models(args.mt_path, args.llm_path))
     refuse_to_remove_the_start(args, plan)
     return plan
 
@@ -718,13 +723,19 @@ def identity(args, plan: Plan, data) -> dict:
         "stage_name": args.stage_name,
         "augmentation": plan.with_prompt,
         "seed": args.seed,
-        "data": data.fingerprint,
         "llm": plan.models[0],
         "encoder": plan.models[1],
         "precision": args.precision,
         "dev_size": args.dev_size,
+        # These make other data too; before its hash, so that the difference has a name.
+        "languages": [language.code for language in plan.languages] if plan.languages else None,
+        "train_num": args.train_num,
+        "max_seq_len": args.max_seq_len,
+        "max_gen_len": args.max_gen_len,
+        "data": data.fingerprint,
     }
-    return fixed | {name: getattr(args, name) for name in sorted(CHANGEABLE)}
+    # Not the initial mapping's path: another file may stand there, and the same one elsewhere.
+    return fixed | {name: getattr(args, name) for name in sorted(CHANGEABLE)} | {"init_checkpoint": plan.init_hash}
 
 
 def start_over(output_dir: Path) -> None:
@@ -759,12 +770,13 @@ def read_resumable(args, plan: Plan, data) -> tuple:
     tensors, state = checkpoint_utils.read_checkpoint(folder)
     for name, value in identity(args, plan, data).items():
         before = state["identity"].get(name)
-        if before == value:
+        if before == value or name in LATER_ENTRIES and name not in state["identity"]:
             continue
         if name not in CHANGEABLE:
+            hint = " - a file, a template or a tokenizer has changed" if name == "data" else ""
             raise UserError(
-                f"{folder} was trained with another {name} ({before!r}, this run has {value!r}): use the same, or "
-                "another --save_name, or --overwrite_output_dir to start over"
+                f"{folder} was trained with another {name} ({before!r}, this run has {value!r}{hint}): use the same, "
+                "or another --save_name, or --overwrite_output_dir to start over"
             )
         if name not in args.allow_changed:
             raise UserError(

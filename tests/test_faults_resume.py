@@ -134,21 +134,33 @@ def test_another_world_size_or_zero_stage_continues_with_the_same_global_batches
 def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
     run, flags, tiny_llm, tiny_encoder, datas, tmp_path
 ):
-    from conftest import make_tiny_llm
+    from conftest import make_tiny_encoder, make_tiny_llm
 
     other_data = Path(shutil.copytree(datas, tmp_path / "data"))
     pairs = other_data / "bilingual_pairs/en-sw/train_100k.sw"
     pairs.write_text(pairs.read_text().replace("a", "o", 1))
     other_llm = make_tiny_llm(tmp_path / "llm", seed=9)
+    other_encoder = make_tiny_encoder(tmp_path / "mt5", seed=9)
     base = named(flags, "base", "--max_steps", "3")
     save = [base, stopped_at([*base, "--save_name", "signal"], 2)]
+    # Another task or stage has another output folder: only an explicit path can bring its checkpoint there.
+    explicit = ["--resume_from_checkpoint", str(outputs(Path(), "base") / "checkpoint-000003")]
+    mapping = str(outputs(Path(), "base") / "mapping.safetensors")
     cases = [
-        (["--seed", "1"], "seed"),
-        (["--data_root", str(other_data)], "data"),
-        (["--llm_path", other_llm], "llm"),
-        (["--dev_size", "6"], "dev_size"),
-        (["--precision", "bf16"], "precision"),
-        (["--augmentation", "True"], "augmentation"),
+        (["--seed", "1"], "another seed"),
+        (["--data_root", str(other_data)], "another data"),
+        (["--llm_path", other_llm], "another llm"),
+        (["--mt_path", other_encoder], "another encoder"),
+        (["--dev_size", "6"], "another dev_size"),
+        (["--precision", "bf16"], "another precision"),
+        (["--augmentation", "True"], "another augmentation"),
+        (["--languages", "Swahili,Thai"], "another languages (None, this run has ['sw', 'th'])"),
+        (["--train_num", "11"], "another train_num (100000, this run has 11)"),
+        (["--max_seq_len", "59"], "another max_seq_len"),
+        (["--max_gen_len", "79"], "another max_gen_len"),
+        (["--task", "x-csqa", *explicit], "another task ('math', this run has 'x-csqa')"),
+        (["--stage_name", "augmentation", "--init_checkpoint", "none", *explicit], "another stage_name"),
+        (["--save_name", "initial", "--init_checkpoint", mapping, *explicit], "--allow_changed init_checkpoint"),
         (["--train_batch_size", "4"], "--allow_changed train_batch_size"),
         (["--lr", "0.5"], "--allow_changed lr"),
     ]
