@@ -85,8 +85,28 @@ def _refuse_unknown(given: dict, known: set[str], where: str) -> None:
             raise UserError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
 
+def gradient_clipping(config: dict, flag: float | None) -> float:
+    """The norm at which gradients are clipped: --max_grad_norm, else the user's JSON, else 1.
+
+    Raises:
+        UserError: when the two contradict each other, or the JSON's is no number above 0.
+    """
+    given = config.get("gradient_clipping", "auto")
+    if given == "auto":
+        return 1.0 if flag is None else flag
+    if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
+        raise UserError(
+            "DeepSpeed config: gradient_clipping must be 'auto' or a number above 0 (a large one to clip nothing), "
+            f"not {given!r}"
+        )
+    if flag not in (None, given):
+        raise UserError(f"DeepSpeed config says gradient_clipping {given}, the command line {flag} (--max_grad_norm)")
+    return float(given)
+
+
 def effective_config(config: dict, batch_size: int, micro_batch_size: int, accumulation: int, clip: float) -> dict:
-    """The JSON that DeepSpeed really gets: the user's, completed from the command line.
+    """The JSON that DeepSpeed really gets: the user's, completed from the command line and with `clip`, as
+    `gradient_clipping` settled it.
 
     Raises:
         UserError: when the user's numbers contradict the command line, naming both.
@@ -100,8 +120,6 @@ def effective_config(config: dict, batch_size: int, micro_batch_size: int, accum
         given = config.get(key, "auto")
         if given not in ("auto", value):
             raise UserError(f"DeepSpeed config says {key} {given}, the command line {value} ({FROM_COMMAND_LINE[key]})")
-    given = config.get("gradient_clipping", "auto")
-    clip = clip if given == "auto" else float(given)
     merged = {k: v for k, v in config.items() if k not in ("bf16", "fp16")} | ours
     merged.setdefault("zero_optimization", {"stage": 0})
     # The loop clips by itself at ZeRO 0: there DeepSpeed neither reports the norm nor stops at one that is not finite.

@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=2e-5, help="learning rate of AdamW")
     add("--lr_scheduler", choices=("constant", "cosine", "linear"), default="constant", help="decay after warm-up")
     add("--warmup_ratio", type=float, default=0.0, help="share of the steps with a linearly rising learning rate")
-    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping")
+    add("--max_grad_norm", type=float, help="gradient clipping (default: the DeepSpeed config's, else 1.0)")
     add("--epoch_num", type=int, default=3, help="passes over the training set")
     add("--max_steps", type=int, help="end after this many optimizer steps")
     add("--train_batch_size", type=int, default=24, help="examples of one optimizer step, over all processes")
@@ -128,7 +128,7 @@ def check_arguments(args) -> Plan:
         UserError: for the first thing that cannot be.
     """
     from data_utils import find_task, parse_languages
-    from deepspeed_utils import effective_config, read_deepspeed_config, zero_stage
+    from deepspeed_utils import effective_config, gradient_clipping, read_deepspeed_config, zero_stage
     from modeling_mindmerger import check_ends, check_mapping, config_of_models, load_config, model_fingerprint
     from speed_options import check_speed_options
 
@@ -147,15 +147,17 @@ def check_arguments(args) -> Plan:
             raise UserError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if not 0 <= args.warmup_ratio < 1:
         raise UserError(f"--warmup_ratio must be at least 0 and below 1, not {args.warmup_ratio}")
-    if not (0 < args.lr < math.inf and args.max_grad_norm > 0):
+    if not (0 < args.lr < math.inf and (args.max_grad_norm is None or args.max_grad_norm > 0)):
         raise UserError(f"--lr and --max_grad_norm must be above 0, not {args.lr} and {args.max_grad_norm}")
     task = find_task(args.task)
     stage = args.stage_name
     if stage == "augmentation" and task.read_augmentation is None:
         raise UserError(f"task {args.task} has no augmentation data: use --stage_name mapping, or another --task")
     accumulation = settle_accumulation(args)
+    config = read_deepspeed_config(args.deepspeed_config)
+    args.max_grad_norm = gradient_clipping(config, args.max_grad_norm)  # the loop's, DeepSpeed's and the checkpoint's
     config = effective_config(
-        read_deepspeed_config(args.deepspeed_config),
+        config,
         args.train_batch_size,
         args.train_micro_batch_size_per_gpu,
         accumulation,
