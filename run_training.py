@@ -26,6 +26,12 @@ from training_log import Recorder, draw_loss, peak_memory_gb, perplexity
 DEFAULT_EVAL_MICRO_BATCHES = 2000
 EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
+# What to do when memory runs out in the passes of a step, in its update, in an evaluation on the dev split.
+STEP_MEMORY_FLAGS = "lower --train_micro_batch_size_per_gpu, --micro_batch_tokens, --max_seq_len or --max_gen_len, or "
+STEP_MEMORY_FLAGS += "use --gradient_checkpointing"
+UPDATE_MEMORY_FLAGS = "Adam's moments come on top: share or offload them (--deepspeed_config), or "
+UPDATE_MEMORY_FLAGS += STEP_MEMORY_FLAGS
+EVAL_MEMORY_FLAGS = "lower --eval_batch_size, --max_seq_len or --max_gen_len"
 # Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
 CHANGEABLE = {"train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_tokens", "epoch_num", "max_steps"}
 CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
@@ -532,7 +538,8 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
         losses.append(loss.detach())
         trainer.signals.alive()
     step_loss = torch.stack(losses).sum() / world_size()
-    norm, loss, code = update(trainer, step_loss, losses, micro_batches)
+    with out_of_memory_named(batch, UPDATE_MEMORY_FLAGS, f"in the update of step {trainer.step + 1}, "):
+        norm, loss, code = update(trainer, step_loss, losses, micro_batches)
     seconds = time.perf_counter() - started
     lengths = trainer.data.merged_lengths
     processed = sum(len(m.indices) * int(lengths[m.indices].max()) for m in micro_batches)
@@ -579,8 +586,12 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
 
 
 @contextlib.contextmanager
-def out_of_memory_named(batch: dict):
-    """Turns running out of memory into an error that names the micro-batch and the flags to lower."""
+def out_of_memory_named(batch: dict, instead: str = STEP_MEMORY_FLAGS, where: str = ""):
+    """Turns running out of memory into an error that names the micro-batch and what to do `instead`.
+
+    Raises:
+        UserError: when memory ran out within it.
+    """
     import torch
 
     try:
@@ -593,23 +604,34 @@ def out_of_memory_named(batch: dict):
             if batch.get(key) is not None
         )
         raise UserError(
-            f"out of memory on rank {rank()} with a micro-batch of {rows} rows, longest {sizes} tokens: lower "
-            "--train_micro_batch_size_per_gpu, --micro_batch_tokens, --max_seq_len or --max_gen_len, or use "
-            "--gradient_checkpointing"
+            f"out of memory on rank {rank()} {where}with a micro-batch of {rows} rows, longest {sizes} tokens: "
+            f"{instead}"
         ) from error
 
 
 def probe_memory(trainer: Trainer) -> None:
-    """One forward and backward pass on the longest rows there are, so that memory runs out now or not at all."""
-    args = trainer.args
-    order = trainer.train[trainer.data.merged_lengths[trainer.train].argsort(kind="stable")[::-1]]
+    """One forward and backward pass on the longest rows there are, and one forward pass on the dev split's, so that
+    memory runs out now or not at all.
+
+    Raises:
+        UserError: when it does.
+    """
+    import torch
+
+    args, lengths = trainer.args, trainer.data.merged_lengths
+    order = trainer.train[lengths[trainer.train].argsort(kind="stable")[::-1]]
     rows = order[: args.train_micro_batch_size_per_gpu]
     if args.micro_batch_tokens:
-        rows = order[: max(1, args.micro_batch_tokens // int(trainer.data.merged_lengths[order[0]]))]
+        rows = order[: max(1, args.micro_batch_tokens // int(lengths[order[0]]))]
     batch = trainer.to_device(next(iter(trainer.loader([rows]))))
     trainer.engine.set_gradient_accumulation_boundary(False)
     with out_of_memory_named(batch):
         trainer.engine.backward(trainer.engine(**batch).loss_sum * 0.0, scale_wrt_gas=False)
+    rows = trainer.dev[lengths[trainer.dev].argsort(kind="stable")[::-1]][: args.eval_batch_size]
+    if len(rows):
+        batch = trainer.to_device(next(iter(trainer.loader([rows]))))
+        with out_of_memory_named(batch, EVAL_MEMORY_FLAGS), torch.no_grad():
+            trainer.engine(**batch)
 
 
 def not_finite(trainer: Trainer, loss, norm, losses, micro_batches) -> UserError:
@@ -646,7 +668,8 @@ def dev_loss(trainer: Trainer) -> tuple[float, int]:
     with torch.no_grad():
         batches = trainer.loader([m.indices for m in micro_batches])
         for number, (micro, batch) in enumerate(zip(micro_batches, batches, strict=True)):
-            total += trainer.engine(**trainer.to_device(batch)).loss_sum.double() * micro.weight
+            with out_of_memory_named(batch, EVAL_MEMORY_FLAGS):
+                total += trainer.engine(**trainer.to_device(batch)).loss_sum.double() * micro.weight
             trainer.signals.alive()
             if number % EVAL_BATCHES_PER_CHECK == 0 and (code := trainer.signals.agree(trainer.device, nothing)[0]):
                 return math.nan, code
