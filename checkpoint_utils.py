@@ -8,6 +8,7 @@ manifest then proves.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from runtime_utils import UserError, write_bytes_atomic, write_json_atomic
 MANIFEST = "manifest.json"
 TENSORS = "training.safetensors"
 STATE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -139,7 +141,7 @@ def fault_of(folder) -> str | None:
                 return f"{name} has {found['bytes']} bytes, the manifest says {expected['bytes']}"
             if found["sha256"] != expected["sha256"]:
                 return f"{name} differs from its sha256 in the manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
     return None
 
@@ -159,7 +161,7 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
     """Tensors and state of a checkpoint.
 
     Raises:
-        UserError: when the folder does not verify, naming what differs.
+        UserError: when the folder does not verify, naming what differs, or is no checkpoint of ours.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -172,7 +174,60 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
         raise UserError(f"checkpoint {folder} is damaged: {fault}; pass an older one, or auto")
     try:
         return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(
             f"checkpoint {folder}: {TENSORS} or {STATE} is not what its manifest promises: {error}"
         ) from error
+
+
+def check_state(folder, state) -> None:
+    """Makes sure that a checkpoint's state has every field of a training state, with a value that can be one.
+
+    Raises:
+        UserError: naming the first field that has not.
+    """
+
+    def is_count(value) -> bool:
+        return type(value) is int and 0 <= value < 2**53
+
+    fields = {
+        "step": is_count,
+        "epoch": is_count,
+        "examples_in_epoch": is_count,
+        "best_dev_loss": lambda value: value is None or type(value) in (int, float) and abs(value) < math.inf,
+        "evaluation_due": lambda value: type(value) is bool,
+        "identity": lambda value: isinstance(value, dict),
+    }
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {folder}: {STATE} must hold an object: it is no training state, pass another")
+    for name, fits in fields.items():
+        if name not in state or not fits(state[name]):
+            found = repr(state[name])[:80] if name in state else "missing"
+            raise UserError(f"checkpoint {folder}: {name} in {STATE} is {found}: it is no training state, pass another")
+
+
+def check_tensors(folder, tensors: dict, shapes: dict) -> None:
+    """Makes sure that a checkpoint holds the fp32 mapping and Adam's two moments, and nothing else.
+
+    Arguments:
+        shapes: name to shape of the mapping's parameters.
+
+    Raises:
+        UserError: naming the tensors that are missing or too many, or the first of another shape or dtype.
+    """
+    import torch
+
+    expected = {f"{kind}.{name}": tuple(s) for kind in ("mapping", *MOMENTS) for name, s in shapes.items()}
+    if tensors.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        raise UserError(
+            f"checkpoint {folder}: {TENSORS} is no training state: missing {missing or 'nothing'}, unknown "
+            f"{extra[:20] or 'nothing'}: pass another"
+        )
+    for name, shape in expected.items():
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype != torch.float32:
+            raise UserError(
+                f"checkpoint {folder}: {name} is {tuple(found.shape)} in {found.dtype}, these models need {shape} in "
+                "torch.float32: pass another, or the models it was trained with"
+            )

@@ -779,8 +779,11 @@ def read_resumable(args, plan: Plan, data) -> tuple:
     """The checkpoint to continue from as (folder, tensors, state), or three times None. Rank 0 reads it.
 
     Raises:
-        UserError: when it belongs to another run, naming the first difference, or a named one is damaged.
+        UserError: when it belongs to another run, naming the first difference, or a named one is damaged, or its
+            content is no training state of these models.
     """
+    from modeling_mindmerger import config_of_models, mapping_shapes
+
     if not is_main():
         return None, None, None
     wanted = args.resume_from_checkpoint
@@ -793,6 +796,7 @@ def read_resumable(args, plan: Plan, data) -> tuple:
     else:
         folder = Path(wanted)
     tensors, state = checkpoint_utils.read_checkpoint(folder)
+    checkpoint_utils.check_state(folder, state)
     for name, value in identity(args, plan, data).items():
         before = state["identity"].get(name)
         if before == value or name in LATER_ENTRIES and name not in state["identity"]:
@@ -809,6 +813,8 @@ def read_resumable(args, plan: Plan, data) -> tuple:
                 f"--allow_changed {name} to go on with the new value, or --overwrite_output_dir to start over"
             )
         log(f"--{name} was {before}, from here on {value}")
+    shapes = mapping_shapes(config_of_models(args.mt_path, args.llm_path))
+    checkpoint_utils.check_tensors(folder, tensors, {name: p.shape for name, p in shapes.items()})
     later = checkpoint_utils.later_checkpoints(plan.output_dir, state["step"])
     if later:
         names = ", ".join(entry.name for entry in later)

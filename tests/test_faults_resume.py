@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_log, run_many
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
+import run_training
 from checkpoint_utils import fault_of, list_checkpoints, newest_valid, write_checkpoint
 from runtime_utils import UserError, write_text_atomic
 
@@ -287,13 +288,17 @@ def cut_short(file):
     os.truncate(file, file.stat().st_size - 1)
 
 
+def nest_too_deep(file):
+    file.write_text("[" * 100_000 + "]" * 100_000 + "}\n")
+
+
 def flip_a_byte(file):
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [cut_short, flip_a_byte, Path.unlink])
+@pytest.mark.parametrize("damage", [cut_short, flip_a_byte, nest_too_deep, Path.unlink])
 @pytest.mark.parametrize("name", [checkpoint_utils.TENSORS, checkpoint_utils.STATE, checkpoint_utils.MANIFEST])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, damage):
     """safetensors loads a flipped data byte in silence; only the manifest's sha256 sees it."""
@@ -328,6 +333,73 @@ def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(r
     assert_same_run(outputs(tmp_path, "whole"), outputs(tmp_path, "cut"))
 
 
+def remade(original, folder, change=None, tensors=None, text=None):
+    """A copy of a checkpoint with another content and a manifest that vouches for it.
+
+    `change` gets the state and may change it in place; `text` replaces the state file, `tensors` the tensors.
+    """
+    shutil.copytree(original, folder)
+    state = json.loads((folder / checkpoint_utils.STATE).read_text())
+    if change is not None:
+        change(state)
+    write_text_atomic(folder / checkpoint_utils.STATE, json.dumps(state) if text is None else text)
+    if tensors is not None:
+        save_file(tensors, folder / checkpoint_utils.TENSORS)
+    return vouched_for(folder)
+
+
+def vouched_for(folder):
+    """The folder, with a new manifest for what its two files now hold."""
+    files = {name: checkpoint_utils.describe_file(folder / name) for name in ("training.safetensors", "state.json")}
+    write_text_atomic(folder / checkpoint_utils.MANIFEST, json.dumps({"files": files}) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_checkpoints_of_foreign_content_are_refused_in_one_line_and_those_of_older_versions_resume(
+    run, flags, tmp_path
+):
+    """The manifest vouches for bytes, not for what they mean."""
+    argv = named(flags, "real", "--max_steps", "4")
+    assert run_many(run, tmp_path, [stopped_at(argv, 3)])[0]["code"] == 143
+    original = outputs(tmp_path, "real") / "checkpoint-000003"
+    tensors = load_file(original / checkpoint_utils.TENSORS)
+    moment = "exp_avg_sq.end_boundary"
+    states = {
+        "empty": ("{}", "step in state.json is missing"),
+        "list": ("[]", "must hold an object"),
+        "deep": ('{"step": ' + "[" * 100_000 + "]" * 100_000 + "}", "state.json"),
+    }
+    changes = {
+        "no_due": (lambda state: state.pop("evaluation_due"), "evaluation_due in state.json is missing"),
+        "text_step": (lambda state: state.update(step="3"), "step in state.json is '3'"),
+        "nan_loss": (lambda state: state.update(best_dev_loss=float("nan")), "best_dev_loss in state.json is nan"),
+        "identity": (lambda state: state.update(identity=[]), "identity in state.json is []"),
+        "no_seed": (lambda state: state["identity"].pop("seed"), "another seed (None, this run has 0)"),
+    }
+    contents = {
+        "no_moment": ({k: v for k, v in tensors.items() if k != moment}, f"missing ['{moment}']"),
+        "foreign": ({"weight": torch.zeros(2)}, "unknown ['weight']"),
+        "shape": (tensors | {moment: torch.zeros(3, 5)}, f"{moment} is (3, 5)"),
+        "dtype": (tensors | {moment: tensors[moment].bfloat16()}, f"{moment} is (1, 1, 32) in torch.bfloat16"),
+    }
+    cases = [(remade(original, tmp_path / name, text=text), part) for name, (text, part) in states.items()]
+    cases += [(remade(original, tmp_path / name, change=change), part) for name, (change, part) in changes.items()]
+    cases += [(remade(original, tmp_path / name, tensors=other), part) for name, (other, part) in contents.items()]
+
+    def as_before(state):
+        for name in run_training.LATER_ENTRIES:
+            del state["identity"][name]
+
+    older = remade(original, tmp_path / "older", change=as_before)
+    paths = [folder for folder, _ in cases] + [older]
+    results = run_many(run, tmp_path, [[*argv, "--resume_from_checkpoint", str(path)] for path in paths])
+    for (folder, expected), result in zip(cases, results, strict=False):
+        assert result["code"] == 2 and "\n" not in result["error"], result
+        assert str(folder) in result["error"] and expected in result["error"], (expected, result["error"])
+    assert results[-1]["code"] == 0 and f"resumes from {older} at step 3" in results[-1]["printed"], results[-1]
+
+
 class Payload:
     """Creates a file when it is unpickled."""
 
@@ -344,8 +416,7 @@ def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, t
     folder = small_checkpoint(tmp_path / "checkpoints", 1)
     (folder / checkpoint_utils.TENSORS).write_bytes(pickle.dumps(Payload(witness)))
     (folder / "optimizer.bin").write_bytes(pickle.dumps(Payload(witness)))
-    manifest = {name: checkpoint_utils.describe_file(folder / name) for name in ("training.safetensors", "state.json")}
-    write_text_atomic(folder / checkpoint_utils.MANIFEST, json.dumps({"files": manifest}) + "\n")
+    vouched_for(folder)
     with pytest.raises(UserError, match="training.safetensors"):
         checkpoint_utils.read_checkpoint(folder)
     llm = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
