@@ -6,6 +6,7 @@ written to `checkpoint-000500.tmp`, flushed to disk and then renamed, so a name 
 manifest then proves.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -46,7 +47,7 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
 
     final = checkpoint_path(output_dir, step)
     temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     try:
         write_bytes_atomic(temporary / TENSORS, save(tensors, metadata={"format": "pt"}))
         write_json_atomic(temporary / STATE, state)
@@ -61,7 +62,7 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
     except OSError as error:
         raise UserError(f"cannot write checkpoint {final}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
     prune(output_dir, keep)
     return final
 
@@ -69,7 +70,7 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
 def remove_leftovers(output_dir) -> None:
     """Removes what a killed writer left half-done. Call it under the output folder's lock."""
     for entry in Path(output_dir).glob("checkpoint-*.tmp"):
-        shutil.rmtree(entry, ignore_errors=True)
+        remove(entry)
     for folder in (Path(output_dir), Path(output_dir) / "last"):
         for entry in folder.glob(".*.tmp"):
             entry.unlink(missing_ok=True)
@@ -78,9 +79,18 @@ def remove_leftovers(output_dir) -> None:
 def discard(folder: Path) -> None:
     """Removes a checkpoint such that a kill in between leaves no folder that looks like one."""
     doomed = folder.with_name(folder.name + ".old.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
     os.replace(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder, or a link without what it points to; whatever cannot be removed stays."""
+    if path.is_symlink() or path.is_file():  # rmtree refuses links
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(output_dir, keep: int | None) -> None:
@@ -112,10 +122,11 @@ def sync_folder(path: Path) -> None:
 
 
 def list_checkpoints(output_dir) -> list[Path]:
-    """Checkpoint folders, newest first, verified or not."""
+    """Checkpoint folders and links to some, also dangling ones, newest first, verified or not."""
     if not Path(output_dir).is_dir():
         return []
-    found = [entry for entry in Path(output_dir).iterdir() if entry.is_dir() and NAME.fullmatch(entry.name)]
+    entries = (entry for entry in Path(output_dir).iterdir() if entry.is_dir() or entry.is_symlink())
+    found = [entry for entry in entries if NAME.fullmatch(entry.name)]
     return sorted(found, key=lambda entry: int(NAME.fullmatch(entry.name)[1]), reverse=True)
 
 

@@ -764,15 +764,18 @@ def identity(args, plan: Plan, data) -> dict:
 
 
 def start_over(output_dir: Path) -> None:
-    """Removes what an earlier run left in the output folder, on rank 0."""
-    import shutil
+    """Removes what an earlier run left in the output folder, on rank 0.
 
+    Raises:
+        UserError: when something stays, naming the first such path: the run would go on from it.
+    """
     if not is_main():
         return
-    for folder in (*checkpoint_utils.list_checkpoints(output_dir), output_dir / "last"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"):
-        (output_dir / name).unlink(missing_ok=True)
+    files = ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png")
+    for path in (*checkpoint_utils.list_checkpoints(output_dir), *(output_dir / name for name in ("last", *files))):
+        checkpoint_utils.remove(path)
+        if os.path.lexists(path):
+            raise UserError(f"--overwrite_output_dir cannot remove {path}: remove it, or use another --save_name")
 
 
 def read_resumable(args, plan: Plan, data) -> tuple:

@@ -317,6 +317,40 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, d
     ]
 
 
+def test_linked_checkpoint_folders_are_unlinked_where_folders_would_be_removed(tmp_path):
+    """rmtree refuses links: pruning left them behind, the next discard of that number met one and failed, and starting
+    over resumed from one."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "run"
+    for step in (1, 2, 3):
+        small_checkpoint(elsewhere, step)
+    before = files_of(elsewhere)
+    folder.mkdir()
+
+    def link(name, step=1):
+        (folder / name).symlink_to(elsewhere / f"checkpoint-{step:06d}")
+
+    link("checkpoint-000001")
+    link("checkpoint-000002", 2)
+    link("checkpoint-000001.old.tmp")
+    link("checkpoint-000003.tmp")
+    small_checkpoint(folder, 2, keep=1)
+    link("checkpoint-000003", 9)  # dangling
+    small_checkpoint(folder, 3, keep=1)
+    checkpoint_utils.remove_leftovers(folder)
+    assert [entry.name for entry in folder.iterdir()] == ["checkpoint-000003"]
+    link("checkpoint-000004")
+    (folder / "last").symlink_to(elsewhere)
+    run_training.start_over(folder)
+    assert list(folder.iterdir()) == [] and files_of(elsewhere) == before
+
+
+def test_starting_over_ends_when_a_checkpoint_cannot_be_removed(tmp_path, monkeypatch):
+    folder = small_checkpoint(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(UserError, match=f"cannot remove {folder}"):
+        run_training.start_over(tmp_path)
+
+
 @pytest.mark.slow
 def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(run, flags, tmp_path):
     argv = named(flags, "cut", "--max_steps", "7")
