@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 TENSORS = "training.safetensors"
 STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -172,14 +173,27 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
     """Tensors and state of a checkpoint.
 
     Raises:
-        UserError: when the folder does not verify, naming what differs, or is no checkpoint of ours.
+        UserError: when the folder does not verify, naming what differs, or is another program's, saying how to convert
+            its mapping.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, a checkpoint to resume from is a folder: to start from this mapping pass it to "
+            "--init_checkpoint"
+        )
     if not folder.is_dir():
         raise UserError(f"no checkpoint folder {folder}: pass one, or auto for the newest in the output folder")
+    pickled = pickle_in(folder)
+    if pickled is not None:
+        raise UserError(
+            f"{pickled} is a pickle and was not read, since unpickling it could run code: if you trust its origin, "
+            "save the mapping's tensors alone with safetensors.torch.save_file (zero_to_fp32.py gathers DeepSpeed's) "
+            "and start from them with --init_checkpoint"
+        )
     fault = fault_of(folder)
     if fault is not None:
         raise UserError(f"checkpoint {folder} is damaged: {fault}; pass an older one, or auto")
@@ -189,6 +203,23 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
         raise UserError(
             f"checkpoint {folder}: {TENSORS} or {STATE} is not what its manifest promises: {error}"
         ) from error
+
+
+def pickle_in(folder: Path) -> Path | None:
+    """The pickle that stands where a checkpoint's tensors should: in their file, or in other files when it is absent,
+    as in DeepSpeed's and transformers' own checkpoints. Such folders hold no manifest of ours."""
+    tensors = folder / TENSORS
+    if tensors.is_file():
+        with contextlib.suppress(OSError), open(tensors, "rb") as file:
+            start = file.read(9)
+            # As a pickle or torch's zip around one begins; safetensors has 8 bytes of length and then a JSON object.
+            if start[8:] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
+                return tensors
+        return None
+    if (folder / MANIFEST).exists():
+        return None
+    found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in PICKLES]
+    return min(found, default=None)
 
 
 def check_state(folder, state) -> None:

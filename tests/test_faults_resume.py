@@ -451,8 +451,21 @@ def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, t
     (folder / checkpoint_utils.TENSORS).write_bytes(pickle.dumps(Payload(witness)))
     (folder / "optimizer.bin").write_bytes(pickle.dumps(Payload(witness)))
     vouched_for(folder)
-    with pytest.raises(UserError, match="training.safetensors"):
-        checkpoint_utils.read_checkpoint(folder)
+    deepspeed = tmp_path / "deepspeed/global_step5/mp_rank_00_model_states.pt"
+    deepspeed.parent.mkdir(parents=True)
+    torch.save({"module": Payload(witness)}, deepspeed)
+    as_zip = Path(shutil.copytree(folder, tmp_path / "zip"))
+    shutil.copy(deepspeed, as_zip / checkpoint_utils.TENSORS)
+    for path, refused in (
+        (folder, folder / "training.safetensors"),
+        (vouched_for(as_zip), as_zip / "training.safetensors"),
+        (tmp_path / "deepspeed", deepspeed),
+        (deepspeed.parent, deepspeed),
+    ):
+        with pytest.raises(UserError, match=rf"{refused} is a pickle.*safetensors.torch.save_file.*--init_checkpoint"):
+            checkpoint_utils.read_checkpoint(path)
+    with pytest.raises(UserError, match=rf"{deepspeed} is a file, .* --init_checkpoint"):
+        checkpoint_utils.read_checkpoint(deepspeed)
     llm = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
     (llm / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Payload(witness)}, llm / "pytorch_model.bin")
