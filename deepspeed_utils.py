@@ -135,6 +135,14 @@ def zero_stage(config: dict) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def offloaded(config: dict) -> list[str]:
+    """Which of "offload_optimizer" and "offload_param" move something out of the GPU, at this config's ZeRO stage."""
+    sections = {key: config["zero_optimization"].get(key) for key in ("offload_optimizer", "offload_param")}
+    used = {"offload_optimizer": zero_stage(config) >= 1, "offload_param": zero_stage(config) == 3}
+    devices = {key: section.get("device", "none") for key, section in sections.items() if isinstance(section, dict)}
+    return [key for key, device in devices.items() if used[key] and device != "none"]
+
+
 def quiet_start() -> None:
     """Imports DeepSpeed so that it neither compiles anything at start nor prints a line for every setting."""
     import logging
@@ -260,6 +268,5 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
 
 def describe(config: dict) -> str:
     """One line about the parallelism for the log."""
-    zero = config["zero_optimization"]
-    offload = [key for key in ("offload_optimizer", "offload_param") if zero.get(key)]
+    offload = offloaded(config)
     return f"ZeRO {zero_stage(config)}{' with ' + ' and '.join(offload) if offload else ''}, {world_size()} processes"

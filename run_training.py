@@ -912,7 +912,7 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from deepspeed_utils import zero_stage
+    from deepspeed_utils import offloaded, zero_stage
     from modeling_mindmerger import Mapping, config_of_models, load_config
 
     if not is_main():
@@ -929,7 +929,10 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     stage, size = zero_stage(plan.config), world_size()
     shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
     frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
-    trained_gb = trained * 4 * (1 / shards["weights"] + 1 / shards["gradient"] + 2 / shards["Adam"]) / 1e9
+    parts_gb = {"frozen weights": frozen_gb, "mapping": trained * 4 / shards["weights"] / 1e9}
+    parts_gb |= {"gradient": trained * 4 / shards["gradient"] / 1e9, "Adam": trained * 8 / shards["Adam"] / 1e9}
+    moved = {"offload_param": ("frozen weights", "mapping"), "offload_optimizer": ("Adam",)}
+    host_gb = {name: parts_gb.pop(name) for key in offloaded(plan.config) for name in moved[key]}
     print(json.dumps({"arguments": vars(args), "deepspeed": plan.config}, indent=2, default=str))
     print(f"output folder: {plan.output_dir}")
     print(f"examples: {len(split[1])} training, {len(split[0])} dev; {json.dumps(data.counts, ensure_ascii=False)}")
@@ -938,9 +941,14 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     print(f"longest row: {int(data.merged_lengths.max())} positions, mean {data.merged_lengths.mean():.0f}")
     print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")
     print(
-        f"memory on each of {size} GPUs at ZeRO {stage}: {frozen_gb:.3f} GB frozen weights, {trained_gb:.3f} GB "
-        "mapping, gradient and Adam; activations come on top"
+        f"memory on each of {size} GPUs at ZeRO {stage}: {parts_gb.pop('frozen weights', 0):.3f} GB frozen weights, "
+        f"{sum(parts_gb.values()):.3f} GB {', '.join(parts_gb).replace(', Adam', ' and Adam')}; activations come on top"
     )
+    if host_gb:
+        print(
+            f"offloaded, for each GPU: {sum(host_gb.values()):.3f} GB {', '.join(host_gb)}; of offloaded weights, the "
+            "layers at work come on top of the GPU's memory too"
+        )
     print("dry run: nothing was written")
 
 
