@@ -995,11 +995,9 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.use_deterministic_algorithms(args.deterministic)
     quiet_start()
-    prepared = prepare(args)
-    if prepared is None:
-        return 0
     try:
-        return run(args, device, *prepared)
+        prepared = prepare(args)
+        return run(args, device, *prepared) if prepared is not None else 0
     except RuntimeError as error:
         if world_size() == 1 or not runtime_utils.is_lost_peer(error):
             raise
