@@ -472,8 +472,13 @@ def train(trainer: Trainer, record) -> int:
     """
     from tqdm import tqdm
 
-    args = trainer.args
-    bar = tqdm(total=trainer.total_steps, initial=trainer.step, desc=args.stage_name, disable=not is_main())
+    bar = tqdm(total=trainer.total_steps, initial=trainer.step, desc=trainer.args.stage_name, disable=not is_main())
+    with bar:  # closed after an error too, whose line would else begin behind it
+        return train_steps(trainer, record, bar)
+
+
+def train_steps(trainer: Trainer, record, bar) -> int:
+    """The loop of `train`, which also says what it returns; `bar` shows how far it is."""
     code = 0
     if trainer.evaluation_due:  # the run was stopped between a step and its evaluation
         code = evaluate_and_keep(trainer, record)
@@ -504,7 +509,6 @@ def train(trainer: Trainer, record) -> int:
                 trainer.signals.save_agreed = False
             if end or code:
                 break
-    bar.close()
     return code
 
 
@@ -682,10 +686,18 @@ def evaluate_and_keep(trainer: Trainer, record) -> int:
 
     Returns:
         0, or the exit code of a signal; the evaluation is then due again unless it was complete.
+
+    Raises:
+        UserError: on every rank, when the dev loss is not finite.
     """
     loss, code = dev_loss(trainer)
     if math.isnan(loss) and code:
         return code
+    if not math.isfinite(loss):  # all ranks have the same
+        raise runtime_utils.ReportedError(
+            f"dev loss {loss} at step {trainer.step} is not finite: stopped, earlier checkpoints and the best mapping "
+            "so far are kept; lower --lr, or use --precision fp32"
+        )
     trainer.evaluation_due = False
     record.evaluation(trainer.step, loss)
     best = loss < trainer.best_dev_loss

@@ -1,8 +1,10 @@
 """Runs that are cut short and go on: what remains must equal an uninterrupted run's, bit for bit."""
 
 import json
+import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -540,6 +542,41 @@ def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_examples(ru
 
 
 @pytest.mark.slow
+def test_an_infinite_gradient_of_a_finite_loss_stops_all_before_the_update(run, flags, tmp_path):
+    """The loss alone shows nothing, and one more step would be too late."""
+    entries = []
+    for preset in ("ds_zero0", "ds_zero1", "ds_zero3"):
+        argv = named(flags, preset, "--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--max_steps", "6")
+        entries.append({"argv": argv, "fault": {"step": 5, "rank": 1, "infinite_gradient": True}})
+    for entry, broken in zip(entries, run_many(run, tmp_path, entries, ranks=2), strict=True):
+        assert broken["code"] == 2, broken
+        loss, norm = re.match(r"loss (\S+) with gradient norm (\S+) at step 5 is not finite", broken["error"]).groups()
+        assert math.isfinite(float(loss)) and not math.isfinite(float(norm)), broken["error"]
+        folder = outputs(tmp_path, entry["argv"][entry["argv"].index("--save_name") + 1])
+        assert newest_valid(folder)[0].name == "checkpoint-000003"
+
+
+@pytest.mark.slow
+def test_a_dev_loss_that_is_not_finite_stops_all_and_keeps_the_best_mapping(run, flags, tmp_path):
+    """It went on in silence: the log got a NaN, which is no JSON, and no mapping was ever the best again."""
+    argv = named(flags, "dev", "--max_steps", "8", "--eval_steps", "2")
+    (broken,) = run_many(run, tmp_path, [{"argv": argv, "fault": {"step": 4, "rank": 1, "dev_nan": True}}], ranks=2)
+    assert broken["code"] == 2 and "dev loss nan at step 4 is not finite" in broken["error"], broken
+    folder = outputs(tmp_path, "dev")
+    assert "NaN" not in (folder / "log.jsonl").read_text()
+    assert newest_valid(folder)[0].name == "checkpoint-000003"
+    best, last = (load_file(folder / name) for name in ("mapping.safetensors", "last/mapping.safetensors"))
+    assert all(torch.equal(best[name], last[name]) for name in best)  # both are those of step 2
+
+
+@pytest.mark.slow
+def test_an_error_stands_on_a_line_of_its_own_below_the_progress_bar(run, flags, tmp_path):
+    argv = named(flags, "bar", "--max_steps", "6")
+    (broken,) = run_many(run, tmp_path, [{"argv": argv, "fault": {"step": 5, "nan": True}}])
+    assert broken["printed"].splitlines()[-1].startswith("error: loss nan"), broken["printed"][-300:]
+
+
+@pytest.mark.slow
 def test_running_out_of_memory_is_known_before_training_and_names_the_flags(run, flags, tmp_path):
     """The dev split has micro-batches of its own. In the update Adam's moments come on top, at the first step."""
     places = {
@@ -586,8 +623,6 @@ def test_the_memory_estimate_of_a_dry_run_leaves_out_what_is_offloaded(run, flag
 
 
 def test_no_code_loads_pickles_without_weights_only():
-    import re
-
     sources = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("baselines/*.py")]
     assert len(sources) > 8
     for path in sources:
