@@ -33,8 +33,8 @@ def checkpoint_path(output_dir, step: int) -> Path:
 def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: int | None) -> Path:
     """Writes one checkpoint and then prunes older ones beyond `keep`. Call it on rank 0 only.
 
-    Checkpoints of later steps are of a course that was abandoned when an earlier one was resumed from. They go once
-    the new one is whole: the newest folder is what the next start takes.
+    Valid checkpoints of later steps are of a course that was abandoned when an earlier one was resumed from. They go
+    once the new one is whole: the newest valid folder is what the next start takes.
 
     Arguments:
         tensors: name to CPU tensor.
@@ -56,8 +56,10 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
         write_json_atomic(temporary / MANIFEST, {"files": files})
         sync_folder(temporary)
         # Before the rename: a kill after it would leave two courses, of which the next start took the abandoned one.
-        for abandoned in later_checkpoints(output_dir, step - 1):
+        for abandoned in later_checkpoints(output_dir, step):
             discard(abandoned)
+        if os.path.lexists(final):
+            discard(final)
         os.replace(temporary, final)
         sync_folder(final.parent)
     except OSError as error:
@@ -132,8 +134,9 @@ def list_checkpoints(output_dir) -> list[Path]:
 
 
 def later_checkpoints(output_dir, step: int) -> list[Path]:
-    """Checkpoint folders of steps after `step`, newest first."""
-    return [folder for folder in list_checkpoints(output_dir) if int(NAME.fullmatch(folder.name)[1]) > step]
+    """Valid checkpoint folders of steps after `step`, newest first. Damaged ones are never resumed from."""
+    later = [folder for folder in list_checkpoints(output_dir) if int(NAME.fullmatch(folder.name)[1]) > step]
+    return [folder for folder in later if fault_of(folder) is None]
 
 
 def fault_of(folder) -> str | None:

@@ -469,6 +469,9 @@ def train(trainer: Trainer, record) -> int:
 
     Returns:
         0, or the exit code of the signal that ended it; a checkpoint of that moment is then written.
+
+    Raises:
+        UserError: as `train_step` and `evaluate_and_keep` do, and when the disk refuses what is written.
     """
     from tqdm import tqdm
 
@@ -566,6 +569,9 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
 
     Returns:
         its norm before clipping, the global loss, and the exit code of a stop that any rank was asked for or 0.
+
+    Raises:
+        UserError: on every rank, before the update, when loss or gradient is not finite.
     """
     import torch
 

@@ -346,6 +346,14 @@ def test_linked_checkpoint_folders_are_unlinked_where_folders_would_be_removed(t
     assert list(folder.iterdir()) == [] and files_of(elsewhere) == before
 
 
+def test_a_damaged_later_checkpoint_outlives_a_new_one(tmp_path):
+    """What is damaged is never resumed from; after a file system failed for a while it may be the only work left."""
+    small_checkpoint(tmp_path, 7)
+    cut_short(tmp_path / "checkpoint-000007" / checkpoint_utils.TENSORS)
+    small_checkpoint(tmp_path, 2, keep=1)
+    assert [entry.name for entry in list_checkpoints(tmp_path)] == ["checkpoint-000007", "checkpoint-000002"]
+
+
 def test_starting_over_ends_when_a_checkpoint_cannot_be_removed(tmp_path, monkeypatch):
     folder = small_checkpoint(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
