@@ -85,8 +85,28 @@ def _refuse_unknown(given: dict, known: set[str], where: str) -> None:
             raise UserError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
 
+def gradient_clipping(config: dict, flag: float | None) -> float:
+    """The norm at which gradients are clipped: --max_grad_norm, else the user's JSON, else 1.
+
+    Raises:
+        UserError: when the two contradict each other, or the JSON's is no number above 0.
+    """
+    given = config.get("gradient_clipping", "auto")
+    if given == "auto":
+        return 1.0 if flag is None else flag
+    if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
+        raise UserError(
+            "DeepSpeed config: gradient_clipping must be 'auto' or a number above 0 (a large one to clip nothing), "
+            f"not {given!r}"
+        )
+    if flag not in (None, given):
+        raise UserError(f"DeepSpeed config says gradient_clipping {given}, the command line {flag} (--max_grad_norm)")
+    return float(given)
+
+
 def effective_config(config: dict, batch_size: int, micro_batch_size: int, accumulation: int, clip: float) -> dict:
-    """The JSON that DeepSpeed really gets: the user's, completed from the command line.
+    """The JSON that DeepSpeed really gets: the user's, completed from the command line and with `clip`, as
+    `gradient_clipping` settled it.
 
     Raises:
         UserError: when the user's numbers contradict the command line, naming both.
@@ -100,8 +120,6 @@ def effective_config(config: dict, batch_size: int, micro_batch_size: int, accum
         given = config.get(key, "auto")
         if given not in ("auto", value):
             raise UserError(f"DeepSpeed config says {key} {given}, the command line {value} ({FROM_COMMAND_LINE[key]})")
-    given = config.get("gradient_clipping", "auto")
-    clip = clip if given == "auto" else float(given)
     merged = {k: v for k, v in config.items() if k not in ("bf16", "fp16")} | ours
     merged.setdefault("zero_optimization", {"stage": 0})
     # The loop clips by itself at ZeRO 0: there DeepSpeed neither reports the norm nor stops at one that is not finite.
@@ -115,6 +133,14 @@ def effective_config(config: dict, batch_size: int, micro_batch_size: int, accum
 def zero_stage(config: dict) -> int:
     """The ZeRO stage of a DeepSpeed config."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloaded(config: dict) -> list[str]:
+    """Which of "offload_optimizer" and "offload_param" move something out of the GPU, at this config's ZeRO stage."""
+    sections = {key: config["zero_optimization"].get(key) for key in ("offload_optimizer", "offload_param")}
+    used = {"offload_optimizer": zero_stage(config) >= 1, "offload_param": zero_stage(config) == 3}
+    devices = {key: section.get("device", "none") for key, section in sections.items() if isinstance(section, dict)}
+    return [key for key, device in devices.items() if used[key] and device != "none"]
 
 
 def quiet_start() -> None:
@@ -265,6 +291,5 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
 
 def describe(config: dict) -> str:
     """One line about the parallelism for the log."""
-    zero = config["zero_optimization"]
-    offload = [key for key in ("offload_optimizer", "offload_param") if zero.get(key)]
+    offload = offloaded(config)
     return f"ZeRO {zero_stage(config)}{' with ' + ' and '.join(offload) if offload else ''}, {world_size()} processes"

@@ -27,9 +27,17 @@ from training_log import Recorder, draw_loss, peak_memory_gb, perplexity
 DEFAULT_EVAL_MICRO_BATCHES = 2000
 EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
+# What to do when memory runs out in the passes of a step, in its update, in an evaluation on the dev split.
+STEP_MEMORY_FLAGS = "lower --train_micro_batch_size_per_gpu, --micro_batch_tokens, --max_seq_len or --max_gen_len, or "
+STEP_MEMORY_FLAGS += "use --gradient_checkpointing"
+UPDATE_MEMORY_FLAGS = "Adam's moments come on top: share or offload them (--deepspeed_config), or "
+UPDATE_MEMORY_FLAGS += STEP_MEMORY_FLAGS
+EVAL_MEMORY_FLAGS = "lower --eval_batch_size, --max_seq_len or --max_gen_len"
 # Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
 CHANGEABLE = {"train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_tokens", "epoch_num", "max_steps"}
-CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm"}
+CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
+# Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
+LATER_ENTRIES = {"init_checkpoint", "languages", "train_num", "max_seq_len", "max_gen_len"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=2e-5, help="learning rate of AdamW")
     add("--lr_scheduler", choices=("constant", "cosine", "linear"), default="constant", help="decay after warm-up")
     add("--warmup_ratio", type=float, default=0.0, help="share of the steps with a linearly rising learning rate")
-    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping")
+    add("--max_grad_norm", type=float, help="gradient clipping (default: the DeepSpeed config's, else 1.0)")
     add("--epoch_num", type=int, default=3, help="passes over the training set")
     add("--max_steps", type=int, help="end after this many optimizer steps")
     add("--train_batch_size", type=int, default=24, help="examples of one optimizer step, over all processes")
@@ -116,6 +124,7 @@ class Plan:
     config: dict
     output_dir: Path
     init_file: str | None
+    init_hash: str | None
     models: tuple[str, str]
 
 
@@ -126,7 +135,7 @@ def check_arguments(args) -> Plan:
         UserError: for the first thing that cannot be.
     """
     from data_utils import find_task, parse_languages
-    from deepspeed_utils import effective_config, read_deepspeed_config, zero_stage
+    from deepspeed_utils import effective_config, gradient_clipping, read_deepspeed_config, zero_stage
     from modeling_mindmerger import check_ends, check_mapping, config_of_models, load_config, model_fingerprint
     from speed_options import check_speed_options
 
@@ -145,15 +154,17 @@ def check_arguments(args) -> Plan:
             raise UserError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if not 0 <= args.warmup_ratio < 1:
         raise UserError(f"--warmup_ratio must be at least 0 and below 1, not {args.warmup_ratio}")
-    if not (0 < args.lr < math.inf and args.max_grad_norm > 0):
+    if not (0 < args.lr < math.inf and (args.max_grad_norm is None or args.max_grad_norm > 0)):
         raise UserError(f"--lr and --max_grad_norm must be above 0, not {args.lr} and {args.max_grad_norm}")
     task = find_task(args.task)
     stage = args.stage_name
     if stage == "augmentation" and task.read_augmentation is None:
         raise UserError(f"task {args.task} has no augmentation data: use --stage_name mapping, or another --task")
     accumulation = settle_accumulation(args)
+    config = read_deepspeed_config(args.deepspeed_config)
+    args.max_grad_norm = gradient_clipping(config, args.max_grad_norm)  # the loop's, DeepSpeed's and the checkpoint's
     config = effective_config(
-        read_deepspeed_config(args.deepspeed_config),
+        config,
         args.train_batch_size,
         args.train_micro_batch_size_per_gpu,
         accumulation,
@@ -172,6 +183,9 @@ def check_arguments(args) -> Plan:
     check_speed_options(args, zero_stage(config))
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
     check_reporting(args.report_to)
+    init_file = find_initial_mapping(args, output_dir)
+    if init_file is not None:
+        check_mapping(init_file, config_of_models(args.mt_path, args.llm_path))
     plan = Plan(
         task=task,
         languages=parse_languages(args.languages) if args.languages else None,
@@ -179,12 +193,36 @@ def check_arguments(args) -> Plan:
         accumulation=accumulation,
         config=config,
         output_dir=output_dir,
-        init_file=find_initial_mapping(args, output_dir),
+        init_file=init_file,
+        init_hash=checkpoint_utils.describe_file(Path(init_file))["sha256"][:16] if init_file else None,
         models=(model_fingerprint(args.llm_path), model_fingerprint(args.mt_path)),
     )
-    if plan.init_file is not None:
-        check_mapping(plan.init_file, config_of_models(args.mt_path, args.llm_path))
+    refuse_to_remove_the_start(args, plan)
     return plan
+
+
+def refuse_to_remove_the_start(args, plan: Plan) -> None:
+    """Makes sure that what the run is to start from survives what the run removes and writes.
+
+    Raises:
+        UserError: for a checkpoint to resume from in a run that starts over, and for an initial mapping in the run's
+            own output folder, where each new best mapping replaces it.
+    """
+    if args.overwrite_output_dir and args.resume_from_checkpoint != "auto":
+        raise UserError(
+            "--overwrite_output_dir starts over and --resume_from_checkpoint goes on from "
+            f"{args.resume_from_checkpoint}: leave one of them out"
+        )
+    if plan.init_file is None:
+        return
+    # Both as written and behind its links: starting over may remove either.
+    places = (Path(os.path.abspath(plan.init_file)), Path(plan.init_file).resolve())
+    folders = (Path(os.path.abspath(plan.output_dir)), plan.output_dir.resolve())
+    if any(place.is_relative_to(folder) for place in places for folder in folders):
+        raise UserError(
+            f"the mapping to start from, {plan.init_file}, lies in this run's own output folder {plan.output_dir}, "
+            "which the run overwrites: copy it elsewhere, or use another --save_name"
+        )
 
 
 def settle_accumulation(args) -> int:
@@ -432,11 +470,19 @@ def train(trainer: Trainer, record) -> int:
 
     Returns:
         0, or the exit code of the signal that ended it; a checkpoint of that moment is then written.
+
+    Raises:
+        UserError: as `train_step` and `evaluate_and_keep` do, and when the disk refuses what is written.
     """
     from tqdm import tqdm
 
-    args = trainer.args
-    bar = tqdm(total=trainer.total_steps, initial=trainer.step, desc=args.stage_name, disable=not is_main())
+    bar = tqdm(total=trainer.total_steps, initial=trainer.step, desc=trainer.args.stage_name, disable=not is_main())
+    with bar:  # closed after an error too, whose line would else begin behind it
+        return train_steps(trainer, record, bar)
+
+
+def train_steps(trainer: Trainer, record, bar) -> int:
+    """The loop of `train`, which also says what it returns; `bar` shows how far it is."""
     code = 0
     if trainer.evaluation_due:  # the run was stopped between a step and its evaluation
         code = evaluate_and_keep(trainer, record)
@@ -467,7 +513,6 @@ def train(trainer: Trainer, record) -> int:
                 trainer.signals.save_agreed = False
             if end or code:
                 break
-    bar.close()
     return code
 
 
@@ -501,7 +546,8 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
         losses.append(loss.detach())
         trainer.signals.alive()
     step_loss = torch.stack(losses).sum() / world_size()
-    norm, loss, code = update(trainer, step_loss, losses, micro_batches)
+    with out_of_memory_named(batch, UPDATE_MEMORY_FLAGS, f"in the update of step {trainer.step + 1}, "):
+        norm, loss, code = update(trainer, step_loss, losses, micro_batches)
     seconds = time.perf_counter() - started
     lengths = trainer.data.merged_lengths
     processed = sum(len(m.indices) * int(lengths[m.indices].max()) for m in micro_batches)
@@ -524,6 +570,9 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
 
     Returns:
         its norm before clipping, the global loss, and the exit code of a stop that any rank was asked for or 0.
+
+    Raises:
+        UserError: on every rank, before the update, when loss or gradient is not finite.
     """
     import torch
 
@@ -548,8 +597,12 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
 
 
 @contextlib.contextmanager
-def out_of_memory_named(batch: dict):
-    """Turns running out of memory into an error that names the micro-batch and the flags to lower."""
+def out_of_memory_named(batch: dict, instead: str = STEP_MEMORY_FLAGS, where: str = ""):
+    """Turns running out of memory into an error that names the micro-batch and what to do `instead`.
+
+    Raises:
+        UserError: when memory ran out within it.
+    """
     import torch
 
     try:
@@ -562,23 +615,34 @@ def out_of_memory_named(batch: dict):
             if batch.get(key) is not None
         )
         raise UserError(
-            f"out of memory on rank {rank()} with a micro-batch of {rows} rows, longest {sizes} tokens: lower "
-            "--train_micro_batch_size_per_gpu, --micro_batch_tokens, --max_seq_len or --max_gen_len, or use "
-            "--gradient_checkpointing"
+            f"out of memory on rank {rank()} {where}with a micro-batch of {rows} rows, longest {sizes} tokens: "
+            f"{instead}"
         ) from error
 
 
 def probe_memory(trainer: Trainer) -> None:
-    """One forward and backward pass on the longest rows there are, so that memory runs out now or not at all."""
-    args = trainer.args
-    order = trainer.train[trainer.data.merged_lengths[trainer.train].argsort(kind="stable")[::-1]]
+    """One forward and backward pass on the longest rows there are, and one forward pass on the dev split's, so that
+    memory runs out now or not at all.
+
+    Raises:
+        UserError: when it does.
+    """
+    import torch
+
+    args, lengths = trainer.args, trainer.data.merged_lengths
+    order = trainer.train[lengths[trainer.train].argsort(kind="stable")[::-1]]
     rows = order[: args.train_micro_batch_size_per_gpu]
     if args.micro_batch_tokens:
-        rows = order[: max(1, args.micro_batch_tokens // int(trainer.data.merged_lengths[order[0]]))]
+        rows = order[: max(1, args.micro_batch_tokens // int(lengths[order[0]]))]
     batch = trainer.to_device(next(iter(trainer.loader([rows]))))
     trainer.engine.set_gradient_accumulation_boundary(False)
     with out_of_memory_named(batch):
         trainer.engine.backward(trainer.engine(**batch).loss_sum * 0.0, scale_wrt_gas=False)
+    rows = trainer.dev[lengths[trainer.dev].argsort(kind="stable")[::-1]][: args.eval_batch_size]
+    if len(rows):
+        batch = trainer.to_device(next(iter(trainer.loader([rows]))))
+        with out_of_memory_named(batch, EVAL_MEMORY_FLAGS), torch.no_grad():
+            trainer.engine(**batch)
 
 
 def not_finite(trainer: Trainer, loss, norm, losses, micro_batches) -> UserError:
@@ -615,7 +679,8 @@ def dev_loss(trainer: Trainer) -> tuple[float, int]:
     with torch.no_grad():
         batches = trainer.loader([m.indices for m in micro_batches])
         for number, (micro, batch) in enumerate(zip(micro_batches, batches, strict=True)):
-            total += trainer.engine(**trainer.to_device(batch)).loss_sum.double() * micro.weight
+            with out_of_memory_named(batch, EVAL_MEMORY_FLAGS):
+                total += trainer.engine(**trainer.to_device(batch)).loss_sum.double() * micro.weight
             trainer.signals.alive()
             if number % EVAL_BATCHES_PER_CHECK == 0 and (code := trainer.signals.agree(trainer.device, nothing)[0]):
                 return math.nan, code
@@ -628,10 +693,18 @@ def evaluate_and_keep(trainer: Trainer, record) -> int:
 
     Returns:
         0, or the exit code of a signal; the evaluation is then due again unless it was complete.
+
+    Raises:
+        UserError: on every rank, when the dev loss is not finite.
     """
     loss, code = dev_loss(trainer)
     if math.isnan(loss) and code:
         return code
+    if not math.isfinite(loss):  # all ranks have the same
+        raise runtime_utils.ReportedError(
+            f"dev loss {loss} at step {trainer.step} is not finite: stopped, earlier checkpoints and the best mapping "
+            "so far are kept; lower --lr, or use --precision fp32"
+        )
     trainer.evaluation_due = False
     record.evaluation(trainer.step, loss)
     best = loss < trainer.best_dev_loss
@@ -696,33 +769,45 @@ def identity(args, plan: Plan, data) -> dict:
         "stage_name": args.stage_name,
         "augmentation": plan.with_prompt,
         "seed": args.seed,
-        "data": data.fingerprint,
         "llm": plan.models[0],
         "encoder": plan.models[1],
         "precision": args.precision,
         "dev_size": args.dev_size,
+        # These make other data too; before its hash, so that the difference has a name.
+        "languages": [language.code for language in plan.languages] if plan.languages else None,
+        "train_num": args.train_num,
+        "max_seq_len": args.max_seq_len,
+        "max_gen_len": args.max_gen_len,
+        "data": data.fingerprint,
     }
-    return fixed | {name: getattr(args, name) for name in sorted(CHANGEABLE)}
+    # Not the initial mapping's path: another file may stand there, and the same one elsewhere.
+    return fixed | {name: getattr(args, name) for name in sorted(CHANGEABLE)} | {"init_checkpoint": plan.init_hash}
 
 
 def start_over(output_dir: Path) -> None:
-    """Removes what an earlier run left in the output folder, on rank 0."""
-    import shutil
+    """Removes what an earlier run left in the output folder, on rank 0.
 
+    Raises:
+        UserError: when something stays, naming the first such path: the run would go on from it.
+    """
     if not is_main():
         return
-    for folder in (*checkpoint_utils.list_checkpoints(output_dir), output_dir / "last"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"):
-        (output_dir / name).unlink(missing_ok=True)
+    files = ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png")
+    for path in (*checkpoint_utils.list_checkpoints(output_dir), *(output_dir / name for name in ("last", *files))):
+        checkpoint_utils.remove(path)
+        if os.path.lexists(path):
+            raise UserError(f"--overwrite_output_dir cannot remove {path}: remove it, or use another --save_name")
 
 
 def read_resumable(args, plan: Plan, data) -> tuple:
     """The checkpoint to continue from as (folder, tensors, state), or three times None. Rank 0 reads it.
 
     Raises:
-        UserError: when it belongs to another run, naming the first difference, or a named one is damaged.
+        UserError: when it belongs to another run, naming the first difference, or a named one is damaged, or its
+            content is no training state of these models.
     """
+    from modeling_mindmerger import config_of_models, mapping_shapes
+
     if not is_main():
         return None, None, None
     wanted = args.resume_from_checkpoint
@@ -735,14 +820,16 @@ def read_resumable(args, plan: Plan, data) -> tuple:
     else:
         folder = Path(wanted)
     tensors, state = checkpoint_utils.read_checkpoint(folder)
+    checkpoint_utils.check_state(folder, state)
     for name, value in identity(args, plan, data).items():
         before = state["identity"].get(name)
-        if before == value:
+        if before == value or name in LATER_ENTRIES and name not in state["identity"]:
             continue
         if name not in CHANGEABLE:
+            hint = " - a file, a template or a tokenizer has changed" if name == "data" else ""
             raise UserError(
-                f"{folder} was trained with another {name} ({before!r}, this run has {value!r}): use the same, or "
-                "another --save_name, or --overwrite_output_dir to start over"
+                f"{folder} was trained with another {name} ({before!r}, this run has {value!r}{hint}): use the same, "
+                "or another --save_name, or --overwrite_output_dir to start over"
             )
         if name not in args.allow_changed:
             raise UserError(
@@ -750,6 +837,12 @@ def read_resumable(args, plan: Plan, data) -> tuple:
                 f"--allow_changed {name} to go on with the new value, or --overwrite_output_dir to start over"
             )
         log(f"--{name} was {before}, from here on {value}")
+    shapes = mapping_shapes(config_of_models(args.mt_path, args.llm_path))
+    checkpoint_utils.check_tensors(folder, tensors, {name: p.shape for name, p in shapes.items()})
+    later = checkpoint_utils.later_checkpoints(plan.output_dir, state["step"])
+    if later:
+        names = ", ".join(entry.name for entry in later)
+        warn(f"goes on from step {state['step']}: the first new checkpoint replaces {names}")
     return folder, tensors, state
 
 
@@ -840,7 +933,7 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from deepspeed_utils import zero_stage
+    from deepspeed_utils import offloaded, zero_stage
     from modeling_mindmerger import Mapping, config_of_models, load_config
 
     if not is_main():
@@ -857,7 +950,10 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     stage, size = zero_stage(plan.config), world_size()
     shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
     frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
-    trained_gb = trained * 4 * (1 / shards["weights"] + 1 / shards["gradient"] + 2 / shards["Adam"]) / 1e9
+    parts_gb = {"frozen weights": frozen_gb, "mapping": trained * 4 / shards["weights"] / 1e9}
+    parts_gb |= {"gradient": trained * 4 / shards["gradient"] / 1e9, "Adam": trained * 8 / shards["Adam"] / 1e9}
+    moved = {"offload_param": ("frozen weights", "mapping"), "offload_optimizer": ("Adam",)}
+    host_gb = {name: parts_gb.pop(name) for key in offloaded(plan.config) for name in moved[key]}
     print(json.dumps({"arguments": vars(args), "deepspeed": plan.config}, indent=2, default=str))
     print(f"output folder: {plan.output_dir}")
     print(f"examples: {len(split[1])} training, {len(split[0])} dev; {json.dumps(data.counts, ensure_ascii=False)}")
@@ -866,9 +962,14 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     print(f"longest row: {int(data.merged_lengths.max())} positions, mean {data.merged_lengths.mean():.0f}")
     print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")
     print(
-        f"memory on each of {size} GPUs at ZeRO {stage}: {frozen_gb:.3f} GB frozen weights, {trained_gb:.3f} GB "
-        "mapping, gradient and Adam; activations come on top"
+        f"memory on each of {size} GPUs at ZeRO {stage}: {parts_gb.pop('frozen weights', 0):.3f} GB frozen weights, "
+        f"{sum(parts_gb.values()):.3f} GB {', '.join(parts_gb).replace(', Adam', ' and Adam')}; activations come on top"
     )
+    if host_gb:
+        print(
+            f"offloaded, for each GPU: {sum(host_gb.values()):.3f} GB {', '.join(host_gb)}; of offloaded weights, the "
+            "layers at work come on top of the GPU's memory too"
+        )
     print("dry run: nothing was written")
 
 
@@ -887,7 +988,7 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
         trainer = build_trainer(args, plan, device, tokenizers, data, split, checkpoint)
         record = Recorder(args, plan.output_dir)
         together(write_settings, args, plan, data)
-        together(record.cut_back, trainer.step)
+        together(record.cut_back, trainer.step, trainer.evaluation_due)
         trainer.engine.train()
         together(probe_memory, trainer)
         trainer.signals = Signals()
@@ -916,11 +1017,9 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.use_deterministic_algorithms(args.deterministic)
     quiet_start()
-    prepared = prepare(args)
-    if prepared is None:
-        return 0
     try:
-        return run(args, device, *prepared)
+        prepared = prepare(args)
+        return run(args, device, *prepared) if prepared is not None else 0
     except RuntimeError as error:
         if world_size() == 1 or not runtime_utils.is_lost_peer(error):
             raise

@@ -41,20 +41,29 @@ class Recorder:
 
             wandb.init(project=args.save_name, config=vars(args), dir=str(output_dir))
 
-    def cut_back(self, step: int) -> None:
-        """Drops lines after `step`, which a resumed run writes again, and a half-written last one."""
+    def cut_back(self, step: int, evaluation_due: bool = False) -> None:
+        """Drops the lines that a run resumed at `step` writes again, and damaged ones, such as a half-written last one.
+
+        Arguments:
+            evaluation_due: whether the evaluation of `step` itself will be made again too.
+
+        Raises:
+            UserError: when the log cannot be written.
+        """
         self.step = step
         if not is_main():
             return
         kept = []
         if step and self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
+            for line in self.path.read_bytes().split(b"\n")[:-1]:
                 try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    warn(f"{self.path}: dropped a damaged line: {line[:80]!r}")
-        runtime_utils.write_text_atomic(self.path, "".join(kept))
+                    values = json.loads(line.decode("utf-8"))
+                    again = evaluation_due and values["step"] == step and "dev_loss" in values
+                    if values["step"] <= step and not again:
+                        kept.append(line + b"\n")
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    warn(f"{self.path}: dropped a damaged line: {line[:80].decode(errors='replace')!r}")
+        runtime_utils.write_bytes_atomic(self.path, b"".join(kept))
 
     def __call__(self, values: dict, epoch: int) -> None:
         """Takes one optimizer step's line; every `--logging_steps` lines reach the disk."""

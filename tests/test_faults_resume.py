@@ -1,8 +1,10 @@
 """Runs that are cut short and go on: what remains must equal an uninterrupted run's, bit for bit."""
 
 import json
+import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_log, run_many
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
+import run_training
 from checkpoint_utils import fault_of, list_checkpoints, newest_valid, write_checkpoint
 from runtime_utils import UserError, write_text_atomic
 
@@ -79,6 +82,21 @@ def test_losses_after_a_stop_equal_an_uninterrupted_run(run, flags, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_evaluation_made_up_for_stands_once_in_the_log_however_often_the_run_is_resumed(run, flags, tmp_path):
+    """Its checkpoint says that the evaluation is due, also after it has been made: at step 4 before a kill, and at the
+    last step."""
+    driver, short = ROOT / "tests/drivers/killed.py", ["--max_steps", "7", "--save_steps", "100"]
+    whole, cut, ended = (named(flags, name, *short) for name in ("whole", "cut", "ended"))
+    # The signal strikes in the step whose evaluation is due: that evaluation is then cut short.
+    first = run_many(run, tmp_path, [whole, stopped_at(cut, 4), stopped_at(ended, 7), ended])
+    assert [result["code"] for result in first] == [0, 143, 143, 0], first
+    assert run(driver, "train_step:5", *cut).returncode == -signal.SIGKILL
+    assert [result["code"] for result in run_many(run, tmp_path, [cut, ended])] == [0, 0]
+    for name in ("cut", "ended"):
+        assert exact_log(outputs(tmp_path, name)) == exact_log(outputs(tmp_path, "whole"))
+
+
+@pytest.mark.slow
 def test_resume_is_exact_at_every_zero_stage_with_two_ranks_and_in_stage_2(run, flags, tmp_path):
     runs, names = [], []
     for preset in ("ds_zero0", "ds_zero1", "ds_zero2", "ds_zero3"):
@@ -119,21 +137,33 @@ def test_another_world_size_or_zero_stage_continues_with_the_same_global_batches
 def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
     run, flags, tiny_llm, tiny_encoder, datas, tmp_path
 ):
-    from conftest import make_tiny_llm
+    from conftest import make_tiny_encoder, make_tiny_llm
 
     other_data = Path(shutil.copytree(datas, tmp_path / "data"))
     pairs = other_data / "bilingual_pairs/en-sw/train_100k.sw"
     pairs.write_text(pairs.read_text().replace("a", "o", 1))
     other_llm = make_tiny_llm(tmp_path / "llm", seed=9)
+    other_encoder = make_tiny_encoder(tmp_path / "mt5", seed=9)
     base = named(flags, "base", "--max_steps", "3")
     save = [base, stopped_at([*base, "--save_name", "signal"], 2)]
+    # Another task or stage has another output folder: only an explicit path can bring its checkpoint there.
+    explicit = ["--resume_from_checkpoint", str(outputs(Path(), "base") / "checkpoint-000003")]
+    mapping = str(outputs(Path(), "base") / "mapping.safetensors")
     cases = [
-        (["--seed", "1"], "seed"),
-        (["--data_root", str(other_data)], "data"),
-        (["--llm_path", other_llm], "llm"),
-        (["--dev_size", "6"], "dev_size"),
-        (["--precision", "bf16"], "precision"),
-        (["--augmentation", "True"], "augmentation"),
+        (["--seed", "1"], "another seed"),
+        (["--data_root", str(other_data)], "another data"),
+        (["--llm_path", other_llm], "another llm"),
+        (["--mt_path", other_encoder], "another encoder"),
+        (["--dev_size", "6"], "another dev_size"),
+        (["--precision", "bf16"], "another precision"),
+        (["--augmentation", "True"], "another augmentation"),
+        (["--languages", "Swahili,Thai"], "another languages (None, this run has ['sw', 'th'])"),
+        (["--train_num", "11"], "another train_num (100000, this run has 11)"),
+        (["--max_seq_len", "59"], "another max_seq_len"),
+        (["--max_gen_len", "79"], "another max_gen_len"),
+        (["--task", "x-csqa", *explicit], "another task ('math', this run has 'x-csqa')"),
+        (["--stage_name", "augmentation", "--init_checkpoint", "none", *explicit], "another stage_name"),
+        (["--save_name", "initial", "--init_checkpoint", mapping, *explicit], "--allow_changed init_checkpoint"),
         (["--train_batch_size", "4"], "--allow_changed train_batch_size"),
         (["--lr", "0.5"], "--allow_changed lr"),
     ]
@@ -146,6 +176,31 @@ def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
         assert "\n" not in result["error"]
     assert read_log(outputs(tmp_path, "base"), "step")[-2:] == [9, 9]  # 3 steps of 8, then 6 of 4, then its evaluation
     assert "--train_batch_size was 8, from here on 4" in results[-1]["printed"]
+
+
+def files_of(folder):
+    """Every file below a folder with its content."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_starting_over_never_removes_what_the_run_was_told_to_start_from(run, flags, tmp_path):
+    """The folder used to be emptied first, and only then was the checkpoint or the mapping found missing."""
+    argv = named(flags, "kept", "--max_steps", "3")
+    assert run_many(run, tmp_path, [argv])[0]["code"] == 0
+    folder = outputs(tmp_path, "kept")
+    (tmp_path / "link").symlink_to(folder / "last")
+    before = files_of(folder)
+    cases = [
+        ["--resume_from_checkpoint", str(folder / "checkpoint-000003")],
+        ["--init_checkpoint", str(folder)],
+        ["--init_checkpoint", "outputs/kept/../kept/math/mapping/pytorch_model.bin"],
+        ["--init_checkpoint", str(tmp_path / "link")],
+    ]
+    results = run_many(run, tmp_path, [[*argv, "--overwrite_output_dir", *case] for case in cases])
+    for case, result in zip(cases, results, strict=True):
+        assert result["code"] == 2 and case[0].replace("init_checkpoint", "save_name") in result["error"], result
+    assert files_of(folder) == before
 
 
 # -- checkpoints on disk
@@ -165,6 +220,7 @@ def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one
         folder = tmp_path / str(points)
         folder.mkdir()
         small_checkpoint(folder, 1)
+        small_checkpoint(folder, 7)
         child = os.fork()
         if child == 0:
             count = [0]
@@ -188,6 +244,8 @@ def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one
         assert skipped == []
         step = int(found.name[-6:])
         assert checkpoint_utils.read_checkpoint(found)[0]["mapping.w"].tolist() == [float(step)] * 50
+        # Step 7 is of a course that was abandoned for step 1: it never outlives the first checkpoint of the new one.
+        assert step != 7 or not (folder / "checkpoint-000002").exists()
         checkpoint_utils.remove_leftovers(folder)
         assert all(fault_of(entry) is None for entry in folder.iterdir())
         # A restart writes the same step again over whatever is there.
@@ -213,8 +271,27 @@ def test_kill_9_in_mid_run_and_in_a_checkpoint_write_goes_on_exactly(run, flags,
     assert not list(outputs(tmp_path, "cut").rglob("*.tmp"))
 
 
+@pytest.mark.slow
+def test_a_resume_from_an_older_checkpoint_keeps_the_new_work_and_drops_the_abandoned(run, flags, tmp_path):
+    """The abandoned checkpoint had the higher number: it was kept, resumed from, and the new one pruned at once."""
+    argv = named(flags, "turned", "--max_steps", "7")
+    older = outputs(Path(), "turned") / "checkpoint-000003"
+    turned = [*argv, "--resume_from_checkpoint", str(older), "--lr", "2e-2", "--allow_changed", "lr"]
+    turned += ["--save_total_limit", "1"]
+    after = [*argv, "--lr", "2e-2"]
+    first, second, third = run_many(run, tmp_path, [stopped_at(argv, 6), stopped_at(turned, 5), after])
+    assert [first["code"], second["code"], third["code"]] == [143, 143, 0], (second, third)
+    assert "the first new checkpoint replaces checkpoint-000006" in second["printed"]
+    assert "resumes from outputs/turned/math/mapping/checkpoint-000005 at step 5" in third["printed"]
+    assert read_log(outputs(tmp_path, "turned"), "lr") == [1e-2] * 3 + [2e-2] * 4
+
+
 def cut_short(file):
     os.truncate(file, file.stat().st_size - 1)
+
+
+def nest_too_deep(file):
+    file.write_text("[" * 100_000 + "]" * 100_000 + "}\n")
 
 
 def flip_a_byte(file):
@@ -223,7 +300,7 @@ def flip_a_byte(file):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [cut_short, flip_a_byte, Path.unlink])
+@pytest.mark.parametrize("damage", [cut_short, flip_a_byte, nest_too_deep, Path.unlink])
 @pytest.mark.parametrize("name", [checkpoint_utils.TENSORS, checkpoint_utils.STATE, checkpoint_utils.MANIFEST])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, damage):
     """safetensors loads a flipped data byte in silence; only the manifest's sha256 sees it."""
@@ -242,6 +319,48 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, d
     ]
 
 
+def test_linked_checkpoint_folders_are_unlinked_where_folders_would_be_removed(tmp_path):
+    """rmtree refuses links: pruning left them behind, the next discard of that number met one and failed, and starting
+    over resumed from one."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "run"
+    for step in (1, 2, 3):
+        small_checkpoint(elsewhere, step)
+    before = files_of(elsewhere)
+    folder.mkdir()
+
+    def link(name, step=1):
+        (folder / name).symlink_to(elsewhere / f"checkpoint-{step:06d}")
+
+    link("checkpoint-000001")
+    link("checkpoint-000002", 2)
+    link("checkpoint-000001.old.tmp")
+    link("checkpoint-000003.tmp")
+    small_checkpoint(folder, 2, keep=1)
+    link("checkpoint-000003", 9)  # dangling
+    small_checkpoint(folder, 3, keep=1)
+    checkpoint_utils.remove_leftovers(folder)
+    assert [entry.name for entry in folder.iterdir()] == ["checkpoint-000003"]
+    link("checkpoint-000004")
+    (folder / "last").symlink_to(elsewhere)
+    run_training.start_over(folder)
+    assert list(folder.iterdir()) == [] and files_of(elsewhere) == before
+
+
+def test_a_damaged_later_checkpoint_outlives_a_new_one(tmp_path):
+    """What is damaged is never resumed from; after a file system failed for a while it may be the only work left."""
+    small_checkpoint(tmp_path, 7)
+    cut_short(tmp_path / "checkpoint-000007" / checkpoint_utils.TENSORS)
+    small_checkpoint(tmp_path, 2, keep=1)
+    assert [entry.name for entry in list_checkpoints(tmp_path)] == ["checkpoint-000007", "checkpoint-000002"]
+
+
+def test_starting_over_ends_when_a_checkpoint_cannot_be_removed(tmp_path, monkeypatch):
+    folder = small_checkpoint(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(UserError, match=f"cannot remove {folder}"):
+        run_training.start_over(tmp_path)
+
+
 @pytest.mark.slow
 def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(run, flags, tmp_path):
     argv = named(flags, "cut", "--max_steps", "7")
@@ -256,6 +375,73 @@ def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(r
     assert "skipped checkpoint-000005: training.safetensors differs from its sha256" in resumed["printed"]
     assert "resumes from outputs/cut/math/mapping/checkpoint-000003" in resumed["printed"]
     assert_same_run(outputs(tmp_path, "whole"), outputs(tmp_path, "cut"))
+
+
+def remade(original, folder, change=None, tensors=None, text=None):
+    """A copy of a checkpoint with another content and a manifest that vouches for it.
+
+    `change` gets the state and may change it in place; `text` replaces the state file, `tensors` the tensors.
+    """
+    shutil.copytree(original, folder)
+    state = json.loads((folder / checkpoint_utils.STATE).read_text())
+    if change is not None:
+        change(state)
+    write_text_atomic(folder / checkpoint_utils.STATE, json.dumps(state) if text is None else text)
+    if tensors is not None:
+        save_file(tensors, folder / checkpoint_utils.TENSORS)
+    return vouched_for(folder)
+
+
+def vouched_for(folder):
+    """The folder, with a new manifest for what its two files now hold."""
+    files = {name: checkpoint_utils.describe_file(folder / name) for name in ("training.safetensors", "state.json")}
+    write_text_atomic(folder / checkpoint_utils.MANIFEST, json.dumps({"files": files}) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_checkpoints_of_foreign_content_are_refused_in_one_line_and_those_of_older_versions_resume(
+    run, flags, tmp_path
+):
+    """The manifest vouches for bytes, not for what they mean."""
+    argv = named(flags, "real", "--max_steps", "4")
+    assert run_many(run, tmp_path, [stopped_at(argv, 3)])[0]["code"] == 143
+    original = outputs(tmp_path, "real") / "checkpoint-000003"
+    tensors = load_file(original / checkpoint_utils.TENSORS)
+    moment = "exp_avg_sq.end_boundary"
+    states = {
+        "empty": ("{}", "step in state.json is missing"),
+        "list": ("[]", "must hold an object"),
+        "deep": ('{"step": ' + "[" * 100_000 + "]" * 100_000 + "}", "state.json"),
+    }
+    changes = {
+        "no_due": (lambda state: state.pop("evaluation_due"), "evaluation_due in state.json is missing"),
+        "text_step": (lambda state: state.update(step="3"), "step in state.json is '3'"),
+        "nan_loss": (lambda state: state.update(best_dev_loss=float("nan")), "best_dev_loss in state.json is nan"),
+        "identity": (lambda state: state.update(identity=[]), "identity in state.json is []"),
+        "no_seed": (lambda state: state["identity"].pop("seed"), "another seed (None, this run has 0)"),
+    }
+    contents = {
+        "no_moment": ({k: v for k, v in tensors.items() if k != moment}, f"missing ['{moment}']"),
+        "foreign": ({"weight": torch.zeros(2)}, "unknown ['weight']"),
+        "shape": (tensors | {moment: torch.zeros(3, 5)}, f"{moment} is (3, 5)"),
+        "dtype": (tensors | {moment: tensors[moment].bfloat16()}, f"{moment} is (1, 1, 32) in torch.bfloat16"),
+    }
+    cases = [(remade(original, tmp_path / name, text=text), part) for name, (text, part) in states.items()]
+    cases += [(remade(original, tmp_path / name, change=change), part) for name, (change, part) in changes.items()]
+    cases += [(remade(original, tmp_path / name, tensors=other), part) for name, (other, part) in contents.items()]
+
+    def as_before(state):
+        for name in run_training.LATER_ENTRIES:
+            del state["identity"][name]
+
+    older = remade(original, tmp_path / "older", change=as_before)
+    paths = [folder for folder, _ in cases] + [older]
+    results = run_many(run, tmp_path, [[*argv, "--resume_from_checkpoint", str(path)] for path in paths])
+    for (folder, expected), result in zip(cases, results, strict=False):
+        assert result["code"] == 2 and "\n" not in result["error"], result
+        assert str(folder) in result["error"] and expected in result["error"], (expected, result["error"])
+    assert results[-1]["code"] == 0 and f"resumes from {older} at step 3" in results[-1]["printed"], results[-1]
 
 
 class Payload:
@@ -274,10 +460,22 @@ def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, t
     folder = small_checkpoint(tmp_path / "checkpoints", 1)
     (folder / checkpoint_utils.TENSORS).write_bytes(pickle.dumps(Payload(witness)))
     (folder / "optimizer.bin").write_bytes(pickle.dumps(Payload(witness)))
-    manifest = {name: checkpoint_utils.describe_file(folder / name) for name in ("training.safetensors", "state.json")}
-    write_text_atomic(folder / checkpoint_utils.MANIFEST, json.dumps({"files": manifest}) + "\n")
-    with pytest.raises(UserError, match="training.safetensors"):
-        checkpoint_utils.read_checkpoint(folder)
+    vouched_for(folder)
+    deepspeed = tmp_path / "deepspeed/global_step5/mp_rank_00_model_states.pt"
+    deepspeed.parent.mkdir(parents=True)
+    torch.save({"module": Payload(witness)}, deepspeed)
+    as_zip = Path(shutil.copytree(folder, tmp_path / "zip"))
+    shutil.copy(deepspeed, as_zip / checkpoint_utils.TENSORS)
+    for path, refused in (
+        (folder, folder / "training.safetensors"),
+        (vouched_for(as_zip), as_zip / "training.safetensors"),
+        (tmp_path / "deepspeed", deepspeed),
+        (deepspeed.parent, deepspeed),
+    ):
+        with pytest.raises(UserError, match=rf"{refused} is a pickle.*safetensors.torch.save_file.*--init_checkpoint"):
+            checkpoint_utils.read_checkpoint(path)
+    with pytest.raises(UserError, match=rf"{deepspeed} is a file, .* --init_checkpoint"):
+        checkpoint_utils.read_checkpoint(deepspeed)
     llm = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
     (llm / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Payload(witness)}, llm / "pytorch_model.bin")
@@ -352,12 +550,55 @@ def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_examples(ru
 
 
 @pytest.mark.slow
+def test_an_infinite_gradient_of_a_finite_loss_stops_all_before_the_update(run, flags, tmp_path):
+    """The loss alone shows nothing, and one more step would be too late."""
+    entries = []
+    for preset in ("ds_zero0", "ds_zero1", "ds_zero3"):
+        argv = named(flags, preset, "--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--max_steps", "6")
+        entries.append({"argv": argv, "fault": {"step": 5, "rank": 1, "infinite_gradient": True}})
+    for entry, broken in zip(entries, run_many(run, tmp_path, entries, ranks=2), strict=True):
+        assert broken["code"] == 2, broken
+        loss, norm = re.match(r"loss (\S+) with gradient norm (\S+) at step 5 is not finite", broken["error"]).groups()
+        assert math.isfinite(float(loss)) and not math.isfinite(float(norm)), broken["error"]
+        folder = outputs(tmp_path, entry["argv"][entry["argv"].index("--save_name") + 1])
+        assert newest_valid(folder)[0].name == "checkpoint-000003"
+
+
+@pytest.mark.slow
+def test_a_dev_loss_that_is_not_finite_stops_all_and_keeps_the_best_mapping(run, flags, tmp_path):
+    """It went on in silence: the log got a NaN, which is no JSON, and no mapping was ever the best again."""
+    argv = named(flags, "dev", "--max_steps", "8", "--eval_steps", "2")
+    (broken,) = run_many(run, tmp_path, [{"argv": argv, "fault": {"step": 4, "rank": 1, "dev_nan": True}}], ranks=2)
+    assert broken["code"] == 2 and "dev loss nan at step 4 is not finite" in broken["error"], broken
+    folder = outputs(tmp_path, "dev")
+    assert "NaN" not in (folder / "log.jsonl").read_text()
+    assert newest_valid(folder)[0].name == "checkpoint-000003"
+    best, last = (load_file(folder / name) for name in ("mapping.safetensors", "last/mapping.safetensors"))
+    assert all(torch.equal(best[name], last[name]) for name in best)  # both are those of step 2
+
+
+@pytest.mark.slow
+def test_an_error_stands_on_a_line_of_its_own_below_the_progress_bar(run, flags, tmp_path):
+    argv = named(flags, "bar", "--max_steps", "6")
+    (broken,) = run_many(run, tmp_path, [{"argv": argv, "fault": {"step": 5, "nan": True}}])
+    assert broken["printed"].splitlines()[-1].startswith("error: loss nan"), broken["printed"][-300:]
+
+
+@pytest.mark.slow
 def test_running_out_of_memory_is_known_before_training_and_names_the_flags(run, flags, tmp_path):
-    (result,) = run_many(run, tmp_path, [{"argv": named(flags, "oom"), "fault": {"memory": True}}])
-    assert result["code"] == 2
-    for part in ("2 rows", "encoder ", "target ", "--train_micro_batch_size_per_gpu", "--gradient_checkpointing"):
-        assert part in result["error"], (part, result["error"])
-    assert (outputs(tmp_path, "oom") / "log.jsonl").read_text() == ""
+    """The dev split has micro-batches of its own. In the update Adam's moments come on top, at the first step."""
+    places = {
+        "forward": ("2 rows", "--train_micro_batch_size_per_gpu", "--gradient_checkpointing"),
+        "dev": ("3 rows", "lower --eval_batch_size"),
+        "update": ("2 rows", "in the update of step 1", "--deepspeed_config"),
+    }
+    more = ["--eval_batch_size", "3"]
+    entries = [{"argv": named(flags, place, *more), "fault": {"memory": place}} for place in places]
+    for (place, expected), result in zip(places.items(), run_many(run, tmp_path, entries), strict=True):
+        assert result["code"] == 2
+        for part in (*expected, "encoder ", "target "):
+            assert part in result["error"], (part, result["error"])
+        assert (outputs(tmp_path, place) / "log.jsonl").read_text() == ""
 
 
 def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):
@@ -374,9 +615,22 @@ def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_no_code_loads_pickles_without_weights_only():
-    import re
+@pytest.mark.slow
+def test_the_memory_estimate_of_a_dry_run_leaves_out_what_is_offloaded(run, flags, tmp_path):
+    lines = {}
+    for preset in ("ds_zero2", "ds_zero2_offload", "ds_zero3_offload"):
+        config = ["--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--dry_run"]
+        done = run(ROOT / "run_training.py", *flags, *config)
+        assert done.returncode == 0, done.stderr[-2000:]
+        start = ("memory on", "offloaded")
+        lines[preset] = " ".join(line for line in done.stdout.splitlines() if line.startswith(start))
+    assert "GB mapping, gradient and Adam;" in lines["ds_zero2"] and "offloaded" not in lines["ds_zero2"]
+    assert "GB mapping, gradient;" in lines["ds_zero2_offload"] and "0.000 GB Adam;" in lines["ds_zero2_offload"]
+    assert " 0.000 GB frozen weights, 0.000 GB gradient;" in lines["ds_zero3_offload"]
+    assert "GB Adam, frozen weights, mapping;" in lines["ds_zero3_offload"]
 
+
+def test_no_code_loads_pickles_without_weights_only():
     sources = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("baselines/*.py")]
     assert len(sources) > 8
     for path in sources:

@@ -267,3 +267,12 @@ def test_a_dead_rank_ends_the_other_and_the_same_command_takes_the_lock_over_and
     os.kill(again.ranks()[0], signal.SIGTERM)
     assert again.end() == 143, again.errors.read_text()[-4000:]
     load_file(assert_checkpoint_of_the_last_step(again) / "training.safetensors")
+
+
+def test_a_rank_that_dies_while_the_data_loads_ends_the_others_with_a_message(run, flags):
+    """Before the training itself the others left a traceback or nothing."""
+    started = time.monotonic()
+    done = run(ROOT / "tests/drivers/killed.py", "load_data:1", *flags, ranks=2)
+    assert done.returncode != 0 and time.monotonic() - started < 60
+    assert "error: rank 0: lost contact with another rank" in done.stderr, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr

@@ -134,6 +134,26 @@ def test_every_zero_stage_and_offload_trains_the_same_mapping_on_two_ranks(run, 
 
 
 @pytest.mark.slow
+def test_gradient_clipping_of_a_deepspeed_config_counts_at_every_zero_stage(run, flags, tmp_path):
+    """At ZeRO 0, where the loop clips by itself, it went by the flag's default. Adam's first moment shows the norm that
+    the gradient was clipped to: it is (1 - 0.8) of it after one step."""
+    runs = []
+    for stage in (0, 1, 2):
+        config = {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.125}
+        (tmp_path / f"{stage}.json").write_text(json.dumps(config))
+        more = ["--deepspeed_config", str(tmp_path / f"{stage}.json"), "--max_steps", "1", "--save_name", f"z{stage}"]
+        runs.append([*flags, *more])
+    assert [outcome["code"] for outcome in run_many(run, tmp_path, runs)] == [0, 0, 0]
+    for stage in (0, 1, 2):
+        folder = tmp_path / "outputs" / f"z{stage}/math/mapping"
+        assert read_log(folder, "grad_norm")[0] > 0.2
+        tensors = load_file(folder / "checkpoint-000001/training.safetensors")
+        moments = [tensor.flatten() for name, tensor in tensors.items() if name.startswith("exp_avg.")]
+        assert torch.cat(moments).norm().item() == pytest.approx(0.2 * 0.125, rel=1e-3), stage
+        assert json.loads((folder / "args.json").read_text())["arguments"]["max_grad_norm"] == 0.125
+
+
+@pytest.mark.slow
 def test_zero_3_trains_without_a_launcher(run, flags):
     done = run(
         ROOT / "run_training.py", *flags, "--max_steps", "1", "--deepspeed_config", ROOT / "scripts/ds_zero3.json"
@@ -255,6 +275,8 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_cliping": 1.0}))
     (tmp_path / "ds_bf16.json").write_text(json.dumps({"bf16": {"enabled": True}}))
     (tmp_path / "ds_batch.json").write_text(json.dumps({"train_batch_size": 99}))
+    (tmp_path / "ds_clip.json").write_text(json.dumps({"gradient_clipping": 0.5}))
+    (tmp_path / "ds_no_clip.json").write_text(json.dumps({"gradient_clipping": 0}))
     fresh_augmentation = ["--stage_name", "augmentation", "--init_checkpoint", "none"]
     cases = [
         (["--data_root", str(absent)], ["train_100k.sw", "train_100k.en"]),
@@ -277,6 +299,11 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
         (["--deepspeed_config", str(tmp_path / "ds.json")], ["gradient_cliping", "gradient_clipping"]),
         (["--deepspeed_config", str(tmp_path / "ds_bf16.json")], ["bf16", "--precision"]),
         (["--deepspeed_config", str(tmp_path / "ds_batch.json")], ["train_batch_size", "99", "8"]),
+        (
+            ["--deepspeed_config", str(tmp_path / "ds_clip.json"), "--max_grad_norm", "2"],
+            ["gradient_clipping 0.5", "2.0", "--max_grad_norm"],
+        ),
+        (["--deepspeed_config", str(tmp_path / "ds_no_clip.json")], ["gradient_clipping", "above 0"]),
         (["--deepspeed_config", str(tmp_path / "none.json")], ["none.json"]),
         (["--epoch_num", "0"], ["--epoch_num", "0"]),
         (["--num_workers", "-1"], ["--num_workers", "at least 0"]),

@@ -2,8 +2,8 @@
 
     killed.py POINT flags…
 
-POINT is `train_step:N` (at the start of that optimizer step) or `write_checkpoint:N:os.CALL:M` (at the M-th call of
-`os.CALL` inside the N-th checkpoint this process writes).
+POINT is `load_data:R` (rank R, while the data loads), `train_step:N` (at the start of that optimizer step) or
+`write_checkpoint:N:os.CALL:M` (at the M-th call of `os.CALL` inside the N-th checkpoint this process writes).
 """
 
 import os
@@ -36,6 +36,16 @@ def arm(point):
             return original_step(trainer, *rest)
 
         run_training.train_step = train_step
+        return
+    if name == "load_data":
+        original_load = run_training.load_data
+
+        def load_data(*arguments):
+            if runtime_utils.rank() == int(number):
+                kill()
+            return original_load(*arguments)
+
+        run_training.load_data = load_data
         return
     original_write, written = checkpoint_utils.write_checkpoint, [0]
     call_name, limit = inside[0].removeprefix("os."), int(inside[1])

@@ -4,13 +4,16 @@
 
 An entry is a list of flags, or {"argv": flags, "fault": {...}} with a fault that strikes at the start of an optimizer
 step (1-based "step", on "rank", default every rank): "signal" sends a real signal to this process; "nan" makes the
-loss of that step not a number; "memory" makes the first forward pass run out of memory.
+loss of that step not a number; "dev_nan" does that to the dev loss after that step; "infinite_gradient" leaves the
+loss of that step as it is but not its gradient; "memory" makes memory run out: in the first "forward" pass, in the
+first one without gradients ("dev"), or in the first "update".
 Importing torch and DeepSpeed costs seconds; this pays it once for many short runs.
 """
 
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -30,7 +33,7 @@ from modeling_mindmerger import MindMerger  # noqa: E402
 @contextlib.contextmanager
 def fault_injected(fault):
     """Within it, runs meet the fault."""
-    step_function, forward = run_training.train_step, MindMerger.forward
+    step_function, forward, clip = run_training.train_step, MindMerger.forward, torch.nn.utils.clip_grad_norm_
     state = {"step": 0}
 
     def here():
@@ -44,18 +47,29 @@ def fault_injected(fault):
         return step_function(trainer, *rest)
 
     def damaged_forward(self, *arguments, **named):
-        if fault.get("memory"):
+        if fault.get("memory") == "forward" or fault.get("memory") == "dev" and not torch.is_grad_enabled():
             raise torch.OutOfMemoryError("out of memory, as a test has it")
         out = forward(self, *arguments, **named)
         if fault.get("nan") and fault["step"] == state["step"] and here():
             out.loss_sum = out.loss_sum * float("nan")
+        if fault.get("dev_nan") and fault["step"] == state["step"] and here() and not torch.is_grad_enabled():
+            out.loss_sum = out.loss_sum * float("nan")
+        if fault.get("infinite_gradient") and fault["step"] == state["step"] and here() and out.loss_sum.requires_grad:
+            out.loss_sum.register_hook(lambda gradient: gradient * math.inf)
         return out
 
+    def damaged_clipping(*arguments, **named):
+        if fault.get("memory") == "update":
+            raise torch.OutOfMemoryError("out of memory, as a test has it")
+        return clip(*arguments, **named)
+
     run_training.train_step, MindMerger.forward = train_step, damaged_forward
+    torch.nn.utils.clip_grad_norm_ = damaged_clipping
     try:
         yield
     finally:
         run_training.train_step, MindMerger.forward = step_function, forward
+        torch.nn.utils.clip_grad_norm_ = clip
 
 
 def outcome(argv, fault):
@@ -66,6 +80,7 @@ def outcome(argv, fault):
             code = run_training.main(argv)
         except runtime_utils.UserError as caught:
             error, code = str(caught), 2
+            print(f"error: {error}", file=sys.stderr)  # as run_main does, while the run's frames are still there
         except SystemExit as caught:
             code = caught.code
     return {"argv": argv, "code": code, "error": error, "printed": printed.getvalue()}
