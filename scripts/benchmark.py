@@ -68,7 +68,7 @@ def build_parser():
     add("--windows", type=int, default=5, help="timed windows of each mode")
     add("--steps", type=int, default=1, help="optimizer steps of ours in a window")
     add("--plain_micro_batches", type=int, default=8, help="micro-batches of plain in a window")
-    add("--questions", type=int, default=96, help="questions to generate answers for, over three languages")
+    add("--questions", type=int, default=480, help="questions to generate answers for, over three languages")
     add("--eval_max_tokens", type=int, default=16384, help="token budget of a batch of ours in generation")
     add("--max_new_tokens", type=int, default=64, help="length limit of generation")
     add("--gradient_checkpointing", action="store_true", help="in both modes")
