@@ -15,7 +15,7 @@ import re
 import shutil
 from pathlib import Path
 
-from runtime_utils import UserError, write_bytes_atomic, write_json_atomic
+from runtime_utils import UserError, warn, write_bytes_atomic, write_json_atomic
 
 MANIFEST = "manifest.json"
 TENSORS = "training.safetensors"
@@ -66,7 +66,10 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
         raise UserError(f"cannot write checkpoint {final}: {error.strerror or error}") from error
     finally:
         remove(temporary)
-    prune(output_dir, keep)
+    try:
+        prune(output_dir, keep)
+    except OSError as error:  # the new checkpoint is whole: a run need not end because an old one stays
+        warn(f"cannot remove an old checkpoint: {error.filename}: {error.strerror}")
     return final
 
 

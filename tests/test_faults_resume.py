@@ -354,6 +354,18 @@ def test_a_damaged_later_checkpoint_outlives_a_new_one(tmp_path):
     assert [entry.name for entry in list_checkpoints(tmp_path)] == ["checkpoint-000007", "checkpoint-000002"]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_warned_of_and_the_new_one_stands(tmp_path, monkeypatch, capsys):
+    small_checkpoint(tmp_path, 1)
+
+    def refuse(folder):
+        raise OSError(30, "Read-only file system", str(folder))
+
+    monkeypatch.setattr(checkpoint_utils, "discard", refuse)
+    new = small_checkpoint(tmp_path, 2, keep=1)
+    assert fault_of(new) is None and newest_valid(tmp_path)[0] == new
+    assert "cannot remove an old checkpoint" in capsys.readouterr().err
+
+
 def test_starting_over_ends_when_a_checkpoint_cannot_be_removed(tmp_path, monkeypatch):
     folder = small_checkpoint(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
