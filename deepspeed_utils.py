@@ -7,10 +7,12 @@ state lives. Heavy imports happen inside the functions that need them.
 
 import difflib
 import json
+import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime_utils import UserError, world_size
+from runtime_utils import UserError, warn, world_size
 
 # DeepSpeed takes a misspelt key in silence, so these are the ones we know to work with this training loop.
 KNOWN_KEYS = {
@@ -44,16 +46,23 @@ def read_deepspeed_config(path: str | None) -> dict:
     """Reads a user's DeepSpeed JSON and refuses what this loop cannot honour.
 
     Raises:
-        UserError: naming the file and the key for unreadable JSON, unknown keys, a precision, optimizer or scheduler
-            section.
+        UserError: naming the file and the key for unreadable JSON, unknown keys, values of a wrong type or range, a
+            precision, optimizer or scheduler section.
     """
     if path is None:
         return {"zero_optimization": {"stage": 0}}
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no DeepSpeed config {file}: presets are scripts/ds_zero0.json to ds_zero3_offload.json")
+    from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+
+    def number(text: str) -> float:
+        value = float(text)  # 5e8 is how DeepSpeed's documentation writes whole numbers
+        return int(value) if value.is_integer() else value
+
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        config = json.loads(text, parse_float=number, object_pairs_hook=dict_raise_error_on_duplicate_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
@@ -67,14 +76,8 @@ def read_deepspeed_config(path: str | None) -> dict:
                 f"{file}: remove the section {section!r}: it would cast the mapping too; --precision sets the towers' "
                 "dtype and the mapping stays in fp32"
             )
-    _refuse_unknown(config, KNOWN_KEYS, str(file))
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"{file}: zero_optimization.stage must be 0, 1, 2 or 3")
-    aliases = {field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias}
-    _refuse_unknown(zero, set(DeepSpeedZeroConfig.model_fields) | aliases, f"{file}: zero_optimization")
+    _refuse_unknown(config, KNOWN_KEYS, f"{file}: ")
+    check_values(config, f"{file}: ")
     return config
 
 
@@ -82,23 +85,167 @@ def _refuse_unknown(given: dict, known: set[str], where: str) -> None:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise UserError(f"{where}{key}: unknown key" + (f", did you mean {near[0]!r}?" if near else ""))
+
+
+def check_values(config: dict, where: str) -> None:
+    """Makes sure that every value of a user's DeepSpeed JSON has the type and the range that DeepSpeed needs.
+
+    DeepSpeed itself reads "2" as 2 and 1 as True without a word, and looks at the values of some sections never, or
+    only once the models are loaded.
+
+    Arguments:
+        where: what every message starts with: the file.
+
+    Raises:
+        UserError: naming the path of the first key whose value cannot be used.
+    """
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for section, fields in _section_fields().items():
+        _check_section(config.get(section, {}), fields, f"{where}{section}")
+    top = {key: kind for key, kind in _top_level_fields().items() if key in config}
+    _check_values({key: config[key] for key in top}, top, where)
+    clip = config.get("gradient_clipping", "auto")
+    if clip != "auto" and not (type(clip) in (int, float) and 0 < clip < math.inf):
+        raise UserError(
+            f"{where}gradient_clipping must be 'auto' or a number above 0 (a large one to clip nothing), not {clip!r}"
+        )
+    _check_model(config.get("comms_logger", {}), CommsLoggerConfig, f"{where}comms_logger")
+    zero = config.get("zero_optimization", {})
+    if isinstance(zero, dict) and (type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in range(4)):
+        raise UserError(f"{where}zero_optimization.stage must be 0, 1, 2 or 3, not {zero['stage']!r}")
+    _check_model(zero, DeepSpeedZeroConfig, f"{where}zero_optimization")
+    _check_zero(zero, f"{where}zero_optimization")
+
+
+def _check_zero(zero: dict, where: str) -> None:
+    """Refuses what this training loop cannot work with, and warns of what has no effect at this stage."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    stage = zero.get("stage", 0)
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(f"{where}.compute_grad_norm must be true: training records the norm and stops when it is NaN")
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        section = zero.get(key) or {}
+        if section.get("device") == "nvme" and not os.path.isdir(section.get("nvme_path") or ""):
+            raise UserError(f"{where}.{key}.nvme_path is {section.get('nvme_path')!r}: the device nvme needs a folder")
+        if section.get("device") == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(f"{where}.{key}.device nvme needs libaio and a C++ compiler: install them, or use cpu")
+        if section.get("device", "none") != "none" and stage < least:
+            warn(f"{where}.{key} has no effect at ZeRO {stage}: it needs stage {least} or more")
+
+
+def _top_level_fields() -> dict:
+    from typing import Annotated, Literal
+
+    from pydantic import Field
+
+    whole = Annotated[int, Field(gt=0)]
+    switches = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown")
+    switches += ("memory_breakdown", "dump_state")
+    types = Literal["fp32", "fp16", "bf16", "FP32", "FP16", "BF16"]
+    return {
+        **dict.fromkeys(FROM_COMMAND_LINE, whole | Literal["auto"]),
+        **dict.fromkeys(switches, bool),
+        "steps_per_print": whole | None,
+        "communication_data_type": types | None,
+        "bf16": dict,
+        "fp16": dict,
+    }
+
+
+def _section_fields() -> dict[str, dict]:
+    """Types of the sections that DeepSpeed takes as they come."""
+    from typing import Annotated
+
+    from pydantic import Field
+
+    whole = Annotated[int, Field(gt=0)]
+    return {
+        "aio": {
+            **dict.fromkeys(("block_size", "queue_depth", "intra_op_parallelism"), whole),
+            **dict.fromkeys(("single_submit", "overlap_events", "use_gds"), bool),
+        },
+        "flops_profiler": {
+            **dict.fromkeys(("enabled", "detailed"), bool),
+            **dict.fromkeys(("profile_step", "top_modules"), whole),
+            "module_depth": Annotated[int, Field(ge=-1)],
+            "recompute_fwd_factor": Annotated[float, Field(ge=0)],
+            "output_file": str | None,
+        },
+        "activation_checkpointing": {
+            **dict.fromkeys(("partition_activations", "contiguous_memory_optimization", "cpu_checkpointing"), bool),
+            **dict.fromkeys(("synchronize_checkpoint_boundary", "profile"), bool),
+            "number_checkpoints": whole | None,
+        },
+    }
+
+
+def _check_section(given, fields: dict, where: str) -> None:
+    if not isinstance(given, dict):
+        raise UserError(f"{where} must be an object, not {json.dumps(given)[:80]}")
+    _refuse_unknown(given, set(fields), f"{where}.")
+    _check_values(given, fields, f"{where}.")
+
+
+def _check_values(given: dict, fields: dict, where: str) -> None:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    for key, value in given.items():
+        adapter = TypeAdapter(fields[key], config=ConfigDict(arbitrary_types_allowed=True))
+        reason = "it is too large" if isinstance(value, int) and abs(value) >= 2**63 else None
+        try:
+            # As JSON: strictly, Python values would have to be enumerators and Path objects.
+            adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].replace("Input", "it", 1)
+        if reason is not None:
+            raise UserError(f"{where}{key} is {json.dumps(value)[:80]}: {reason}")
+
+
+def _check_model(given, model, where: str) -> None:
+    """Checks each value of a section strictly against its field in one of DeepSpeed's own models, then the whole."""
+    import typing
+
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+    from pydantic import ValidationError
+
+    fields, sections = {}, {}
+    for name, field in model.model_fields.items():
+        kinds = (field.annotation, *typing.get_args(field.annotation))
+        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, DeepSpeedConfigModel)]
+        for key in (name, field.alias or name):
+            fields[key] = dict | None if below else typing.Annotated[field.annotation, *field.metadata, None]
+            sections |= {key: below[0]} if below else {}
+    # "auto", as in transformers' configs, leaves a value to DeepSpeed.
+    told = {k: v for k, v in given.items() if v != "auto"} if isinstance(given, dict) else given
+    _check_section(told, fields, where)
+    negative = next((k for k, v in told.items() if type(v) in (int, float) and v < 0), None)
+    if negative is not None:  # some fields have no bound of their own
+        raise UserError(f"{where}.{negative} is {told[negative]}: it should be at least 0")
+    for key, below in sections.items():
+        if told.get(key) is not None:
+            _check_model(told[key], below, f"{where}.{key}")
+    try:
+        model(**told)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Assertion failed, ").removeprefix("Value error, ")
+        raise UserError(f"{where}: {reason}") from error
+    except AssertionError as error:  # two names of one setting
+        raise UserError(f"{where}: {error}") from error
 
 
 def gradient_clipping(config: dict, flag: float | None) -> float:
     """The norm at which gradients are clipped: --max_grad_norm, else the user's JSON, else 1.
 
     Raises:
-        UserError: when the two contradict each other, or the JSON's is no number above 0.
+        UserError: when the two contradict each other.
     """
     given = config.get("gradient_clipping", "auto")
     if given == "auto":
         return 1.0 if flag is None else flag
-    if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
-        raise UserError(
-            "DeepSpeed config: gradient_clipping must be 'auto' or a number above 0 (a large one to clip nothing), "
-            f"not {given!r}"
-        )
     if flag not in (None, given):
         raise UserError(f"DeepSpeed config says gradient_clipping {given}, the command line {flag} (--max_grad_norm)")
     return float(given)
@@ -122,8 +269,7 @@ def effective_config(config: dict, batch_size: int, micro_batch_size: int, accum
             raise UserError(f"DeepSpeed config says {key} {given}, the command line {value} ({FROM_COMMAND_LINE[key]})")
     merged = {k: v for k, v in config.items() if k not in ("bf16", "fp16")} | ours
     merged.setdefault("zero_optimization", {"stage": 0})
-    # The loop clips by itself at ZeRO 0: there DeepSpeed neither reports the norm nor stops at one that is not finite.
-    merged["gradient_clipping"] = clip if zero_stage(merged) else 0.0
+    merged["gradient_clipping"] = clip
     merged.setdefault("steps_per_print", 1_000_000_000)  # the loop prints its own progress
     merged["zero_allow_untested_optimizer"] = True
     merged["zero_force_ds_cpu_optimizer"] = False  # offload works with torch's AdamW and needs no compiler then
@@ -146,7 +292,6 @@ def offloaded(config: dict) -> list[str]:
 def quiet_start() -> None:
     """Imports DeepSpeed so that it neither compiles anything at start nor prints a line for every setting."""
     import logging
-    import os
 
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed
@@ -189,8 +334,6 @@ def loading_towers(config: dict, bf16: bool):
     if zero_stage(config) != 3:
         yield
         return
-    import os
-
     from transformers.integrations import HfDeepSpeedConfig
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain python run
@@ -208,8 +351,6 @@ def make_engine(model, config: dict, lr: float):
     Returns:
         the engine; its `basic_optimizer` is the torch AdamW whose learning rate the loop sets.
     """
-    import os
-
     import deepspeed
     import torch
 
@@ -219,6 +360,9 @@ def make_engine(model, config: dict, lr: float):
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7, fused=True if on_cuda else None
     )
+    if zero_stage(config) == 0:
+        # The loop clips by itself there: DeepSpeed neither reports the norm nor stops at one that is not finite.
+        config = config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
     )

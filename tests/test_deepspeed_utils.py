@@ -1,8 +1,13 @@
-"""What DeepSpeed does to models while they are made."""
+"""What DeepSpeed does to models while they are made, and which settings it is given."""
 
+import json
 import sys
 
+import pytest
 from conftest import ROOT, free_port
+
+from deepspeed_utils import effective_config, gradient_clipping, read_deepspeed_config
+from runtime_utils import UserError
 
 DTYPES_UNDER_ZERO_3 = """
 import os, sys
@@ -39,3 +44,96 @@ def test_rotary_frequencies_stay_in_fp32_while_zero_3_makes_a_bf16_model(run):
     assert done.returncode == 0, done.stderr[-2000:]
     last = done.stdout.strip().splitlines()[-1]
     assert last == "(torch.bfloat16, torch.bfloat16) (torch.bfloat16, torch.float32) True"
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a DeepSpeed JSON given as a value or as text."""
+
+    def call(content):
+        (tmp_path / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return read_deepspeed_config(str(tmp_path / "ds.json"))
+
+    return call
+
+
+def zero(stage=2, **more):
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+WRONG_VALUES = [
+    (zero(reduce_bucket_size=15099494.4), "zero_optimization.reduce_bucket_size is 15099494.4"),
+    (zero(reduce_bucket_size=0), "zero_optimization.reduce_bucket_size is 0"),
+    (zero(reduce_bucket_size=-5), "zero_optimization.reduce_bucket_size is -5"),
+    (zero(reduce_bucket_size="500"), 'zero_optimization.reduce_bucket_size is "500"'),
+    (zero(reduce_bucket_size=None), "zero_optimization.reduce_bucket_size is null"),
+    (zero(reduce_bucket_size=10**30), "zero_optimization.reduce_bucket_size is 1000000000000000000000000000000"),
+    (zero(overlap_comm="yes please", offload_optimizer="cpu"), 'zero_optimization.overlap_comm is "yes please"'),
+    (zero(overlap_comm="true"), 'zero_optimization.overlap_comm is "true"'),
+    (zero(overlap_comm=1), "zero_optimization.overlap_comm is 1"),
+    (zero(compute_grad_norm=False), "zero_optimization.compute_grad_norm must be true"),
+    (zero(stage="2"), "zero_optimization.stage must be 0, 1, 2 or 3, not '2'"),
+    (zero(stage=True), "zero_optimization.stage must be 0, 1, 2 or 3, not True"),
+    (zero(offload_optimizer="cpu"), 'zero_optimization.offload_optimizer is "cpu"'),
+    (zero(offload_optimizer={"device": "gpu"}), 'zero_optimization.offload_optimizer.device is "gpu"'),
+    (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "zero_optimization: Partial offloading"),
+    (zero(offload_optimizer={"device": "cpu"}, cpu_offload=True), "zero_optimization: Cannot provide deprecated"),
+    (zero(3, offload_optimizer={"ratio": 1.5}), "zero_optimization.offload_optimizer.ratio is 1.5"),
+    (zero(3, offload_param={"device": "cpu", "pin_memry": True}), "zero_optimization.offload_param.pin_memry: unknown"),
+    (zero(3, offload_param={"device": "nvme"}), "zero_optimization.offload_param.nvme_path is None"),
+    (zero(3, offload_param={"device": "nvme", "nvme_path": "/nowhere"}), "offload_param.nvme_path is '/nowhere'"),
+    (zero(3, stage3_prefetch_bucket_size=-1), "zero_optimization.stage3_prefetch_bucket_size is -1"),
+    (zero(3, module_granularity_threshold=-1), "zero_optimization.module_granularity_threshold is -1"),
+    ({"zero_optimization": True}, "zero_optimization must be an object, not true"),
+    ({"gradient_clipping": -1}, "gradient_clipping must be 'auto' or a number above 0"),
+    ('{"gradient_clipping": 1e999}', "gradient_clipping must be 'auto' or a number above 0"),
+    ({"train_batch_size": "8"}, 'train_batch_size is "8"'),
+    ({"steps_per_print": 0}, "steps_per_print is 0"),
+    ({"wall_clock_breakdown": "false"}, 'wall_clock_breakdown is "false"'),
+    ({"communication_data_type": "fp64"}, 'communication_data_type is "fp64"'),
+    ({"bf16": True}, "bf16 is true"),
+    ({"aio": {"block_size": "1M"}}, 'aio.block_size is "1M"'),
+    ({"aio": {"blocksize": 1}}, "aio.blocksize: unknown key, did you mean 'block_size'?"),
+    ({"flops_profiler": {"enabled": "yes"}}, 'flops_profiler.enabled is "yes"'),
+    ({"flops_profiler": True}, "flops_profiler must be an object, not true"),
+    ({"activation_checkpointing": {"number_checkpoints": -2}}, "activation_checkpointing.number_checkpoints is -2"),
+    ({"comms_logger": {"prof_ops": "all_reduce"}}, 'comms_logger.prof_ops is "all_reduce"'),
+    ('{"zero_optimization": {"stage": 2, "stage": 3}}', "is not readable JSON: Duplicate keys"),
+]
+
+
+@pytest.mark.parametrize(("content", "named"), WRONG_VALUES)
+def test_a_wrong_value_in_a_deepspeed_json_is_refused_by_file_and_key_path(read, tmp_path, content, named):
+    """DeepSpeed took half of these without a word and died of the others once the models were loaded."""
+    with pytest.raises(UserError) as caught:
+        read(content)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'ds.json'}") and named in message and "\n" not in message
+
+
+def test_deepspeed_values_as_its_documentation_writes_them_are_taken(read, capsys):
+    written = '{"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8, "overlap_comm": null,'
+    written += (
+        ' "stage3_param_persistence_threshold": "auto", "offload_param": {"device": "cpu", "pin_memory": false}},'
+    )
+    written += ' "train_batch_size": "auto", "gradient_clipping": 1.0, "aio": {"block_size": 1e6}}'
+    config = read(written)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    assert type(config["aio"]["block_size"]) is int
+    for preset in sorted((ROOT / "scripts").glob("ds_*.json")):
+        read_deepspeed_config(str(preset))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_offload_without_effect_at_its_stage_is_said(read, capsys):
+    read(zero(2, offload_param={"device": "cpu"}))
+    assert "zero_optimization.offload_param has no effect at ZeRO 2: it needs stage 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_gradient_clipping_is_shown_as_it_is_applied(read, stage):
+    """At ZeRO 0, where the loop clips, the record of the run said 0.0."""
+    for flag, expected in ((None, 1.0), (0.25, 0.25)):
+        config = read(zero(stage))
+        shown = effective_config(config, 8, 2, 4, gradient_clipping(config, flag))
+        assert shown["gradient_clipping"] == expected

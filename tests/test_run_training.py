@@ -46,7 +46,8 @@ def test_both_stages_leave_exactly_the_documented_files(run, flags, tmp_path):
     assert (config["stage"], config["task"], config["augmentation"]) == ("augmentation", "math", True)
     settings = json.loads((second / "args.json").read_text())
     assert settings["versions"]["torch"] and settings["data"]["fingerprint"] and settings["world_size"] == 1
-    assert json.loads((second / "ds_config.json").read_text())["train_batch_size"] == 8
+    ds_config = json.loads((second / "ds_config.json").read_text())
+    assert (ds_config["train_batch_size"], ds_config["gradient_clipping"]) == (8, 1.0)
     # The mapping file holds what the run ended with, and stage 2 went on from stage 1's best.
     assert MindMerger.from_pretrained(str(second)).config.stage == "augmentation"
 
