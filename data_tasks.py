@@ -123,6 +123,8 @@ class Example:
 
     `prompt[cut[0]:cut[1]]` is the part that may be shortened when the prompt is too long, never the template's end.
     `id` is the language's code and the row's number within its language: parallel test sets share the numbers.
+    `question` is the record's own id where the data have one, which its translations share: X-CSQA's files hold their
+    rows in another order in every language.
     """
 
     id: str
@@ -131,6 +133,7 @@ class Example:
     prompt: str
     target: str
     cut: tuple[int, int] = (0, 0)
+    question: str = ""
 
 
 # What the parse functions below make of a record: source, prompt, cut, target.
@@ -330,7 +333,8 @@ class Task:
     """Everything of one task: languages, files, what a row means, prompt, scoring, published numbers.
 
     In file patterns {code} and {name} stand for the language; a file without them mixes languages and tells each
-    row's by `language_field`. `published` is {row label: {language name or "avg": accuracy in percent}}.
+    row's by `language_field`. `published` is {row label: {language name or "avg": accuracy in percent}}, measured on
+    `published_rows` rows of each language; a label holds its LLM's name in PUBLISHED_LLMS.
     """
 
     name: str
@@ -347,6 +351,7 @@ class Task:
     format_query: Callable[[str], tuple[str, tuple[int, int]]]
     score: Callable[[str, str], Score]
     published: Mapping[str, Mapping[str, float]]
+    published_rows: int | None = None
 
     def read_augmentation(
         self, data_root, languages: Sequence[Language] | None = None, train_num: int | None = None
@@ -388,7 +393,10 @@ class Task:
                 if (languages is None or language in languages) and (limit is None or seen[language.name] <= limit):
                     source, prompt, cut, target = parse(record)
                     id = f"{language.code}-{seen[language.name]}"
-                    yield Example(id, language.name, source, prompt, target, cut)
+                    # In a file of several languages an id would be a row's, not a question's.
+                    has_own = not mixed and isinstance(record.value, dict) and isinstance(record.value.get("id"), str)
+                    question = record.text("id", may_be_empty=True).strip() if has_own else ""
+                    yield Example(id, language.name, source, prompt, target, cut, question)
                 elif not mixed:
                     break
         absent = [language.name for language in languages or () if not seen[language.name]]
@@ -429,6 +437,16 @@ _MATH = {
     "score": score_number,
 }
 
+# The LLMs of the published rows: the name that the rows' labels hold, and the hub's, where the LLM is there.
+PUBLISHED_LLMS: dict[str, str | None] = {
+    "MetaMath-7B": "meta-math/MetaMath-7B-V1.0",
+    "Llama2-7B-X-CSQA": None,
+    "LLaMAX-7B-X-CSQA": "LLaMAX/LLaMAX2-7B-X-CSQA",
+    "Llama2-7B-X-XNLI": None,
+    "LLaMAX-7B-X-XNLI": "LLaMAX/LLaMAX2-7B-XNLI",
+}
+PUBLISHED_ENCODER = "google/mt5-xl"
+
 # Published numbers: Huang et al., NeurIPS 2024 (arXiv 2405.17386).
 TASKS: dict[str, Task] = {
     task.name: task
@@ -438,8 +456,9 @@ TASKS: dict[str, Task] = {
             evaluation_languages=_names(_MGSM),
             evaluation_file="evaluation/mgsm/mgsm_{code}.tsv",
             parse_evaluation=_mgsm,
+            published_rows=250,
             published={
-                "LLM alone (over ten languages, Telugu left out)": {"avg": 37.9},
+                "LLM alone (MetaMath-7B, over ten languages, Telugu left out)": {"avg": 37.9},
                 "MindMerger-Soft (MetaMath-7B)": _row(
                     _MGSM, 57.6, "52.8 52.0 59.2 56.8 51.2 55.2 61.2 55.2 61.6 62.4 66.0"
                 ),
@@ -451,8 +470,9 @@ TASKS: dict[str, Task] = {
             evaluation_languages=_names(f"{_NINE} en"),
             evaluation_file="evaluation/msvamp/test_{name}.jsonl",
             parse_evaluation=_msvamp,
+            published_rows=1000,
             published={
-                "LLM alone (over all ten languages)": {"avg": 47.5},
+                "LLM alone (MetaMath-7B, over all ten languages)": {"avg": 47.5},
                 "MindMerger-Soft (MetaMath-7B, over all ten languages)": {"avg": 58.0},
             },
             **_MATH,
@@ -469,6 +489,7 @@ TASKS: dict[str, Task] = {
             language_field="lang",
             parse_augmentation=_x_csqa,
             parse_evaluation=_x_csqa,
+            published_rows=1000,
             format_query=_whole_text,
             score=score_text,
             published={
@@ -498,6 +519,7 @@ TASKS: dict[str, Task] = {
             language_field="language",
             parse_augmentation=_xnli,
             parse_evaluation=_xnli,
+            published_rows=5010,
             format_query=_whole_text,
             score=score_text,
             published={

@@ -9,14 +9,19 @@ import json
 import os
 import shutil
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from data_tasks import PUBLISHED_ENCODER, PUBLISHED_LLMS, TASKS, Task
 from runtime_utils import UserError, log, versions, warn, write_json_atomic, write_text_atomic
 
 PARTIAL = ".partial"
 RESAMPLES = 10_000
+FLIPS = 100_000
+# Weights of about this many questions are drawn at once: 5010 questions 10,000 times over would take 400 MB.
+DRAWN_AT_ONCE = 500_000
 # What a line of an unfinished evaluation holds.
 RECORD = {"index": int, "output": str, "generated_tokens": int, "hit_limit": bool, "batch": int, "batch_size": int}
 # What a process that was killed while it wrote can leave beside the whole files.
@@ -179,28 +184,128 @@ def append_records(shard, records: list[dict]) -> None:
 # Statistics
 
 
+# A question, told apart from every other one of its test set: its number or own id, its gold answer where rows are
+# known by their number alone, and how often it stood in the language before.
+Question = tuple[str, str, int]
+
+
+def questions_of(task: str, rows: list[dict]) -> list[Question]:
+    """Returns the question that each row of one language asks; its translations give the same one.
+
+    A record's own id says which question it is: X-CSQA's files hold their rows, and their options, in another order in
+    every language. Elsewhere the number of a row says it, as long as the gold answer is the same: rows that share a
+    number and not the answer count as different questions.
+
+    Arguments:
+        task: by whose reading gold answers are the same ("8.0" is "8").
+        rows: predictions of one language: `id`, `answer` and, where the data have one, `question`.
+    """
+    known, before, questions = TASKS.get(task), Counter(), []
+    for row in rows:
+        if row.get("question"):
+            key = row["question"], ""
+        else:
+            gold = row["answer"]
+            key = row["id"].partition("-")[2] or row["id"], str(known.score(gold, gold).prediction if known else gold)
+        questions.append((*key, before[key]))
+        before[key] += 1
+    return questions
+
+
+def describe_questions(questions: dict[str, list[Question]]) -> dict:
+    """Returns what `bootstrap_intervals` resamples for the mean, for results.json.
+
+    Arguments:
+        questions: language to the questions of its rows.
+
+    Returns:
+        unit: "question", or "row" where no question stands in two languages; the number of rows and of questions; how
+        many questions stand in every language; how many row numbers have different gold answers.
+    """
+    languages = Counter(question for asked in questions.values() for question in asked)
+    numbers = Counter((number, before) for number, _, before in languages)
+    return {
+        "unit": "question" if len(languages) < languages.total() else "row",
+        "rows": languages.total(),
+        "questions": len(languages),
+        "questions_in_every_language": sum(times == len(questions) for times in languages.values()),
+        "numbers_with_different_answers": sum(times > 1 for times in numbers.values()),
+    }
+
+
+def resampling_note(described: dict) -> str:
+    """Returns what `describe_questions` found, in a sentence for readers of a table."""
+    if described["unit"] == "row":
+        text = "no question stands in two languages, so rows are resampled in each language alone"
+    else:
+        text = f"{described['questions']} questions are resampled, each with its rows in all languages"
+    if described["numbers_with_different_answers"]:
+        text += (
+            f"; {described['numbers_with_different_answers']} row numbers have different gold answers in different "
+            "languages, so these rows count as different questions"
+        )
+    return text
+
+
+def _by_question(questions: dict[str, list[Question]], values: dict[str, list]) -> tuple[np.ndarray, np.ndarray]:
+    """(rows_KL, values_KL): how many rows (0 or 1) each question has in each language, and their values, else 0."""
+    place = {question: k for k, question in enumerate(sorted({q for asked in questions.values() for q in asked}))}
+    rows_KL, values_KL = np.zeros((2, len(place), len(questions)))
+    for language, (name, asked) in enumerate(questions.items()):
+        at = [place[question] for question in asked]
+        rows_KL[at, language], values_KL[at, language] = 1, values[name]
+    return rows_KL, values_KL
+
+
 def bootstrap_intervals(
-    counts: dict[str, tuple[int, int]], seed: int, resamples: int = RESAMPLES
+    questions: dict[str, list[Question]], correct: dict[str, list[bool]], seed: int, resamples: int = RESAMPLES
 ) -> tuple[dict[str, list[float]], list[float]]:
     """95 % percentile bootstrap intervals (Efron 1979) of each language's accuracy and of their unweighted mean.
 
-    Drawing n right-or-wrong items with replacement is drawing a Binomial(n, correct / n), so the resampled accuracies
-    are drawn directly. The mean's interval resamples each language on its own. A language's interval depends on the
-    seed and its name alone, not on which other languages were evaluated.
+    Languages: drawing n right-or-wrong rows with replacement is drawing a Binomial(n, correct / n), so the resampled
+    accuracies are drawn directly. A language's interval depends on the seed and its name alone, not on which other
+    languages were evaluated.
+
+    Mean: rows that ask one question in different languages tend to be right together, so questions are drawn with
+    replacement, each with its rows in all languages (cluster bootstrap, Field and Welsh 2007). With w_k the number of
+    times that question k was drawn, y_kl whether its row in language l is right, 0 where it has none, and r_kl whether
+    it has one,
+
+        mean* = 1/L sum_l (sum_k w_k y_kl / sum_k w_k r_kl),  w ~ Multinomial(K; 1/K, ..., 1/K).
+
+    A language that a resample misses counts with its accuracy over all its rows. Where no question stands in two
+    languages there is nothing to draw together: the mean is that of the languages' own draws.
 
     Arguments:
-        counts: language to (correct, n), n > 0.
+        questions: language to the question of each row, at least one, as `questions_of` gives them.
+        correct: language to whether each row is right.
         seed: of the resampling.
 
     Returns:
         language to [low, high], and [low, high] of the mean, in percent.
     """
     draws = {}
-    for language, (correct, n) in counts.items():
+    for language, marks in correct.items():
         generator = np.random.default_rng([seed, zlib.crc32(language.encode())])
-        draws[language] = 100 * generator.binomial(n, correct / n, size=resamples) / n
+        draws[language] = 100 * generator.binomial(len(marks), sum(marks) / len(marks), size=resamples) / len(marks)
     intervals = {language: _percentiles(values) for language, values in draws.items()}
-    return intervals, _percentiles(np.mean(list(draws.values()), axis=0))
+    rows_KL, right_KL = _by_question(questions, correct)
+    if rows_KL.sum(1).max() == 1:
+        return intervals, _percentiles(np.mean(list(draws.values()), axis=0))
+    number, means = len(rows_KL), []
+    accuracy_L = right_KL.sum(0) / rows_KL.sum(0)
+    generator = np.random.default_rng([seed, zlib.crc32(b"questions")])
+    left = resamples
+    while left:
+        size = min(left, max(1, DRAWN_AT_ONCE // number))
+        drawn_RK = generator.integers(number, size=(size, number)) + number * np.arange(size)[:, None]
+        times_RK = np.bincount(drawn_RK.ravel(), minlength=size * number).reshape(size, number).astype(float)
+        rows_RL = times_RK @ rows_KL
+        accuracy_RL = np.tile(accuracy_L, (size, 1))
+        np.divide(times_RK @ right_KL, rows_RL, out=accuracy_RL, where=rows_RL > 0)
+        means.append(100 * accuracy_RL.mean(1))
+        left -= size
+    return intervals, _percentiles(np.concatenate(means))
 
 
 def _percentiles(values: np.ndarray) -> list[float]:
@@ -220,6 +325,55 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
         term = term * (n - i) // (i + 1)
         total += term
     return min(1.0, 2 * total / 2**n)
+
+
+def mean_difference_test(
+    questions: dict[str, list[Question]], differences: dict[str, list[int]], seed: int, over_rows: bool = False
+) -> float:
+    """Two-sided sign-flip test (Fisher 1935) of the difference in mean accuracy of two runs on the same rows.
+
+    With d_kl = 1, 0 or -1 as the second run is better, equal or worse on question k in language l, and n_l rows in
+    language l, the difference is the sum over questions of D_k = 1/L sum_l d_kl / n_l. If both runs were equally good,
+    exchanging their answers to a question, in all languages together, would change nothing: every D_k could as well
+    have the other sign. So with signs drawn at random (Phipson and Smyth 2010),
+
+        p = (1 + number of flips with |sum_k s_k D_k| >= |sum_k D_k|) / (1 + number of flips).
+
+    In one language this is the exact McNemar test, up to the drawing of 100,000 flips.
+
+    Arguments:
+        questions: language to the question of each row, as `questions_of` gives them.
+        differences: language to d of each row.
+        seed: of the signs.
+        over_rows: of the difference over all rows instead, each of the same weight.
+    """
+    rows_KL, differences_KL = _by_question(questions, differences)
+    rows_L = np.full(len(questions), rows_KL.sum() / len(questions)) if over_rows else rows_KL.sum(0)
+    # Rounded, so that equal ones are equal whatever the order of the languages.
+    differences_K = (differences_KL / rows_L).mean(1).round(12)
+    # Flipping m differences of one size by themselves is drawing a Binomial(m, 1/2): no matrix of signs is needed.
+    sizes, times = np.unique(np.abs(differences_K), return_counts=True)
+    generator = np.random.default_rng([seed, zlib.crc32(b"signs")])
+    flipped = np.zeros(FLIPS)
+    for size, m in zip(sizes[sizes > 0], times[sizes > 0], strict=True):
+        flipped += size * (2.0 * generator.binomial(m, 0.5, size=FLIPS) - m)
+    # What differs by rounding alone is as far away.
+    as_far = np.abs(flipped) >= abs(differences_K.sum()) - 1e-9
+    return (1 + int(as_far.sum())) / (1 + FLIPS)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down adjusted p-values (Holm 1979), in the order given."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def format_p(value: float) -> str:
+    """A p-value for a table."""
+    return "<0.0001" if value < 1e-4 else f"{value:.2g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,6 +433,8 @@ def format_results(results: dict) -> str:
         lines.append("reference: scored as the released code does (no minus signs, a missing number counts as 0)")
     if published:
         lines.append(f"published: {published['label']}" + published["note"])
+    if len(languages) > 1 and "resampling" in results:
+        lines.append(f"interval of the mean: {resampling_note(results['resampling'])}")
     counts = results["counts"]
     for key, text in (
         ("hit_limit", f"answers stopped at the limit of {results['max_new_tokens']} new tokens"),
@@ -290,38 +446,71 @@ def format_results(results: dict) -> str:
     return "\n".join(lines)
 
 
-def published_scores(
-    published: dict[str, dict[str, float]], form: str, llm_path: str, languages: list[str]
-) -> dict | None:
-    """The published row that belongs beside a run, None where there is none (the Hard form has none).
+# What a merge or an adapter leaves in a model folder: then it is no longer the model that its name says.
+CHANGED_MODEL = ("merge.json", "mergekit_config.yml", "adapter_config.json")
+
+
+def is_model(path: str, hub_name: str | None, name: str) -> bool:
+    """Whether a model, as given on the command line, is a certain published one.
+
+    It is by its hub name, by its place in the hub's cache, or by its folder's name. The `_name_or_path` of a config
+    says nothing: it names what a folder was tuned from as often as what it is.
 
     Arguments:
-        published: {row label: {language or "avg": accuracy}}, as a task holds it.
-        llm_path: where rows of several LLMs exist, the one whose name it holds is taken, else the last.
-
-    Returns:
-        label, note (what the mean covers), scores by language, mean.
+        hub_name: `organisation/name`, None for a model that is not on the hub.
+        name: the other name that its folder may have.
     """
-    labels = [label for label in published if ("MindMerger" in label) == (form == "soft")]
-    if form == "hard" or not labels:
-        return None
+    folder = Path(path)
+    if not folder.is_dir():
+        return hub_name is not None and path.lower() == hub_name.lower()
+    if any((folder / file).exists() for file in CHANGED_MODEL):
+        return False
+    folder = folder.resolve()
+    cached = [part for part in folder.parts if part.startswith("models--")]
+    if cached:
+        return hub_name is not None and cached[-1].lower() == f"models--{hub_name.replace('/', '--')}".lower()
 
     def letters(text):
         return "".join(c for c in text.lower() if c.isalnum())
 
-    same_llm = [label for label in labels if letters(label.split("-")[0]) in letters(Path(llm_path).name)]
-    label = (same_llm or labels)[-1]
-    scores = {name: score for name, score in published[label].items() if name != "avg"}
-    mean, note = published[label].get("avg"), ""
+    names = [name] if hub_name is None else [name, hub_name.split("/")[-1]]
+    return letters(folder.name) in map(letters, names)
+
+
+def published_scores(task: Task, form: str, llm_path: str, mt_path: str | None, rows: dict[str, int]) -> dict | None:
+    """The published row that belongs beside a run: of the same form, the same LLM and the same encoder.
+
+    Arguments:
+        rows: language to its number of rows in the run.
+
+    Returns:
+        label, note (what the mean covers, and whether the rows are others), scores by language, mean; None where there
+        is no such row: the Hard form has none, nor has an average alone a place beside fewer languages than it covers.
+    """
+    if form == "hard" or (form == "soft" and not is_model(mt_path, PUBLISHED_ENCODER, "mt5-xl")):
+        return None
+    llms = [name for name, hub_name in PUBLISHED_LLMS.items() if is_model(llm_path, hub_name, name)]
+    same_form = [label for label in task.published if ("MindMerger" in label) == (form == "soft")]
+    found = [label for label in same_form if any(name in label for name in llms)]
+    if not found:
+        return None
+    label = found[0]
+    scores = {name: score for name, score in task.published[label].items() if name != "avg"}
+    mean, notes = task.published[label]["avg"], []
     if not scores:
-        note = ", of which the average alone is published"
-    elif set(scores) != set(languages):
-        shown = [scores[name] for name in languages if name in scores]
+        if len(rows) < len(task.evaluation_languages):
+            return None
+        notes.append("of which the average alone is published")
+    elif set(scores) != set(rows):
+        shown = [scores[name] for name in rows if name in scores]
         if not shown:
             return None
         mean = sum(shown) / len(shown)
-        note = " (mean over the languages of this table)"
-    return {"label": label, "note": note, "scores": scores, "mean": mean}
+        notes.append("mean over the languages of this table")
+    if task.published_rows is not None and set(rows.values()) != {task.published_rows}:
+        here = sorted({min(rows.values()), max(rows.values())})
+        notes.append(f"on other items: {task.published_rows} rows of each language, here {' to '.join(map(str, here))}")
+    return {"label": label, "note": "".join(f"; {note}" for note in notes), "scores": scores, "mean": mean}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,7 +565,11 @@ def read_predictions(folder: str, language: str) -> dict[str, dict]:
             item = json.loads(line)
             if item["correct"] not in (True, False):
                 raise TypeError(f"correct is {item['correct']!r:.40}, not true or false")
-            items[item["id"]] = {"source": item["source"], "answer": item["answer"], "correct": item["correct"]}
+            texts = {name: item[name] for name in ("id", "source", "answer")} | {"question": item.get("question", "")}
+            wrong = [name for name, text in texts.items() if not isinstance(text, str)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is {texts[wrong[0]]!r:.40}, not text")
+            items[item["id"]] = {**texts, "correct": bool(item["correct"])}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ResultsError(f"{file}:{number}: not a prediction ({type(error).__name__} {error})") from error
     counted = read_results(folder)["languages"].get(language, {"n": len(items)})["n"]
@@ -385,9 +578,12 @@ def read_predictions(folder: str, language: str) -> dict[str, dict]:
     return items
 
 
-def compare_results(folders: list[str]) -> str:
-    """Tables of the first results folder against each other one: accuracies on the items both have, their difference
-    and an exact McNemar test.
+def compare_results(folders: list[str], seed: int = 0) -> str:
+    """Tables of the first results folder against each other one: accuracies on the items both have, their difference,
+    an exact McNemar test per language with Holm's correction, and a sign-flip test of the mean.
+
+    Arguments:
+        seed: of the sign-flip test.
 
     Raises:
         ResultsError: fewer than two folders, different tasks, no common item, or other questions under one id.
@@ -400,67 +596,71 @@ def compare_results(folders: list[str]) -> str:
     for folder, task in zip(folders, tasks, strict=True):
         if task != tasks[0]:
             raise ResultsError(f"{folders[0]} is {tasks[0]} but {folder} is {task}: only one task's results compare")
-    return "\n\n".join(_compare_two(folders[0], folders[i], results[0], results[i]) for i in range(1, len(folders)))
+    others = zip(folders[1:], results[1:], strict=True)
+    return "\n\n".join(_compare_two(folders[0], folder, results[0], one, seed) for folder, one in others)
 
 
-def _compare_two(first: str, second: str, first_results: dict, second_results: dict) -> str:
-    rows = [["language", "items", "A", "B", "B - A", "only A", "only B", "McNemar p"]]
-    tallies, totals = [], {first: 0, second: 0}
+def _compare_two(first: str, second: str, first_results: dict, second_results: dict, seed: int) -> str:
+    pairs = {}
     for language in first_results["languages"]:
-        if language not in second_results["languages"]:
-            continue
-        tally = paired_counts(first, second, language)
-        if tally is not None:
-            tallies.append(tally)
-            rows.append([language, *_cells(*tally)])
-    for folder, results in ((first, first_results), (second, second_results)):
-        totals[folder] = sum(one["n"] for one in results["languages"].values())
-    if not tallies:
+        if language in second_results["languages"]:
+            found = paired_items(first, second, language)
+            if found:
+                pairs[language] = found
+    if not pairs:
         raise ResultsError(f"{first} and {second} have no item in common")
-    n, both, only_a, only_b = (sum(column) for column in zip(*tallies, strict=True))
-    rows.append(["all items", *_cells(n, both, only_a, only_b)])
-    mean_a = sum(100 * (both + a) / n for n, both, a, _ in tallies) / len(tallies)
-    mean_b = sum(100 * (both + b) / n for n, both, _, b in tallies) / len(tallies)
-    rows.append(["mean of languages", "", f"{mean_a:.1f}", f"{mean_b:.1f}", f"{mean_b - mean_a:+.1f}", "", "", ""])
-    return "\n".join(
-        [
-            f"{first_results['task']}: accuracy in percent on the same items",
-            f"A: {first} ({form_title(first_results)})",
-            f"B: {second} ({form_title(second_results)})",
-            align(rows),
-            f"{n} items in common (A has {totals[first]}, B has {totals[second]}); only A, only B: items that run "
-            "alone got right; p: exact two-sided McNemar test",
-        ]
-    )
+    task = first_results["task"]
+    questions = {language: questions_of(task, [a for a, _ in found]) for language, found in pairs.items()}
+    differences = {name: [b["correct"] - a["correct"] for a, b in found] for name, found in pairs.items()}
+    tallies = {language: _tally(found) for language, found in pairs.items()}
+    p_values = [mcnemar_exact(only_a, only_b) for _, _, only_a, only_b in tallies.values()]
+    rows = [["language", "items", "A", "B", "B - A", "only A", "only B", "p", "p (Holm)"]]
+    for (language, tally), p, p_holm in zip(tallies.items(), p_values, holm(p_values), strict=True):
+        rows.append([language, *_cells(*tally), format_p(p), format_p(p_holm)])
+    n, both, only_a, only_b = (sum(column) for column in zip(*tallies.values(), strict=True))
+    p = mean_difference_test(questions, differences, seed, over_rows=True)
+    rows.append(["all items", *_cells(n, both, only_a, only_b), format_p(p), ""])
+    mean_a = sum(100 * (both + a) / n for n, both, a, _ in tallies.values()) / len(tallies)
+    mean_b = sum(100 * (both + b) / n for n, both, _, b in tallies.values()) / len(tallies)
+    p = mean_difference_test(questions, differences, seed)
+    means = [f"{mean_a:.1f}", f"{mean_b:.1f}", f"{mean_b - mean_a:+.1f}"]
+    rows.append(["mean of languages", "", *means, "", "", format_p(p), ""])
+    totals = [sum(one["n"] for one in results["languages"].values()) for results in (first_results, second_results)]
+    lines = [
+        f"{task}: accuracy in percent on the same items",
+        f"A: {first} ({form_title(first_results)})",
+        f"B: {second} ({form_title(second_results)})",
+        align(rows),
+        "p of a language: exact two-sided McNemar test; (Holm): corrected over the languages; p of the last two rows: "
+        f"sign-flip test, {resampling_note(describe_questions(questions)).replace('resampled', 'flipped')}",
+        f"{n} items in common (A has {totals[0]}, B has {totals[1]}); only A, only B: items that run alone got right",
+    ]
+    return "\n".join(lines)
 
 
-def paired_counts(first: str, second: str, language: str) -> tuple[int, int, int, int] | None:
-    """(common items, both right, only the first right, only the second right), None without common items."""
+def paired_items(first: str, second: str, language: str) -> list[tuple[dict, dict]]:
+    """The predictions of both folders on the items that both have, in the first one's order.
+
+    Raises:
+        ResultsError: where an id stands for another question in one folder than in the other.
+    """
     items_a, items_b = read_predictions(first, language), read_predictions(second, language)
-    common = items_a.keys() & items_b.keys()
-    both = only_a = only_b = 0
-    for key in common:
-        a, b = items_a[key], items_b[key]
+    pairs = [(items_a[id], items_b[id]) for id in items_a if id in items_b]
+    for a, b in pairs:
         if (a["source"], a["answer"]) != (b["source"], b["answer"]):
             raise ResultsError(
-                f"item {key} ({language}) is another question in {first} than in {second}: they were evaluated on "
+                f"item {a['id']} ({language}) is another question in {first} than in {second}: they were evaluated on "
                 "different data"
             )
-        both += a["correct"] and b["correct"]
-        only_a += a["correct"] and not b["correct"]
-        only_b += b["correct"] and not a["correct"]
-    return (len(common), both, only_a, only_b) if common else None
+    return pairs
+
+
+def _tally(pairs: list[tuple[dict, dict]]) -> tuple[int, int, int, int]:
+    """(items, both right, only the first right, only the second right)."""
+    marks = Counter((a["correct"], b["correct"]) for a, b in pairs)
+    return len(pairs), marks[True, True], marks[True, False], marks[False, True]
 
 
 def _cells(n: int, both: int, only_a: int, only_b: int) -> list[str]:
     a, b = 100 * (both + only_a) / n, 100 * (both + only_b) / n
-    p = mcnemar_exact(only_a, only_b)
-    return [
-        str(n),
-        f"{a:.1f}",
-        f"{b:.1f}",
-        f"{b - a:+.1f}",
-        str(only_a),
-        str(only_b),
-        f"{p:.2g}" if p >= 1e-4 else "<0.0001",
-    ]
+    return [str(n), f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}", str(only_a), str(only_b)]

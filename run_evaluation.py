@@ -105,7 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="start over where results/<save_name>/<task> already exists"
     )
     output.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of the bootstrap intervals (default 0); decoding is greedy"
+        "--seed",
+        type=_at_least(0),
+        default=0,
+        help="of the bootstrap intervals and of --compare's sign-flip test (default 0); decoding is greedy",
     )
     output.add_argument(
         "--compare",
@@ -248,7 +251,8 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         "--parallel_input": args.parallel_input,
         "--translations": parallel_input and parallel_input["translations"],
         "--order": parallel_input and parallel_input["order"],
-        "data (sha256)": _sha256(json.dumps([astuple(example) for example in examples]).encode()),
+        # Without the question, which no answer depends on.
+        "data (sha256)": _sha256(json.dumps([astuple(example)[:-1] for example in examples]).encode()),
         "--max_seq_len": args.max_seq_len,
         "--max_gen_len": prompt_limit,
         "--max_new_tokens": max_new_tokens,
@@ -626,6 +630,7 @@ def prediction_item(plan: Plan, example, output: str) -> dict:
     score = plan.task.score(output, example.target)
     item = {
         "id": example.id,
+        **({"question": example.question} if example.question else {}),
         "source": example.source,
         "prompt": example.prompt if plan.form != "hard" else "",
         "output": output,
@@ -643,7 +648,7 @@ def prediction_item(plan: Plan, example, output: str) -> dict:
 
 def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]], records: dict[int, dict]) -> dict:
     """The content of results.json but for the timing: scores first, then everything needed to run again."""
-    from results_utils import bootstrap_intervals, published_scores
+    from results_utils import bootstrap_intervals, describe_questions, published_scores, questions_of, resampling_note
 
     number = len(plan.examples)
     marks = {
@@ -651,9 +656,12 @@ def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]]
         "cut_sources": plan.columns.get("source_cut", [False] * number),
         "cut_prompts": plan.columns.get("prompt_cut", [False] * number),
     }
-    intervals, mean_interval = bootstrap_intervals(
-        {name: (sum(row["correct"] for row in rows), len(rows)) for name, rows in items.items()}, args.seed
-    )
+    questions = {name: questions_of(plan.task.name, rows) for name, rows in items.items()}
+    resampling = describe_questions(questions)
+    if resampling["numbers_with_different_answers"]:
+        warn(f"the test sets are not parallel throughout: {resampling_note(resampling)}")
+    marks_of = {name: [row["correct"] for row in rows] for name, rows in items.items()}
+    intervals, mean_interval = bootstrap_intervals(questions, marks_of, args.seed)
     languages = {}
     for name, rows in items.items():
         correct = sum(row["correct"] for row in rows)
@@ -674,14 +682,14 @@ def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]]
     # The published rows have no parallel input: beside a PMI run they would be taken for its own.
     published = None
     if plan.parallel_input is None:
-        published = published_scores(plan.task.published, plan.form, plan.llm_path, list(languages))
-        if published and not published["scores"] and len(languages) < len(plan.task.evaluation_languages):
-            published = None  # an average over other languages than this run's
+        rows_of = {name: one["n"] for name, one in languages.items()}
+        published = published_scores(plan.task, plan.form, plan.llm_path, plan.mt_path, rows_of)
     return {
         "task": plan.task.name,
         "form": plan.form,
         "parallel_input": plan.parallel_input,
         "mean": {**mean, "interval": mean_interval},
+        "resampling": resampling,
         "languages": languages,
         "counts": {"examples": number} | {mark: sum(values) for mark, values in marks.items()},
         "published": published,
@@ -781,7 +789,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.compare:
         if is_main():
-            print(compare_results(args.compare))
+            print(compare_results(args.compare, args.seed))
         return 0
     device = init_distributed()
     if args.engine == "vllm":
@@ -802,6 +810,8 @@ def main(argv: list[str] | None = None) -> int:
             results = evaluate(plan, args, device, finished)
         else:
             log(f"{plan.folder} holds this evaluation already, nothing is generated; --overwrite starts over")
+            if "resampling" not in results and len(results["languages"]) > 1:
+                warn("its interval of the mean is too narrow: an earlier version took the languages for independent")
     if is_main():
         print(format_results(results))
         log(f"results are in {plan.folder}")

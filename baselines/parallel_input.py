@@ -116,12 +116,7 @@ def read_parallel(task: Task, data_root, language: Language) -> dict[str, Exampl
         DataError: for a missing or faulty file, and an id that stands twice.
     """
     examples = evaluation_examples(task, data_root, language)
-    keys = [example.id.removeprefix(f"{language.code}-") for example in examples]
-    if "{" in task.evaluation_file and task.evaluation_file.endswith(".jsonl"):
-        path = find_file(data_root, task.evaluation_file.format(code=language.code, name=language.name))
-        records = list(read_records(path))
-        if all(isinstance(record.value.get("id"), str) for record in records):
-            keys = [record.text("id") for record in records]
+    keys = [example.question or example.id.removeprefix(f"{language.code}-") for example in examples]
     found = dict(zip(keys, examples, strict=True))
     if len(found) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)

@@ -4,9 +4,12 @@ import io
 
 from runtime_utils import write_bytes_atomic
 
-# Okabe and Ito's palette (2008), without yellow, which is faint on white.
+# Okabe and Ito's palette (2008), without yellow, which is faint on white; then four that are far from it and from each
+# other, in dichromatic vision too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+COLOURS += ("#5B2C00", "#B2DF8A", "#332288", "#882255")
 MARKERS = "osD^vP*X"
+HATCHES = ("", "//", "..", "xx")
 LINE_STYLES = ("-", "--", "-.", ":")
 
 
@@ -19,8 +22,13 @@ def new_figure(width: float, height: float, columns: int = 1):
 
 
 def colour(i: int) -> str:
-    """The i-th colour; they repeat after eight."""
+    """The i-th colour; they repeat after twelve."""
     return COLOURS[i % len(COLOURS)]
+
+
+def hatch(i: int) -> str:
+    """The hatching of the i-th of many bars: it tells apart what has the same colour, or nearly the same in print."""
+    return HATCHES[(i // 4) % len(HATCHES)]
 
 
 def marker(i: int) -> str:

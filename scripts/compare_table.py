@@ -4,14 +4,20 @@
         --row "MindMerger-Soft=results/MindMerger/math_mgsm" --against "LLM alone"
 
 All numbers are over the items that every row has. Cells: accuracy in percent and its 95 % percentile bootstrap interval
-(Efron 1979); avg is the unweighted mean over languages. Each row is tested against one chosen row on the same items:
-exact two-sided McNemar test (1947) per language,
+(Efron 1979); avg is the unweighted mean over languages. Its interval draws questions, each with its rows in all
+languages (cluster bootstrap, Field and Welsh 2007). Each row is tested against one chosen row on the same items: exact
+two-sided McNemar test (1947) per language,
 
     p = min(1, 2 * P(Binomial(b + c, 1/2) <= min(b, c))),  b, c: items that only one of the two rows got right,
 
 and the p-values of one row are corrected over languages after Holm (1979):
 
     p_holm(i) = max over j <= i of min(1, (m - j + 1) * p(j)),  p(1) <= ... <= p(m).
+
+The difference in avg is tested by flipping the signs of whole questions' differences (Fisher 1935):
+
+    p = (1 + number of flips with |sum_k s_k D_k| >= |sum_k D_k|) / (1 + number of flips),
+    D_k: what question k adds to the difference, over all languages; s_k: 1 or -1 at random; 100,000 flips.
 
 Writes table.md, table.csv and table.png. Rows with parallel input always say who translated (oracle or machine).
 """
@@ -27,12 +33,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_tasks import find_language  # noqa: E402
 from results_utils import (  # noqa: E402
+    Question,
     ResultsError,
     bootstrap_intervals,
+    describe_questions,
+    format_p,
+    holm,
     mcnemar_exact,
-    paired_counts,
+    mean_difference_test,
+    paired_items,
+    questions_of,
     read_predictions,
     read_results,
+    resampling_note,
 )
 from runtime_utils import CommandParser, log, run_main, write_text_atomic  # noqa: E402
 
@@ -41,12 +54,18 @@ SIGNIFICANT = 0.05
 
 @dataclass
 class Row:
-    """One evaluation. `correct`: {language: {item id: whether it was right}}."""
+    """One evaluation. {language: {item id: …}}: `correct`, whether the item was right, and `asked`, its question."""
 
     label: str
     folder: str
     results: dict
     correct: dict[str, dict[str, bool]]
+    asked: dict[str, dict[str, Question]]
+
+    @property
+    def questions(self) -> dict[str, list[Question]]:
+        """The question of each item, in the order of `correct`."""
+        return {language: [self.asked[language][id] for id in items] for language, items in self.correct.items()}
 
 
 @dataclass
@@ -67,6 +86,15 @@ class Cell:
         return 100 * self.correct / self.n
 
 
+@dataclass
+class Mean:
+    """Unweighted mean of a row's accuracies, and its test against the chosen row."""
+
+    accuracy: float
+    interval: list[float]
+    p: float | None = None
+
+
 def read_row(label: str, folder: str) -> Row:
     """Reads a results folder; a row with parallel input gets "oracle" or "machine" into its label.
 
@@ -77,11 +105,12 @@ def read_row(label: str, folder: str) -> Row:
     parallel = results.get("parallel_input")
     if parallel is not None and parallel["translations"] not in label:
         label = f"{label} ({parallel['translations']})"
-    correct = {
-        language: {id: bool(item["correct"]) for id, item in read_predictions(folder, language).items()}
-        for language in results["languages"]
-    }
-    return Row(label, folder, results, correct)
+    row = Row(label, folder, results, {}, {})
+    for language in results["languages"]:
+        items = read_predictions(folder, language)
+        row.correct[language] = {id: item["correct"] for id, item in items.items()}
+        row.asked[language] = dict(zip(items, questions_of(results["task"], list(items.values())), strict=True))
+    return row
 
 
 def keep_common(rows: list[Row]) -> list[str]:
@@ -103,7 +132,7 @@ def keep_common(rows: list[Row]) -> list[str]:
         notes.append(f"Left out, since not every row has them: {', '.join(left_out)}.")
     for language in languages:
         for row in rows[1:]:
-            paired_counts(first.folder, row.folder, language)  # refuses other questions under one id
+            paired_items(first.folder, row.folder, language)  # refuses other questions under one id
     kept = {}
     for language in languages:
         kept[language] = [id for id in first.correct[language] if all(id in row.correct[language] for row in rows)]
@@ -118,32 +147,25 @@ def keep_common(rows: list[Row]) -> list[str]:
     return notes
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (Holm 1979), in the order given."""
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
-
-
-def build_cells(rows: list[Row], against: Row, seed: int) -> dict[str, tuple[dict[str, Cell], float, list[float]]]:
-    """{row label: (cell of each language, mean accuracy, its interval)}."""
+def build_cells(rows: list[Row], against: Row, seed: int) -> dict[str, tuple[dict[str, Cell], Mean]]:
+    """{row label: (cell of each language, mean)}."""
     table = {}
     for row in rows:
-        counts = {language: (sum(items.values()), len(items)) for language, items in row.correct.items()}
-        intervals, mean_interval = bootstrap_intervals(counts, seed)
-        cells = {language: Cell(n, right, intervals[language]) for language, (right, n) in counts.items()}
+        marks = {language: list(items.values()) for language, items in row.correct.items()}
+        intervals, mean_interval = bootstrap_intervals(row.questions, marks, seed)
+        cells = {language: Cell(len(one), sum(one), intervals[language]) for language, one in marks.items()}
+        mean = Mean(sum(cell.accuracy for cell in cells.values()) / len(cells), mean_interval)
         if row is not against:
+            differences = {}
             for language, cell in cells.items():
                 other = against.correct[language]
-                cell.only_row = sum(right and not other[id] for id, right in row.correct[language].items())
-                cell.only_against = sum(other[id] and not right for id, right in row.correct[language].items())
+                differences[language] = [right - other[id] for id, right in row.correct[language].items()]
+                cell.only_row, cell.only_against = differences[language].count(1), differences[language].count(-1)
                 cell.p = mcnemar_exact(cell.only_row, cell.only_against)
             for cell, p in zip(cells.values(), holm([cell.p for cell in cells.values()]), strict=True):
                 cell.p_holm = p
-        mean = sum(cell.accuracy for cell in cells.values()) / len(cells)
-        table[row.label] = cells, mean, mean_interval
+            mean.p = mean_difference_test(row.questions, differences, seed)
+        table[row.label] = cells, mean
     return table
 
 
@@ -157,8 +179,13 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
 
 
-def _p(value: float) -> str:
-    return "<0.0001" if value < 1e-4 else f"{value:.2g}"
+def _with_interval(one: Cell | Mean, p: float | None) -> str:
+    star = "*" if p is not None and p < SIGNIFICANT else ""
+    return f"{one.accuracy:.1f}{star} [{one.interval[0]:.1f}, {one.interval[1]:.1f}]"
+
+
+def _difference(one: Cell | Mean, base: Cell | Mean, p: float) -> str:
+    return f"{one.accuracy - base.accuracy:+.1f} (p {format_p(p)})"
 
 
 def format_markdown(task: str, table: dict, against: str, missing: dict[str, str], notes: list[str]) -> str:
@@ -172,28 +199,27 @@ def format_markdown(task: str, table: dict, against: str, missing: dict[str, str
     codes = [find_language(language).code for language in languages]
     sizes = sorted({cell.n for cell in table[against][0].values()})
     accuracy, difference = [["method", *codes, "avg"]], [["method", *codes, "avg"]]
-    base_cells, base_mean, _ = table[against]
+    base_cells, base_mean = table[against]
     for label, made in table.items():
         if made is None:
             accuracy.append([label, *["missing"] * (len(languages) + 1)])
             continue
-        (cells, mean, (low, high)), texts = made, []
-        for cell in cells.values():
-            star = "*" if cell.p_holm is not None and cell.p_holm < SIGNIFICANT else ""
-            texts.append(f"{cell.accuracy:.1f}{star} [{cell.interval[0]:.1f}, {cell.interval[1]:.1f}]")
-        accuracy.append([label, *texts, f"{mean:.1f} [{low:.1f}, {high:.1f}]"])
+        cells, mean = made
+        texts = [_with_interval(cell, cell.p_holm) for cell in cells.values()]
+        accuracy.append([label, *texts, _with_interval(mean, mean.p)])
         if label != against:
-            texts = [f"{c.accuracy - base_cells[name].accuracy:+.1f} (p {_p(c.p_holm)})" for name, c in cells.items()]
-            difference.append([label, *texts, f"{mean - base_mean:+.1f}"])
+            texts = [_difference(cell, base_cells[name], cell.p_holm) for name, cell in cells.items()]
+            difference.append([label, *texts, _difference(mean, base_mean, mean.p)])
     items = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     parts = [
         f"# {task}: accuracy in percent on the same items",
         f"{items} items per language; in brackets 95 % bootstrap intervals; \\*: differs from **{against}** at "
-        f"{SIGNIFICANT} (exact McNemar test, Holm correction over the {len(languages)} languages).",
+        f"{SIGNIFICANT} (exact McNemar test, Holm correction over the {len(languages)} languages; avg: sign-flip test "
+        "over questions).",
         _markdown(accuracy),
     ]
     if len(difference) > 1:
-        parts += [f"## Difference to {against}, in points (p after Holm)", _markdown(difference)]
+        parts += [f"## Difference to {against}, in points (p of languages after Holm)", _markdown(difference)]
     if missing:
         parts += ["## Missing rows", "\n".join(f"- {label}: {reason}" for label, reason in missing.items())]
     if notes:
@@ -208,9 +234,9 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
     text = io.StringIO()
     writer = csv.DictWriter(text, head.split(","), lineterminator="\n", restval="")
     writer.writeheader()
-    base_cells, base_mean, _ = table[against]
+    base_cells, base_mean = table[against]
     for row in rows:
-        cells, mean, (low, high) = table[row.label]
+        cells, mean = table[row.label]
         parallel = row.results.get("parallel_input")
         common = {
             "method": row.label,
@@ -225,26 +251,27 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
                 line |= {"only_method": cell.only_row, "only_against": cell.only_against}
                 line |= {"p": cell.p, "p_holm": cell.p_holm}
             writer.writerow(line)
-        line = common | {"language": "avg", "accuracy": round(mean, 4), "low": low, "high": high}
-        if row.label != against:
-            line |= {"against": against, "difference": round(mean - base_mean, 4)}
+        line = common | {"language": "avg", "accuracy": round(mean.accuracy, 4)}
+        line |= {"low": mean.interval[0], "high": mean.interval[1]}
+        if mean.p is not None:
+            line |= {"against": against, "difference": round(mean.accuracy - base_mean.accuracy, 4), "p": mean.p}
         writer.writerow(line)
     for label, reason in missing.items():
         writer.writerow({"method": label, "missing": reason})
     return text.getvalue()
 
 
-def draw(task: str, table: dict, path) -> None:
+def make_figure(task: str, table: dict):
     """Grouped bars: a group per language and one for the mean, a bar per row, with intervals."""
-    from baselines.plots import COLOURS, colour, new_figure, save_figure
+    from baselines.plots import colour, hatch, new_figure
 
     languages = list(next(iter(table.values()))[0])
     groups = [find_language(language).code for language in languages] + ["avg"]
     figure, axes = new_figure(min(16, max(7, 0.13 * len(groups) * (len(table) + 1.5) + 3)), 4.5)
     width = 0.85 / len(table)
-    for i, (label, (cells, mean, mean_interval)) in enumerate(table.items()):
-        heights = [cell.accuracy for cell in cells.values()] + [mean]
-        bounds = [cell.interval for cell in cells.values()] + [mean_interval]
+    for i, (label, (cells, mean)) in enumerate(table.items()):
+        heights = [one.accuracy for one in (*cells.values(), mean)]
+        bounds = [one.interval for one in (*cells.values(), mean)]
         # A percentile interval can miss its own estimate by rounding: an error bar must not be negative.
         below = [max(0.0, height - low) for height, (low, _) in zip(heights, bounds, strict=True)]
         above = [max(0.0, high - height) for height, (_, high) in zip(heights, bounds, strict=True)]
@@ -256,7 +283,7 @@ def draw(task: str, table: dict, path) -> None:
             yerr=[below, above],
             error_kw={"elinewidth": 0.8, "ecolor": "#444444"},
             color=colour(i),
-            hatch="//" if i >= len(COLOURS) else None,
+            hatch=hatch(i),
             edgecolor="white",
             linewidth=0.3,
             label=label,
@@ -269,7 +296,7 @@ def draw(task: str, table: dict, path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
-    save_figure(figure, path)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against", metavar="LABEL", help="the row that the others are tested against (default: first)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the sign-flip test (default 0)")
     parser.add_argument("--output_dir", default="results", help="default results")
     parser.add_argument("--name", default="table", help="of the three files (default table)")
     return parser
@@ -317,6 +344,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
+    from baselines.plots import save_figure
+
     args = build_parser().parse_args(argv)
     order, rows, asked, missing = [], [], [], {}
     for kind, label, value in args.entries:
@@ -337,12 +366,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.against in (name, row.label):
             against = row
     notes = keep_common(rows)
+    notes.append(f"Interval of avg: {resampling_note(describe_questions(rows[0].questions))}.")
     table = build_cells(rows, against, args.seed)
     folder, task = Path(args.output_dir), rows[0].results["task"]
     text = format_markdown(task, {label: table.get(label) for label in order}, against.label, missing, notes)
     write_text_atomic(folder / f"{args.name}.md", text)
     write_text_atomic(folder / f"{args.name}.csv", format_csv(table, against.label, rows, missing))
-    draw(task, table, folder / f"{args.name}.png")
+    save_figure(make_figure(task, table), folder / f"{args.name}.png")
     print(text, end="")
     log(f"written: {folder / args.name}.md, .csv, .png")
     return 0

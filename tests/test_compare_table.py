@@ -11,9 +11,9 @@ from conftest import ROOT, clean_environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from compare_table import holm, main
+from compare_table import build_cells, keep_common, main, make_figure, read_row
 
-from results_utils import bootstrap_intervals, mcnemar_exact
+from results_utils import bootstrap_intervals, holm, mcnemar_exact, mean_difference_test
 from runtime_utils import UserError
 
 
@@ -61,7 +61,9 @@ def test_holm_equals_a_computation_by_hand():
 def test_cells_hold_accuracy_interval_and_the_corrected_test(three, tmp_path):
     a, b, c = three
     found = table_of(tmp_path, "--row", f"A={a}", "--row", f"B={b}", "--row", f"C={c}", "--against", "A")
-    intervals, mean_interval = bootstrap_intervals({"Swahili": (24, 30), "Thai": (18, 30)}, 0)
+    marks = {"Swahili": [*[1] * 8, 0, 0] * 3, "Thai": [*[1] * 5, 0, 0, 0, 0, 1] * 3}
+    questions = {language: [(str(i), "1.0", 0) for i in range(30)] for language in marks}
+    intervals, mean_interval = bootstrap_intervals(questions, marks, 0)
     row = found["B", "sw"]
     assert (row["items"], row["correct"], row["accuracy"]) == ("30", "24", "80.0")
     assert [float(row["low"]), float(row["high"])] == intervals["Swahili"]
@@ -71,7 +73,11 @@ def test_cells_hold_accuracy_interval_and_the_corrected_test(three, tmp_path):
     assert [float(found["B", code]["p_holm"]) for code in ("sw", "th")] == [2 * p[0], p[1]]
     assert found["B", "avg"]["accuracy"] == "70.0" and found["B", "avg"]["difference"] == "35.0"
     assert [float(found["B", "avg"][name]) for name in ("low", "high")] == mean_interval
-    assert found["C", "th"]["p"] == "1.0" and found["A", "sw"]["p"] == ""
+    assert found["C", "th"]["p"] == "1.0" and found["A", "sw"]["p"] == found["A", "avg"]["p"] == ""
+    # C lost Swahili's six right answers: six questions that changed, all for the worse.
+    lost = [-1, -1, *[0] * 8] * 3
+    p = mean_difference_test(questions, {"Swahili": lost, "Thai": [0] * 30}, 0)
+    assert float(found["C", "avg"]["p"]) == p and abs(p - 2 / 2**6) < 0.002
 
 
 def test_markdown_marks_what_differs_after_the_correction(three, tmp_path, capsys):
@@ -150,6 +156,31 @@ def test_wrong_input_is_one_line_and_leaves_nothing(three, tmp_path):
     with pytest.raises(UserError, match="expected LABEL=VALUE, got 'nothing'"):
         main(["--row", "nothing"])
     assert not (tmp_path / "out").exists()
+
+
+def test_every_row_of_the_picture_has_a_look_of_its_own(tmp_path):
+    """Ten rows, as compare_all makes them: the ninth had the first one's colour, and Soft the language expert's."""
+    for i in range(10):
+        write_results(tmp_path / str(i), {"Thai": "1100", "Swahili": "1000"})
+    rows = [read_row(f"method {i}", str(tmp_path / str(i))) for i in range(10)]
+    keep_common(rows)
+    figure = make_figure("math_mgsm", build_cells(rows, rows[0], 0))
+    bars = [container for container in figure.axes[0].containers if hasattr(container, "patches")]
+    looks = [{(bar.get_facecolor(), bar.get_hatch()) for bar in one.patches} for one in bars]
+    assert len(looks) == 10 and all(len(look) == 1 for look in looks)
+    assert len({colour for [(colour, _)] in looks}) == 10
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [row.label for row in rows]
+
+
+def test_the_mean_s_interval_takes_questions_together(tmp_path):
+    """Three languages that get the same questions right tell as much of the mean as one of them."""
+    folder = write_results(tmp_path / "a", dict.fromkeys(("Swahili", "Thai", "German"), "1" * 15 + "0" * 15))
+    found = table_of(tmp_path, "--row", f"A={folder}")
+    low, high = (float(found["A", "avg"][name]) for name in ("low", "high"))
+    assert high - low > 0.8 * (float(found["A", "th"]["high"]) - float(found["A", "th"]["low"]))
+    text = (tmp_path / "out/table.md").read_text()
+    assert "Interval of avg: 30 questions are resampled, each with its rows in all languages." in text
 
 
 def test_ten_rows_and_sixteen_languages_fit_into_the_picture(tmp_path):

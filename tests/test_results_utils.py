@@ -1,25 +1,31 @@
 """Statistics, tables and comparisons of results folders, on numbers made by hand."""
 
 import json
+import tracemalloc
 from fractions import Fraction
 from math import comb
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
 import results_utils
+from data_tasks import PUBLISHED_LLMS, TASKS
 from results_utils import (
     ResultsError,
     append_records,
     bootstrap_intervals,
     compare_results,
+    describe_questions,
     format_results,
     mcnemar_exact,
+    mean_difference_test,
     open_results,
     open_shard,
     published_scores,
+    questions_of,
     read_finished,
 )
 
@@ -45,62 +51,265 @@ def test_mcnemar_survives_counts_whose_binomials_overflow_floats():
     assert mcnemar_exact(0, 30_000) == 0.0
 
 
+def by_number(correct):
+    """Questions of rows that are known by their numbers, all of the same gold answer in every language."""
+    return {name: [(str(i), "", 0) for i in range(len(marks))] for name, marks in correct.items()}
+
+
+def intervals_of(correct, seed=0, questions=None, **options):
+    return bootstrap_intervals(questions or by_number(correct), correct, seed, **options)
+
+
+def marks(right, n):
+    return [True] * right + [False] * (n - right)
+
+
 def test_bootstrap_interval_is_a_function_of_seed_and_language_alone():
     """Adding a language must not move another one's interval between two tables of the same run."""
-    one, _ = bootstrap_intervals({"Thai": (30, 100)}, seed=7)
-    both, _ = bootstrap_intervals({"Swahili": (10, 100), "Thai": (30, 100)}, seed=7)
+    one, _ = intervals_of({"Thai": marks(30, 100)}, seed=7)
+    both, _ = intervals_of({"Swahili": marks(10, 100), "Thai": marks(30, 100)}, seed=7)
     assert one["Thai"] == both["Thai"]
-    assert len({tuple(bootstrap_intervals({"Thai": (137, 250)}, seed)[1]) for seed in range(30)}) > 1
+    assert len({tuple(intervals_of({"Thai": marks(137, 250)}, seed)[1]) for seed in range(30)}) > 1
+    # As they were before the mean's interval took questions together.
+    recorded, _ = intervals_of({"Thai": marks(137, 250), "Swahili": marks(10, 100)}, seed=7)
+    assert recorded == {"Thai": [48.4, 60.8], "Swahili": [5.0, 16.0]}
 
 
 def test_bootstrap_interval_equals_resampling_the_items_themselves():
     items = np.array([1] * 150 + [0] * 100)
     drawn = np.random.default_rng(3).choice(items, size=(10_000, 250)).mean(axis=1)
     low, high = 100 * np.quantile(drawn, [0.025, 0.975])
-    found, mean = bootstrap_intervals({"Thai": (150, 250)}, seed=0)
+    found, mean = intervals_of({"Thai": marks(150, 250)})
     assert abs(found["Thai"][0] - low) <= 0.8 and abs(found["Thai"][1] - high) <= 0.8
     assert mean == found["Thai"]
 
 
-def test_bootstrap_interval_of_the_mean_is_narrower_than_one_language():
-    found, mean = bootstrap_intervals(dict.fromkeys("abcd", (125, 250)), seed=0)
-    width = found["a"][1] - found["a"][0]
-    assert width / 2.3 < mean[1] - mean[0] < width / 1.7  # a half for four languages
-    assert bootstrap_intervals({"a": (0, 9), "b": (9, 9)}, 0) == ({"a": [0, 0], "b": [100, 100]}, [50, 50])
+def width(interval):
+    return interval[1] - interval[0]
+
+
+def test_interval_of_the_mean_is_as_wide_as_one_language_where_all_get_the_same_questions_right():
+    """Ten copies of one language say no more than one; taken for independent they gave a third of the width."""
+    found, mean = intervals_of({f"language {i}": marks(125, 250) for i in range(10)})
+    assert abs(width(mean) - width(found["language 0"])) < 0.8
+    # Where half of the languages are right on what the others get wrong, every question adds the same.
+    opposite = {"a": marks(125, 250), "b": marks(125, 250)[::-1]}
+    assert intervals_of(opposite)[1] == [50, 50]
+
+
+def test_interval_of_the_mean_is_narrower_than_one_language_where_questions_have_nothing_in_common():
+    own = {name: [(f"{name}{i}", "", 0) for i in range(250)] for name in "abcd"}
+    found, mean = intervals_of({name: marks(125, 250) for name in "abcd"}, questions=own)
+    assert width(found["a"]) / 2.3 < width(mean) < width(found["a"]) / 1.7  # a half for four languages
+    assert intervals_of({"a": marks(0, 9), "b": marks(9, 9)}) == ({"a": [0, 0], "b": [100, 100]}, [50, 50])
+
+
+def some_runs(seed, questions=120, languages=5, missing=0.0):
+    """Marks of two runs on questions that are easy or hard in all languages alike, as {language: {number: bool}}."""
+    rng = np.random.default_rng(seed)
+    easy = rng.random(questions) < 0.5
+    runs = [{}, {}]
+    for i in range(languages):
+        kept = np.flatnonzero(rng.random(questions) >= missing * (i > 0))
+        for better, run in enumerate(runs):
+            right = rng.random(questions) < 0.7 * easy + 0.1 + 0.08 * better
+            run[f"language {i}"] = {str(k): bool(right[k]) for k in kept}
+    return runs
+
+
+def listed(run):
+    return (
+        {name: [(number, "", 0) for number in items] for name, items in run.items()},
+        {name: list(items.values()) for name, items in run.items()},
+    )
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.4])
+def test_interval_of_the_mean_equals_scipys_bootstrap_of_questions(missing):
+    [run, _] = some_runs(1, missing=missing)
+    questions, correct = listed(run)
+    value_KL = np.array([[items.get(str(k), np.nan) for items in run.values()] for k in range(120)], dtype=float)
+
+    def mean_of(indices):
+        return 100 * np.nanmean(np.nanmean(value_KL[indices], axis=0))
+
+    expected = scipy.stats.bootstrap(
+        (np.arange(120),), mean_of, vectorized=False, n_resamples=5000, method="percentile", rng=2
+    ).confidence_interval
+    _, (low, high) = bootstrap_intervals(questions, correct, 0)
+    assert abs(low - expected.low) < 0.5 and abs(high - expected.high) < 0.5
+    independent = {name: [(name + number, "", 0) for number, _, _ in asked] for name, asked in questions.items()}
+    assert width([low, high]) > 1.3 * width(bootstrap_intervals(independent, correct, 0)[1])
+
+
+def test_a_language_that_a_resample_misses_leaves_the_interval_finite():
+    """Languages of few rows, as in the five-row excerpts of X-CSQA, are missed by one resample in e^5."""
+    correct = {"English": marks(500, 1000)} | {f"language {i}": [True, False, True] for i in range(15)}
+    _, (low, high) = intervals_of(correct)
+    assert 0 <= low < 100 * (0.5 + 15 * 2 / 3) / 16 < high <= 100
+
+
+def test_bootstrap_of_as_many_questions_as_xnli_has_takes_little_memory():
+    correct = {name: marks(2500, 5010) for name in "ab"}
+    tracemalloc.start()
+    intervals_of(correct, resamples=4000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 2**20  # the weights alone would take 160 MB at once
+
+
+def test_mcnemar_equals_scipys_binomial_test():
+    for first, second in ((1, 5), (18, 0), (40, 61), (7, 7)):
+        p = scipy.stats.binomtest(first, first + second).pvalue
+        assert abs(mcnemar_exact(first, second) - p) < 1e-12
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_test_of_the_mean_equals_scipys_permutation_of_whole_questions(missing):
+    """Twelve questions, so that scipy walks all 2^12 exchanges of the two runs' answers."""
+    first, second = some_runs(4, questions=12, missing=missing)
+    numbers = sorted({number for items in first.values() for number in items})
+    both = [
+        [np.mean([items.get(k, 0) / len(items) for items in run.values()]) for k in numbers] for run in (first, second)
+    ]
+
+    def difference(a, b, axis):
+        return b.sum(axis=axis) - a.sum(axis=axis)
+
+    expected = scipy.stats.permutation_test(both, difference, permutation_type="samples", n_resamples=np.inf).pvalue
+    questions, _ = listed(first)
+    changes = {name: [second[name][k] - right for k, right in items.items()] for name, items in first.items()}
+    assert abs(mean_difference_test(questions, changes, 0) - expected) < 0.006
+    assert 0.001 < expected < 0.9
+
+
+def test_test_of_the_mean_is_mcnemars_in_one_language_and_never_gains_from_copies_of_it():
+    """Pooled over ten copies of a language, 4 against 12 changed answers would look like 40 against 120."""
+    changes = [1] * 12 + [-1] * 4 + [0] * 34
+    exact = mcnemar_exact(12, 4)
+    for copies in (1, 10):
+        differences = {f"language {i}": changes for i in range(copies)}
+        for over_rows in (False, True):
+            p = mean_difference_test(by_number(differences), differences, 0, over_rows)
+            assert abs(p - exact) < 0.004
+    assert mean_difference_test(by_number({"a": [0, 0]}), {"a": [0, 0]}, 0) == 1.0
+
+
+# -- which rows ask the same question
+
+
+def test_rows_are_one_question_by_number_and_answer_or_by_their_own_id():
+    english = [{"id": "en-1", "answer": "8.0"}, {"id": "en-2", "answer": "9"}, {"id": "en-3", "answer": "1,000"}]
+    thai = [{"id": "th-1", "answer": "8"}, {"id": "th-2", "answer": "7"}, {"id": "th-3", "answer": "1000"}]
+    questions = {name: questions_of("math_mgsm", rows) for name, rows in (("English", english), ("Thai", thai))}
+    same = [a == b for a, b in zip(*questions.values(), strict=True)]
+    assert same == [True, False, True]
+    assert describe_questions(questions) == {
+        "unit": "question",
+        "rows": 6,
+        "questions": 4,
+        "questions_in_every_language": 2,
+        "numbers_with_different_answers": 1,
+    }
+    # X-CSQA: other order, other letters, the same two questions.
+    english = [{"id": "en-1", "question": "a", "answer": "A"}, {"id": "en-2", "question": "b", "answer": "B"}]
+    german = [{"id": "de-1", "question": "b", "answer": "C"}, {"id": "de-2", "question": "a", "answer": "D"}]
+    assert questions_of("x-csqa", english) == questions_of("x-csqa", german)[::-1]
+
+
+def test_an_id_that_stands_several_times_makes_no_question_of_several_rows():
+    rows = [{"id": f"en-{i}", "question": "x", "answer": "A"} for i in range(9)]
+    questions = {"English": questions_of("x-csqa", rows)}
+    assert len(set(questions["English"])) == 9
+    assert describe_questions(questions)["unit"] == "row"
 
 
 # -- published numbers
 
-PUBLISHED = {
-    "Llama2-7B-X": {"avg": 50.0, "Thai": 40.0, "English": 60.0},
-    "Llama2-7B-X + MindMerger": {"avg": 60.0, "Thai": 55.0, "English": 65.0},
-    "LLaMAX-7B-X": {"avg": 52.0, "Thai": 44.0, "English": 60.0},
-    "LLaMAX-7B-X + MindMerger": {"avg": 61.0, "Thai": 57.0, "English": 65.0},
-}
+MSVAMP, MGSM, XNLI, X_CSQA = TASKS["math_msvamp"], TASKS["math_mgsm"], TASKS["xnli"], TASKS["x-csqa"]
+MGSM_ROWS = dict.fromkeys(MGSM.evaluation_languages, 250)
+XNLI_ROWS = dict.fromkeys(XNLI.evaluation_languages, 5010)
+
+
+def published_label(task, form, llm, mt="google/mt5-xl", rows=MGSM_ROWS):
+    found = published_scores(task, form, str(llm), mt and str(mt), rows)
+    return found and found["label"]
 
 
 @pytest.mark.parametrize(
-    ("form", "llm_path", "label"),
+    ("task", "rows", "form", "llm", "label"),
     [
-        ("soft", "LLaMAX/LLaMAX2-7B-X-CSQA", "LLaMAX-7B-X + MindMerger"),
-        ("llm_only", "LLaMAX/LLaMAX2-7B-X-CSQA", "LLaMAX-7B-X"),
-        ("soft", "../LLMs/Llama-2-7b-x", "Llama2-7B-X + MindMerger"),
-        ("soft", "models/other", "LLaMAX-7B-X + MindMerger"),
+        (MGSM, MGSM_ROWS, "soft", "meta-math/MetaMath-7B-V1.0", "MindMerger-Soft (MetaMath-7B)"),
+        (
+            MGSM,
+            MGSM_ROWS,
+            "llm_only",
+            "meta-math/MetaMath-7B-V1.0",
+            "LLM alone (MetaMath-7B, over ten languages, Telugu left out)",
+        ),
+        (XNLI, XNLI_ROWS, "soft", "LLaMAX/LLaMAX2-7B-XNLI", "LLaMAX-7B-X-XNLI + MindMerger"),
+        (XNLI, XNLI_ROWS, "llm_only", "llamax/llamax2-7b-xnli", "LLaMAX-7B-X-XNLI"),
+        # Other LLMs, and the right LLM in the Hard form, which has no row.
+        (MGSM, MGSM_ROWS, "hard", "meta-math/MetaMath-7B-V1.0", None),
+        (MGSM, MGSM_ROWS, "llm_only", "meta-math/MetaMath-13B-V1.0", None),
+        (MGSM, MGSM_ROWS, "llm_only", "someone/MetaMath-7B-V1.0", None),
+        (MGSM, MGSM_ROWS, "llm_only", "LLaMAX/LLaMAX2-7B-XNLI", None),
+        (XNLI, XNLI_ROWS, "soft", "LLaMAX/LLaMAX2-7B-X-CSQA", None),
+        (XNLI, XNLI_ROWS, "llm_only", "meta-llama/Llama-2-7b-hf", None),
     ],
 )
-def test_published_row_is_that_of_the_same_form_and_llm(form, llm_path, label):
-    found = published_scores(PUBLISHED, form, llm_path, ["Thai", "English"])
-    assert (found["label"], found["mean"], found["note"]) == (label, PUBLISHED[label]["avg"], "")
+def test_published_row_is_that_of_the_same_form_and_llm_or_none(task, rows, form, llm, label):
+    assert published_label(task, form, llm, rows=rows) == label
 
 
-def test_published_mean_covers_the_languages_of_the_table():
-    """The published average over all languages beside a run on one would compare different things."""
-    found = published_scores(PUBLISHED, "soft", "LLaMAX", ["Thai"])
-    assert found["mean"] == 57.0 and "of this table" in found["note"]
-    assert published_scores(PUBLISHED, "hard", "LLaMAX", ["Thai"]) is None
-    average_only = published_scores({"LLM alone": {"avg": 37.9}}, "llm_only", "x", ["Thai"])
-    assert average_only["mean"] == 37.9 and "the average alone" in average_only["note"]
-    assert published_scores(PUBLISHED, "soft", "LLaMAX", ["Amharic"]) is None
+def test_published_row_of_mindmerger_is_for_its_encoder_only():
+    llm = "meta-math/MetaMath-7B-V1.0"
+    assert published_label(MGSM, "soft", llm, "google/mt5-xl")
+    for encoder in ("google/mt5-base", "facebook/nllb-200-distilled-600M", "google/mt5-xxl"):
+        assert published_label(MGSM, "soft", llm, encoder) is None
+    assert published_label(MGSM, "llm_only", llm, None)
+
+
+def test_a_folder_is_the_published_llm_by_its_name_or_its_place_in_the_hubs_cache(tmp_path):
+    cache = tmp_path / "hub/models--meta-math--MetaMath-7B-V1.0/snapshots/0123abcd"
+    other_cache = tmp_path / "hub/models--someone--MetaMath-7B-V1.0/snapshots/0123abcd"
+    named, renamed = tmp_path / "LLMs/metamath-7b-v1.0", tmp_path / "LLMs/math-7b"
+    fine_tuned, nested = tmp_path / "LLMs/MetaMath-7B-V1.0-swahili", tmp_path / "MetaMath-7B-V1.0/checkpoint-500"
+    for folder in (cache, other_cache, named, renamed, fine_tuned, nested):
+        folder.mkdir(parents=True)
+        # What transformers 4 left in every folder that was tuned from the model, too.
+        (folder / "config.json").write_text('{"_name_or_path": "meta-math/MetaMath-7B-V1.0"}')
+    (tmp_path / "link").symlink_to(cache)
+    shown = [
+        f for f in (cache, other_cache, named, renamed, fine_tuned, nested) if published_label(MGSM, "llm_only", f)
+    ]
+    assert shown == [cache, named] and published_label(MGSM, "llm_only", tmp_path / "link")
+    # A merge under the model's own name is another model.
+    (named / "merge.json").write_text("{}")
+    assert published_label(MGSM, "llm_only", named) is None
+
+
+def test_published_numbers_say_which_languages_and_items_they_cover():
+    """Beside a run on the first hundred questions the published mean would look like a target for them."""
+    llm, encoder = "LLaMAX/LLaMAX2-7B-XNLI", "google/mt5-xl"
+    whole = published_scores(XNLI, "soft", llm, encoder, XNLI_ROWS)
+    assert (whole["mean"], whole["note"]) == (79.2, "")
+    thai = published_scores(XNLI, "soft", llm, encoder, {"Thai": 5010})
+    assert thai["mean"] == 73.4 and thai["note"] == "; mean over the languages of this table"
+    few = published_scores(XNLI, "soft", llm, encoder, dict.fromkeys(XNLI.evaluation_languages, 100))
+    assert few["mean"] == 79.2 and few["note"] == "; on other items: 5010 rows of each language, here 100"
+    assert published_scores(XNLI, "soft", llm, encoder, {"Amharic": 5010}) is None
+    # An average alone has no place beside fewer languages than it covers.
+    metamath = "meta-math/MetaMath-7B-V1.0"
+    alone = published_scores(MGSM, "llm_only", metamath, None, MGSM_ROWS)
+    assert alone["mean"] == 37.9 and alone["note"] == "; of which the average alone is published"
+    assert published_scores(MGSM, "llm_only", metamath, None, {"Thai": 250}) is None
+
+
+def test_every_published_row_names_its_llm():
+    for task in TASKS.values():
+        for label in task.published:
+            assert len([name for name in PUBLISHED_LLMS if name in label]) == 1, label
 
 
 # -- results folders
@@ -133,10 +342,28 @@ def test_comparison_shows_both_accuracies_difference_and_p_on_common_items(tmp_p
     lines = compare_results([a + "/", b]).splitlines()
     rows = {line.split("  ")[0]: line.split() for line in lines}
     # common: 8 items, A 2 right, B 6 right, 1 only A, 5 only B: p = 14/64
-    assert rows["Thai"] == ["Thai", "8", "25.0", "75.0", "+50.0", "1", "5", "0.22"]
+    assert rows["Thai"] == ["Thai", "8", "25.0", "75.0", "+50.0", "1", "5", "0.22", "0.22"]
     assert rows["all items"][2:] == ["8", "25.0", "75.0", "+50.0", "1", "5", "0.22"]
+    assert rows["mean of languages"][3:] == ["25.0", "75.0", "+50.0", "0.22"]
     assert "German" not in rows
     assert "8 items in common (A has 9, B has 9)" in lines[-1]
+
+
+def test_comparison_corrects_over_languages_and_tests_the_mean_on_whole_questions(tmp_path):
+    """The same eight questions change in all of three languages: that is one piece of evidence, not three."""
+    names = {"Thai": "th", "Swahili": "sw", "German": "de"}
+    runs = {
+        "a": {name: {f"{code}-{i}": i >= 8 for i in range(30)} for name, code in names.items()},
+        "b": {name: {f"{code}-{i}": i > 0 for i in range(30)} for name, code in names.items()},
+    }
+    folders = [make_results(tmp_path / name, correct) for name, correct in runs.items()]
+    lines = {line.split("  ")[0]: line.split() for line in compare_results(folders).splitlines()}
+    p = 2 / 2**7  # 7 against 0
+    assert lines["Thai"][-2:] == [f"{p:.2g}", f"{3 * p:.2g}"]
+    for row in ("all items", "mean of languages"):
+        assert abs(float(lines[row][-1]) - p) < 0.002
+    text = compare_results(folders)
+    assert "30 questions are flipped, each with its rows in all languages" in text
 
 
 def test_comparison_of_three_puts_each_beside_the_first(tmp_path):
@@ -180,6 +407,8 @@ BAD_PREDICTIONS = {
     "not UTF-8": b'{"id": "th-1", "source": "\xff", "answer": "1", "correct": true}',
     "no truth value": b'{"id": "th-1", "source": "question", "answer": "1", "correct": "yes"}',
     "a list as id": b'{"id": [], "source": "question", "answer": "1", "correct": true}',
+    "a number as answer": b'{"id": "th-1", "source": "question", "answer": 1, "correct": true}',
+    "a list as question": b'{"id": "th-1", "question": [], "source": "question", "answer": "1", "correct": true}',
 }
 
 
