@@ -256,6 +256,15 @@ def test_soup_is_the_mean_of_the_experts_over_all_tensors(fp32, tmp_path):
     assert plan["weights"] == {"task expert": 1 / 3, "language expert 1": 1 / 3, "language expert 2": 1 / 3}
 
 
+def test_a_soup_of_three_is_their_exact_sum_divided_by_three_and_rounded_once(bf16, tmp_path):
+    """A third of each, added up, is off by one unit of bf16 in one scalar of some hundred."""
+    soup, _ = merge(bf16, tmp_path / "soup", "--soup", languages=("l1", "l2"), base=False)
+    states = [load_state(bf16[name]) for name in ("task", "l1", "l2")]
+    # Three numbers of 8 bits: fp64 holds their sum exactly, and 53 bits of a third tell which neighbour is nearer.
+    expected = {name: (sum(state[name].double() for state in states) / 3).bfloat16() for name in soup}
+    assert sum(int((soup[name] != expected[name]).sum()) for name in soup) == 0
+
+
 def test_soup_of_equal_experts_is_the_expert(bf16, tmp_path):
     twins = bf16 | {"l1": bf16["task"], "l2": bf16["task"]}
     assert same_bits(
