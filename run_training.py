@@ -22,7 +22,7 @@ import checkpoint_utils
 import runtime_utils
 from interrupt_utils import watch_launcher
 from runtime_utils import UserError, is_main, log, parse_bool, rank, together, warn, world_size
-from training_log import Recorder, draw_loss, peak_memory_gb, perplexity
+from training_log import TENSORBOARD_FOLDER, WANDB_FILE, Recorder, draw_loss, peak_memory_gb, perplexity
 
 DEFAULT_EVAL_MICRO_BATCHES = 2000
 EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
@@ -793,7 +793,8 @@ def start_over(output_dir: Path) -> None:
     if not is_main():
         return
     files = ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png")
-    for path in (*checkpoint_utils.list_checkpoints(output_dir), *(output_dir / name for name in ("last", *files))):
+    others = ("last", *files, TENSORBOARD_FOLDER, WANDB_FILE)
+    for path in (*checkpoint_utils.list_checkpoints(output_dir), *(output_dir / name for name in others)):
         checkpoint_utils.remove(path)
         if os.path.lexists(path):
             raise UserError(f"--overwrite_output_dir cannot remove {path}: remove it, or use another --save_name")
@@ -987,6 +988,7 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
         checkpoint = runtime_utils.broadcast_object(together(read_resumable, args, plan, data))
         trainer = build_trainer(args, plan, device, tokenizers, data, split, checkpoint)
         record = Recorder(args, plan.output_dir)
+        stack.push(lambda kind, *_: record.close(failed=kind is not None))
         together(write_settings, args, plan, data)
         together(record.cut_back, trainer.step, trainer.evaluation_due)
         trainer.engine.train()

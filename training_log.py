@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import runtime_utils
-from runtime_utils import UserError, is_main, warn
+from runtime_utils import UserError, is_main, log, warn
+
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FILE = "wandb_run_id"
 
 
 def perplexity(loss: float) -> float:
@@ -26,29 +29,91 @@ def peak_memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+class TensorBoard:
+    """Every line as scalars, and the arguments as hyper-parameters, in the output folder's `tensorboard`."""
+
+    def __init__(self, args, output_dir: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an abandoned course wrote from this step on is hidden, the step itself included.
+        self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=step)
+        plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in vars(args).items()}
+        self.writer.add_hparams(plain, {}, run_name=".")
+
+    def add(self, line: dict) -> None:
+        """Adds a line of the log."""
+        for name, value in line.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, line["step"])
+
+    def flush(self) -> None:
+        """Brings what was added to the disk."""
+        self.writer.flush()
+
+    def close(self, failed: bool) -> None:
+        """Ends the file."""
+        self.writer.close()
+
+
+class WandB:
+    """Every line as a row of one Weights & Biases run, which a resumed training run continues.
+
+    wandb drops rows whose step is not above that of the rows it has, and a step and its evaluation may be sent by
+    different processes. So row 2n holds step n and row 2n + 1 its evaluation, and charts are drawn over "step".
+    """
+
+    def __init__(self, args, output_dir: Path, step: int):
+        import wandb
+
+        file = output_dir / WANDB_FILE
+        same = {"id": file.read_text(encoding="utf-8").strip(), "resume": "allow"} if step and file.is_file() else {}
+        try:
+            self.run = wandb.init(project=args.save_name, config=vars(args), dir=str(output_dir), **same)
+        except wandb.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--report_to wandb: {reason}: log in with 'wandb login', or set WANDB_MODE=offline"
+            ) from error
+        runtime_utils.write_text_atomic(file, self.run.id + "\n")
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+        self.first = self.run.starting_step
+        if (self.first - 1) // 2 > step:
+            log(f"wandb has the steps {step + 1} to {(self.first - 1) // 2} of its run already: they stay as they are")
+
+    def add(self, line: dict) -> None:
+        """Adds a line of the log, unless the run has it."""
+        row = 2 * line["step"] + ("dev_loss" in line)
+        if row >= self.first:
+            self.run.log(line, step=row)
+
+    def flush(self) -> None:
+        """Does nothing: a process of wandb's sends what was added."""
+
+    def close(self, failed: bool) -> None:
+        """Ends this part of the run."""
+        self.run.finish(exit_code=int(failed))
+
+
+TARGETS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
 class Recorder:
     """Collects a line for every step and evaluation and writes them to `log.jsonl` on rank 0."""
 
     def __init__(self, args, output_dir: Path):
         self.args, self.path = args, output_dir / "log.jsonl"
-        self.lines, self.step, self.writer = [], 0, None
-        if is_main() and args.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(output_dir / "tensorboard"))
-        if is_main() and args.report_to == "wandb":
-            import wandb
-
-            wandb.init(project=args.save_name, config=vars(args), dir=str(output_dir))
+        self.lines, self.step, self.target = [], 0, None
 
     def cut_back(self, step: int, evaluation_due: bool = False) -> None:
-        """Drops the lines that a run resumed at `step` writes again, and damaged ones, such as a half-written last one.
+        """Drops the lines that a run resumed at `step` writes again, and damaged ones, such as a half-written last one;
+        then opens the report target there.
 
         Arguments:
             evaluation_due: whether the evaluation of `step` itself will be made again too.
 
         Raises:
-            UserError: when the log cannot be written.
+            UserError: when the log cannot be written, or the report target cannot be reached.
         """
         self.step = step
         if not is_main():
@@ -64,6 +129,11 @@ class Recorder:
                 except (ValueError, KeyError, TypeError, RecursionError):
                     warn(f"{self.path}: dropped a damaged line: {line[:80].decode(errors='replace')!r}")
         runtime_utils.write_bytes_atomic(self.path, b"".join(kept))
+        if self.args.report_to in TARGETS:
+            self.target = TARGETS[self.args.report_to](self.args, self.path.parent, step)
+            for values in map(json.loads, kept):
+                if values["step"] == step:
+                    self.target.add(values)
 
     def __call__(self, values: dict, epoch: int) -> None:
         """Takes one optimizer step's line; every `--logging_steps` lines reach the disk."""
@@ -85,26 +155,23 @@ class Recorder:
         """Appends what has gathered to the file and sends it to the report target."""
         if not self.lines:
             return
-        text = ""
-        for line in self.lines:
-            text += json.dumps(line) + "\n"
-            self._report(line)
-        self.lines = []
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
+            if self.target is not None:
+                for line in self.lines:
+                    self.target.add(line)
+                self.target.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({len(text)} bytes): {error.strerror or error}") from error
+            where = error.filename or self.path
+            raise UserError(f"cannot write {where} ({len(text)} bytes): {error.strerror or error}") from error
+        self.lines = []
 
-    def _report(self, line: dict) -> None:
-        values = {name: value for name, value in line.items() if name != "step"}
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, line["step"])
-        if self.args.report_to == "wandb":
-            import wandb
-
-            wandb.log(values, step=line["step"])
+    def close(self, failed: bool) -> None:
+        """Closes the report target."""
+        if self.target is not None:
+            self.target.close(failed)
 
 
 def draw_loss(log_file: Path, picture: Path) -> None:

@@ -1,11 +1,16 @@
-"""The record of a training run: what a resumed run keeps of it."""
+"""The record of a training run: what a resumed run keeps of it, and what reaches the report targets."""
 
 import argparse
 import json
+import sys
 
 import pytest
+from conftest import ROOT
 
+from runtime_utils import UserError
 from training_log import Recorder
+
+STAND_INS = ROOT / "tests/stand_ins"
 
 
 @pytest.fixture
@@ -39,3 +44,106 @@ def test_damaged_lines_of_the_log_are_dropped_by_name_and_do_not_stop_a_resume(r
     record.cut_back(5)
     assert record.path.read_bytes() == whole
     assert f"{record.path}: dropped a damaged line" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report targets, of which neither need be installed: stand-ins keep their rules
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    """Opens a recorder of a target at a step, as a starting or resumed run does."""
+    monkeypatch.syspath_prepend(str(STAND_INS))
+    monkeypatch.setenv("WANDB_SERVER", str(tmp_path / "server.json"))
+    for name in ("wandb", "tensorboard"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import tensorboard
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+
+    def open_at(name, step, evaluation_due=False, **more):
+        arguments = {"report_to": name, "logging_steps": 1, "save_name": "s", "lr": 0.1, "languages": None, **more}
+        record = Recorder(argparse.Namespace(**arguments), tmp_path)
+        record.cut_back(step, evaluation_due)
+        return record
+
+    yield open_at
+    for name in ("wandb", "tensorboard"):
+        sys.modules.pop(name, None)
+
+
+def train(record, last, evaluations=()):
+    """Records the steps up to `last`, each with a loss that tells it, and evaluations after some of them."""
+    while record.step < last:
+        record({"loss": float(record.step + 1)}, 0)
+        if record.step in evaluations:
+            record.evaluation(record.step, record.step / 2)
+
+
+def wandb_runs(tmp_path):
+    return json.loads((tmp_path / "server.json").read_text())
+
+
+def test_wandb_continues_its_run_after_a_resume_and_has_every_step_once(target, tmp_path, capsys):
+    """A second run with its own copy of the overlapping steps began."""
+    record = target("wandb", 0)
+    train(record, 5, evaluations=(2, 4))
+    record.close(failed=True)
+    record = target("wandb", 2, lr=0.2)  # from the checkpoint of step 2
+    train(record, 6, evaluations=(2, 4, 6))
+    record.close(failed=False)
+    ((_, run),) = wandb_runs(tmp_path).items()
+    losses = [row["step"] for row in run["rows"].values() if "loss" in row]
+    assert losses == [1, 2, 3, 4, 5, 6] and run["dropped"] == []
+    assert [row["step"] for row in run["rows"].values() if "dev_loss" in row] == [2, 4, 6]
+    assert run["metrics"]["*"] == "step"
+    assert run["config"]["lr"] == 0.2 and run["exit_code"] == 0 and run["inits"] == 2
+    assert "wandb has the steps 3 to 5 of its run already" in capsys.readouterr().err
+
+
+def test_wandb_gets_the_evaluation_that_a_stop_left_due(target, tmp_path):
+    """Its step is not above that of the last row, so wandb would drop it."""
+    record = target("wandb", 0)
+    train(record, 4, evaluations=(2,))
+    record.close(failed=True)
+    record = target("wandb", 4, evaluation_due=True)
+    record.evaluation(4, 0.25)
+    train(record, 5)
+    record.close(failed=False)
+    ((_, run),) = wandb_runs(tmp_path).items()
+    assert [row["dev_loss"] for row in run["rows"].values() if "dev_loss" in row] == [1.0, 0.25]
+    assert run["dropped"] == []
+
+
+def test_a_run_that_starts_over_begins_a_new_run_of_wandb(target, tmp_path):
+    for _ in range(2):
+        record = target("wandb", 0)
+        train(record, 2)
+        record.close(failed=False)
+    assert [run["inits"] for run in wandb_runs(tmp_path).values()] == [1, 1]
+
+
+def test_a_wandb_that_cannot_start_is_one_line(target, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_REFUSES", "1")
+    with pytest.raises(UserError, match=r"^--report_to wandb: No API key configured.*WANDB_MODE=offline$"):
+        target("wandb", 0)
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume_and_the_hyper_parameters(target, tmp_path):
+    """Steps after the checkpoint stood twice, and the file ended where the buffer had been written by chance."""
+    import tensorboard
+
+    record = target("tensorboard", 0)
+    train(record, 5, evaluations=(2, 4))
+    folder = tmp_path / "tensorboard"
+    assert ("loss", 5) in tensorboard.shown(folder)  # without a close: flushed with the log
+    record = target("tensorboard", 4, evaluation_due=True)
+    train(record, 4)
+    record.evaluation(4, 0.25)
+    train(record, 6)
+    record.close(failed=False)
+    for tag, steps in (("loss", [1, 2, 3, 4, 5, 6]), ("dev_loss", [2, 4])):
+        assert [step for found, step in tensorboard.shown(folder) if found == tag] == steps
+    told = [event["hparams"] for event in tensorboard.events(folder) if "hparams" in event]
+    assert told[-1]["lr"] == 0.1 and told[-1]["languages"] == "null"
+    assert tensorboard.events(folder)[-1] == {"closed": True}
