@@ -175,6 +175,11 @@ def newest_valid(output_dir) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def holds_checkpoints(folder) -> bool:
+    """Whether a folder is no checkpoint itself but holds some, as a run's output folder does."""
+    return not (Path(folder) / MANIFEST).exists() and bool(list_checkpoints(folder))
+
+
 def read_checkpoint(folder) -> tuple[dict, dict]:
     """Tensors and state of a checkpoint.
 

@@ -361,14 +361,22 @@ class Task:
         Raises:
             DataError: for a missing or faulty file, a language without rows, a task without this stage.
         """
+        self.check_augmentation()
+        if languages is None and self.augmentation_languages is not None:
+            languages = [LANGUAGES[name] for name in self.augmentation_languages]
+        return self._read(self.augmentation_file, self.parse_augmentation, data_root, languages, train_num)
+
+    def check_augmentation(self) -> None:
+        """Makes sure that the task has an augmentation stage.
+
+        Raises:
+            DataError: naming the tasks that have one.
+        """
         if self.augmentation_file is None:
             raise DataError(
                 f"task {self.name} has no augmentation stage: choose --task {', '.join(_stage_tasks())}, "
                 "or --stage_name mapping"
             )
-        if languages is None and self.augmentation_languages is not None:
-            languages = [LANGUAGES[name] for name in self.augmentation_languages]
-        return self._read(self.augmentation_file, self.parse_augmentation, data_root, languages, train_num)
 
     def read_evaluation(self, data_root, language: Language) -> Iterator[Example]:
         """Yields the evaluation examples of one language.
@@ -664,7 +672,7 @@ def training_files(task: Task, stage: str, data_root, languages: Sequence[Langua
     if stage == "mapping":
         relatives = [name for language in _mapping_languages(task, languages) for name in _pair_files(language)]
     else:
-        task.read_augmentation(data_root)  # refuses a task without this stage
+        task.check_augmentation()
         languages = languages or [LANGUAGES[name] for name in task.augmentation_languages or ()]
         mixed = "{" not in task.augmentation_file
         relatives = [task.augmentation_file] if mixed else [_file_of(task.augmentation_file, one) for one in languages]

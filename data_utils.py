@@ -64,6 +64,7 @@ __all__ = [
     "evaluation_examples",
     "find_language",
     "find_task",
+    "heaviest_batches",
     "load_tokenizers",
     "parse_languages",
     "read_pairs",
@@ -678,6 +679,36 @@ def cut_global_batch(
         ]
         for rank in range(world_size)
     ]
+
+
+def heaviest_batches(
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    others: Sequence[np.ndarray],
+    most_rows: int,
+    token_budget: int | None = None,
+) -> list[np.ndarray]:
+    """Rows of the micro-batches that may need most memory: the longest merged rows, and those with most tokens of
+    another kind (targets make logits, sources the encoder's states).
+
+    Args:
+        indices: rows of the data set to choose from.
+        lengths: merged length of every row of the data set.
+        others: lengths of the other kinds, indexed alike.
+        most_rows: of a micro-batch.
+        token_budget: most positions of a micro-batch, padding included; a longer row stands alone.
+    """
+    # By budget many short rows that are nearly all target have more targets than a few long ones.
+    shares = [other / lengths for other in others] if token_budget else []
+    found = {}
+    for key in (lengths, *others, *shares):
+        rows = indices[np.argsort(-key[indices], kind="stable")][:most_rows]
+        if token_budget:
+            positions = np.arange(1, len(rows) + 1) * np.maximum.accumulate(lengths[rows])
+            rows = rows[: max(1, int((positions <= token_budget).sum()))]
+        if len(rows):
+            found.setdefault(frozenset(rows.tolist()), rows)
+    return list(found.values())
 
 
 def _starts_by_budget(longest: np.ndarray, token_budget: int) -> list[int]:

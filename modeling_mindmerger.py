@@ -638,6 +638,33 @@ def check_ends(llm_path: str) -> None:
     _eos_token_ids(llm_path, load_config(path), GenerationConfig.from_pretrained(path) if has_own else None)
 
 
+def check_roles(llm_path: str, mt_path: str | None) -> None:
+    """Makes sure that the LLM is none of the encoders, and warns of an LLM that is given as the encoder.
+
+    Raises:
+        ModelError: for an encoder or an encoder-decoder as the LLM.
+    """
+    llm = load_config(llm_path)
+    # Some encoders have a causal head in the library: it would attend to both sides and generate noise.
+    encoder = type(llm) in MODEL_FOR_TEXT_ENCODING_MAPPING and getattr(llm, "is_decoder", None) is False
+    if llm.is_encoder_decoder or encoder:
+        kind = "an encoder-decoder" if llm.is_encoder_decoder else "an encoder"
+        raise ModelError(
+            f"{llm_path} is a {llm.model_type} model, {kind} and not a causal language model: pass it to --mt_path, "
+            "and an LLM to --llm_path"
+        )
+    if mt_path is None:
+        return
+    encoder = load_config(mt_path)
+    if strip_slash(mt_path) == strip_slash(llm_path) or Path(mt_path).resolve() == Path(llm_path).resolve():
+        warn(f"--mt_path and --llm_path are the same model, {mt_path}: the mapping then has no encoder's states to add")
+    elif _is_decoder_only(encoder) and type(encoder) in AutoModelForCausalLM._model_mapping:
+        warn(
+            f"--mt_path {mt_path} is a decoder-only model ({encoder.model_type}): each of its states knows only the "
+            "text before it, those of mT5 or NLLB know all of it"
+        )
+
+
 def usable_positions(config) -> int | None:
     """How many positions a model's tables of positions reach, None where the config names no limit.
 
@@ -647,6 +674,26 @@ def usable_positions(config) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     lost = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
     return None if positions is None else positions - lost
+
+
+def check_positions(path: str, longest: int, what: str, instead: str) -> None:
+    """Refuses inputs longer than a model's table of positions; warns where rotary positions merely get worse.
+
+    Arguments:
+        what: the input of `longest` positions, in words.
+        instead: the flags to lower.
+
+    Raises:
+        ModelError: for a model whose positions end in a table.
+    """
+    config = load_config(path)
+    limit = usable_positions(config)
+    if limit is None or longest <= limit:
+        return
+    message = f"{what} needs {longest} positions but {path} has {limit}: lower {instead}"
+    if getattr(config.get_text_config(), "rope_parameters", None) is None:
+        raise ModelError(message)
+    warn(message)
 
 
 def _pad_token_id(llm: nn.Module, eos_token_ids: list[int]) -> int:

@@ -28,6 +28,8 @@ from runtime_utils import (
     CommandParser,
     UserError,
     broadcast_object,
+    check_save_name,
+    check_seed,
     init_distributed,
     is_main,
     log,
@@ -61,8 +63,8 @@ def _at_least(minimum: int):
             value = int(text)
         except ValueError:
             value = None
-        if value is None or value < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        if value is None or not minimum <= value < 2**64:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text[:40]!r}")
         return value
 
     return parse
@@ -92,8 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--augmentation",
         type=parse_bool,
-        default=True,
-        help="True: Soft, mapped source and prompt; False: Hard, mapped source only",
+        help="True: Soft, mapped source and prompt (default); False: Hard, mapped source only",
     )
     what.add_argument("--llm_only", action="store_true", help="the LLM alone on the prompt: no encoder, no mapping")
     add_parallel_arguments(parser.add_argument_group("parallel multilingual input (PMI), with --llm_only"))
@@ -212,13 +213,22 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         UserError: for the first thing that does not.
     """
     from data_utils import TASKS, evaluation_examples, find_task, load_tokenizers, parse_languages
-    from modeling_mindmerger import check_ends, check_mapping, config_of_models, model_fingerprint
+    from modeling_mindmerger import (
+        check_ends,
+        check_mapping,
+        check_positions,
+        check_roles,
+        config_of_models,
+        model_fingerprint,
+    )
 
+    check_seed(args.seed)
+    check_save_name(args.save_name)
+    warn_of_unused(args)
+    args.augmentation = args.augmentation is not False
     task = find_task(args.task)
     if args.task == "math":
         log(f"task math means {task.name}; the other set is --task math_msvamp")
-    if args.gpu is not None:
-        warn("--gpu changes nothing: choose GPUs by CUDA_VISIBLE_DEVICES or deepspeed --include localhost:0,1")
     form = "llm_only" if args.llm_only else "soft" if args.augmentation else "hard"
     if not task.evaluation_languages:
         known = ", ".join(name for name, one in TASKS.items() if one.evaluation_languages)
@@ -230,6 +240,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
     checkpoint, mt_path, llm_path = find_models(args, task, form)
     # A PMI prompt holds the question several times: the default limit grows with it, or its translations would be cut.
     prompt_limit = args.max_gen_len or DEFAULT_MAX_LEN * (1 + (args.parallel_input or 0))
+    check_roles(llm_path, mt_path)
     tokenizers = load_tokenizers(mt_path, llm_path)
     columns = tokenise_form(tokenizers, examples, form, args.max_seq_len, prompt_limit)
     max_new_tokens = args.max_new_tokens or args.max_gen_len or task.max_new_tokens
@@ -237,9 +248,11 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
     if checkpoint is not None:
         check_mapping(checkpoint, config_of_models(mt_path, llm_path))
     check_ends(llm_path)
-    check_positions(llm_path, max(input_lengths(columns)) + 2 + max_new_tokens)
+    longest = max(input_lengths(columns)) + 2 + max_new_tokens
+    flags = "--max_new_tokens, --max_gen_len or --max_seq_len"
+    check_positions(llm_path, longest, "the longest input with its new tokens", flags)
     if mt_path is not None:
-        check_encoder_positions(mt_path, max(map(len, columns["encoder_ids"])))
+        check_positions(mt_path, max(map(len, columns["encoder_ids"])), "the longest question", "--max_seq_len")
     identity = {
         "--task": task.name,
         "form (--augmentation, --llm_only)": form,
@@ -279,6 +292,19 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         engine=args.engine,
         parallel_input=parallel_input,
     )
+
+
+def warn_of_unused(args: argparse.Namespace) -> None:
+    """Says which of the given flags have no effect beside the others."""
+    if args.gpu is not None:
+        warn("--gpu changes nothing: choose GPUs by CUDA_VISIBLE_DEVICES or deepspeed --include localhost:0,1")
+    if args.engine == "vllm" and args.attn_implementation is not None:
+        warn("--attn_implementation reaches the encoder alone: vLLM has attention kernels of its own")
+    names = ("init_checkpoint", "augmentation", "mt_path")
+    unused = [f"--{name}" for name in names if args.llm_only and getattr(args, name) is not None]
+    if unused:
+        named = ", of which only the name of its LLM is taken" if args.init_checkpoint and not args.llm_path else ""
+        warn(f"--llm_only evaluates without encoder and mapping: no use of {', '.join(unused)}{named}")
 
 
 def _with_parallel_input(args: argparse.Namespace, task, examples: list) -> tuple[list, dict | None, str | None]:
@@ -346,40 +372,14 @@ def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, 
         found[flag] = given or recorded or default
     if form == "llm_only":
         return None, None, found["llm_path"]
+    if config is not None and config.task not in (None, task.training_name):
+        warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
     if config is not None and config.stage == "mapping":
         warn("this mapping comes from the mapping stage: it has not been trained on the task yet")
     elif config is not None and config.augmentation is not None and config.augmentation != args.augmentation:
         name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
         warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[args.augmentation]}")
     return mapping_file, found["mt_path"], found["llm_path"]
-
-
-def check_positions(llm_path: str, longest: int) -> None:
-    """Refuses inputs longer than a table of learned positions; warns where rotary positions merely get worse."""
-    from modeling_mindmerger import load_config, usable_positions
-
-    config = load_config(llm_path).get_text_config()
-    positions = usable_positions(config)
-    if positions is None or longest <= positions:
-        return
-    message = (
-        f"the longest input and its new tokens may take {longest} positions but {llm_path} has {positions}: lower "
-        "--max_new_tokens, --max_gen_len or --max_seq_len"
-    )
-    if getattr(config, "rope_parameters", None) is None:
-        raise UserError(message)
-    warn(message)
-
-
-def check_encoder_positions(mt_path: str, longest: int) -> None:
-    """Refuses questions that the encoder has no positions for."""
-    from modeling_mindmerger import load_config, usable_positions
-
-    limit = usable_positions(load_config(mt_path))
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"the longest question has {longest} tokens but {mt_path} has {limit} positions: lower --max_seq_len"
-        )
 
 
 def _sha256(content: bytes) -> str:
@@ -784,10 +784,15 @@ def _cached_tokenizers(mt_path: str | None, llm_path: str):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     watch_launcher()
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     from results_utils import compare_results, format_results, open_results
 
     if args.compare:
+        ignored = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        ignored = [f"--{name}" for name in ignored if name not in ("compare", "seed", "deepspeed", "local_rank")]
+        if ignored:
+            warn(f"--compare evaluates nothing: no use of {', '.join(ignored)}")
         if is_main():
             print(compare_results(args.compare, args.seed))
         return 0

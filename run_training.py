@@ -90,7 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_name", default="MindMerger", help="outputs go to OUTPUT_DIR/SAVE_NAME/TASK/STAGE")
     add("--output_dir", default="outputs", help="where outputs of all runs go")
     add("--overwrite_output_dir", action="store_true", help="start over, removing this run's checkpoints and log")
-    add("--resume_from_checkpoint", default="auto", help="auto (newest valid one in the output folder) or a folder")
+    add("--resume_from_checkpoint", default="auto", help="auto (newest valid one in the output folder), a "
+        "checkpoint, or a folder that holds some, of which it takes the newest valid one")  # fmt: skip
     add("--allow_changed", action="append", default=[], metavar="NAME", choices=sorted(CHANGEABLE),
         help="let a resumed run go on with another value of this flag; may be given more than once")  # fmt: skip
     add("--dry_run", action="store_true", help="load the data, print the effective settings, steps and a memory "
@@ -136,30 +137,17 @@ def check_arguments(args) -> Plan:
     """
     from data_utils import find_task, parse_languages
     from deepspeed_utils import effective_config, gradient_clipping, read_deepspeed_config, zero_stage
-    from modeling_mindmerger import check_ends, check_mapping, config_of_models, load_config, model_fingerprint
+    from modeling_mindmerger import check_ends, check_mapping, check_roles, config_of_models, model_fingerprint
     from speed_options import check_speed_options
 
     args.llm_path, args.mt_path = args.llm_path.rstrip("/") or "/", args.mt_path.rstrip("/") or "/"
-    if args.gpu is not None:
-        warn("--gpu is ignored: choose GPUs with the launcher, for instance deepspeed --include localhost:0")
-    positive = ("train_num", "max_seq_len", "max_gen_len", "epoch_num", "max_steps", "train_batch_size")
-    positive += ("train_micro_batch_size_per_gpu", "eval_batch_size", "eval_steps", "save_steps", "save_total_limit")
-    positive += ("logging_steps",)
-    args.micro_batch_tokens = args.micro_batch_tokens or None
-    for name in positive:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("num_workers", "micro_batch_tokens"):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"--{name} must be at least 0, not {getattr(args, name)}")
-    if not 0 <= args.warmup_ratio < 1:
-        raise UserError(f"--warmup_ratio must be at least 0 and below 1, not {args.warmup_ratio}")
-    if not (0 < args.lr < math.inf and (args.max_grad_norm is None or args.max_grad_norm > 0)):
-        raise UserError(f"--lr and --max_grad_norm must be above 0, not {args.lr} and {args.max_grad_norm}")
+    warn_of_unused(args)
+    check_numbers(args)
+    runtime_utils.check_save_name(args.save_name)
     task = find_task(args.task)
     stage = args.stage_name
-    if stage == "augmentation" and task.read_augmentation is None:
-        raise UserError(f"task {args.task} has no augmentation data: use --stage_name mapping, or another --task")
+    if stage == "augmentation":
+        task.check_augmentation()
     accumulation = settle_accumulation(args)
     config = read_deepspeed_config(args.deepspeed_config)
     args.max_grad_norm = gradient_clipping(config, args.max_grad_norm)  # the loop's, DeepSpeed's and the checkpoint's
@@ -177,8 +165,7 @@ def check_arguments(args) -> Plan:
         warn(
             "--augmentation False in the augmentation stage: trains MindMerger-Hard, no prompt after the mapped source"
         )
-    for path in (args.llm_path, args.mt_path):
-        load_config(path)
+    check_roles(args.llm_path, args.mt_path)
     check_ends(args.llm_path)
     check_speed_options(args, zero_stage(config))
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
@@ -188,7 +175,7 @@ def check_arguments(args) -> Plan:
         check_mapping(init_file, config_of_models(args.mt_path, args.llm_path))
     plan = Plan(
         task=task,
-        languages=parse_languages(args.languages) if args.languages else None,
+        languages=parse_languages(args.languages) if args.languages is not None else None,
         with_prompt=with_prompt,
         accumulation=accumulation,
         config=config,
@@ -199,6 +186,44 @@ def check_arguments(args) -> Plan:
     )
     refuse_to_remove_the_start(args, plan)
     return plan
+
+
+def warn_of_unused(args) -> None:
+    """Says which of the given flags have no effect beside the others."""
+    if args.gpu is not None:
+        warn("--gpu is ignored: choose GPUs with the launcher, for instance deepspeed --include localhost:0")
+    if args.dev_size == 0 and args.eval_steps is not None:
+        warn("--eval_steps is ignored: with --dev_size 0 nothing is evaluated")
+    if args.dry_run:
+        for name in ("overwrite_output_dir", "allow_changed"):
+            if getattr(args, name):
+                warn(f"--{name} is ignored: --dry_run neither resumes nor removes anything")
+        if args.resume_from_checkpoint != "auto":
+            warn("--resume_from_checkpoint is ignored: --dry_run neither resumes nor removes anything")
+
+
+def check_numbers(args) -> None:
+    """Makes sure that every number among the flags can be one of its kind.
+
+    Raises:
+        UserError: for the first that cannot.
+    """
+    positive = ("train_num", "max_seq_len", "max_gen_len", "epoch_num", "max_steps", "train_batch_size")
+    positive += ("train_micro_batch_size_per_gpu", "eval_batch_size", "eval_steps", "save_steps", "save_total_limit")
+    positive += ("logging_steps",)
+    args.micro_batch_tokens = args.micro_batch_tokens or None
+    for names, least in ((positive, 1), (("num_workers", "micro_batch_tokens"), 0)):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} must be at least {least}, not {value}")
+            if value is not None and value >= 2**63:
+                raise UserError(f"--{name} must be below 2^63, not {value}")
+    runtime_utils.check_seed(args.seed)
+    if not 0 <= args.warmup_ratio < 1:
+        raise UserError(f"--warmup_ratio must be at least 0 and below 1, not {args.warmup_ratio}")
+    if not (0 < args.lr < math.inf and (args.max_grad_norm is None or args.max_grad_norm > 0)):
+        raise UserError(f"--lr and --max_grad_norm must be above 0, not {args.lr} and {args.max_grad_norm}")
 
 
 def refuse_to_remove_the_start(args, plan: Plan) -> None:
@@ -252,6 +277,7 @@ def find_initial_mapping(args, output_dir: Path) -> str | None:
     Raises:
         UserError: when the augmentation stage has none to start from.
     """
+    from data_utils import find_task
     from modeling_mindmerger import find_mapping_file, read_config
 
     given = args.init_checkpoint
@@ -271,6 +297,9 @@ def find_initial_mapping(args, output_dir: Path) -> str | None:
         before, now = getattr(recorded, flag, None), getattr(args, flag)
         if before is not None and Path(before).resolve() != Path(now).resolve():
             warn(f"the mapping {file} was trained with --{flag} {before}, not {now}")
+    task = find_task(args.task).training_name
+    if recorded is not None and recorded.task not in (None, task):
+        warn(f"the mapping {file} was trained for task {recorded.task}, this run trains {task}")
     return str(file)
 
 
@@ -311,17 +340,16 @@ def load_data(args, plan: Plan, cache_dir=None):
 
 
 def check_lengths(args, data) -> None:
-    """Refuses rows that the LLM or the encoder has no positions for, before weights load."""
-    from modeling_mindmerger import load_config, usable_positions
+    """Checks the longest rows against the positions of the LLM and the encoder, before weights load.
 
-    longest = int((2 + data.encoder_lengths + data.prompt_lengths + data.target_lengths).max())
-    for path, needed, flag in (
-        (args.llm_path, longest, "--max_gen_len or --max_seq_len"),
-        (args.mt_path, int(data.encoder_lengths.max()), "--max_seq_len"),
-    ):
-        limit = usable_positions(load_config(path))
-        if limit is not None and needed > limit:
-            raise UserError(f"the longest row needs {needed} positions but {path} has {limit}: lower {flag}")
+    Raises:
+        UserError: for rows longer than a table of positions.
+    """
+    from modeling_mindmerger import check_positions
+
+    longest, source = int(data.merged_lengths.max()), int(data.encoder_lengths.max())
+    check_positions(args.llm_path, longest, "the longest row", "--max_gen_len or --max_seq_len")
+    check_positions(args.mt_path, source, "the longest source", "--max_seq_len")
 
 
 def load_model(args, plan: Plan, device):
@@ -334,7 +362,7 @@ def load_model(args, plan: Plan, device):
 
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with loading_towers(plan.config, bf16):
+    with placing_memory_named(device), loading_towers(plan.config, bf16):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation)
         encoder = load_encoder(args.mt_path, dtype, args.attn_implementation)
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
@@ -354,7 +382,27 @@ def load_model(args, plan: Plan, device):
         apply_liger(llm)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"trainable parameters: {trainable:,} (mapping only)")
-    return model.to(device)
+    with placing_memory_named(device):
+        return model.to(device)
+
+
+@contextlib.contextmanager
+def placing_memory_named(device):
+    """Turns running out of memory while models are put in their place into an error that says what to do.
+
+    Raises:
+        UserError: when memory ran out within it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not runtime_utils.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory on rank {rank()} while the models are placed on {device}: share their weights among the "
+            "GPUs (--deepspeed_config scripts/ds_zero3.json), keep them in host memory (ds_zero3_offload.json), lower "
+            "the bucket sizes of your own DeepSpeed config, or use --precision bf16"
+        ) from error
 
 
 @dataclass
@@ -388,6 +436,16 @@ class Trainer:
         lengths = self.data.merged_lengths
         mine = cut_global_batch(indices, lengths, world_size(), micro_batch_size, token_budget)[rank()]
         return mine, int(self.data.target_lengths[indices].sum())
+
+    def heaviest(self, indices, micro_batch_size, token_budget=None):
+        """The rows of the micro-batches that may need most memory, the same on every rank."""
+        from data_utils import heaviest_batches
+
+        most = math.ceil(self.args.train_batch_size / world_size()) if token_budget else micro_batch_size
+        data = self.data
+        return heaviest_batches(
+            indices, data.merged_lengths, (data.target_lengths, data.encoder_lengths), most, token_budget
+        )
 
     def epoch_steps(self, epoch: int, first: int):
         """(micro-batches of this rank, target tokens, indices) of every optimizer step of an epoch from `first` on."""
@@ -603,11 +661,11 @@ def out_of_memory_named(batch: dict, instead: str = STEP_MEMORY_FLAGS, where: st
     Raises:
         UserError: when memory ran out within it.
     """
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not runtime_utils.is_out_of_memory(error):
+            raise
         rows, longest = batch["encoder_input_ids"].shape
         sizes = ", ".join(
             f"{name} {tuple(batch[key].shape)[1]}"
@@ -621,25 +679,21 @@ def out_of_memory_named(batch: dict, instead: str = STEP_MEMORY_FLAGS, where: st
 
 
 def probe_memory(trainer: Trainer) -> None:
-    """One forward and backward pass on the longest rows there are, and one forward pass on the dev split's, so that
-    memory runs out now or not at all.
+    """Forward and backward passes on the heaviest micro-batches there can be, and forward passes on the dev split's, so
+    that memory runs out now or not at all.
 
     Raises:
         UserError: when it does.
     """
     import torch
 
-    args, lengths = trainer.args, trainer.data.merged_lengths
-    order = trainer.train[lengths[trainer.train].argsort(kind="stable")[::-1]]
-    rows = order[: args.train_micro_batch_size_per_gpu]
-    if args.micro_batch_tokens:
-        rows = order[: max(1, args.micro_batch_tokens // int(lengths[order[0]]))]
-    batch = trainer.to_device(next(iter(trainer.loader([rows]))))
-    trainer.engine.set_gradient_accumulation_boundary(False)
-    with out_of_memory_named(batch):
-        trainer.engine.backward(trainer.engine(**batch).loss_sum * 0.0, scale_wrt_gas=False)
-    rows = trainer.dev[lengths[trainer.dev].argsort(kind="stable")[::-1]][: args.eval_batch_size]
-    if len(rows):
+    args = trainer.args
+    for rows in trainer.heaviest(trainer.train, args.train_micro_batch_size_per_gpu, args.micro_batch_tokens):
+        batch = trainer.to_device(next(iter(trainer.loader([rows]))))
+        trainer.engine.set_gradient_accumulation_boundary(False)
+        with out_of_memory_named(batch):
+            trainer.engine.backward(trainer.engine(**batch).loss_sum * 0.0, scale_wrt_gas=False)
+    for rows in trainer.heaviest(trainer.dev, args.eval_batch_size):
         batch = trainer.to_device(next(iter(trainer.loader([rows]))))
         with out_of_memory_named(batch, EVAL_MEMORY_FLAGS), torch.no_grad():
             trainer.engine(**batch)
@@ -811,15 +865,16 @@ def read_resumable(args, plan: Plan, data) -> tuple:
 
     if not is_main():
         return None, None, None
-    wanted = args.resume_from_checkpoint
-    if wanted == "auto":
-        folder, skipped = checkpoint_utils.newest_valid(plan.output_dir)
+    given = None if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
+    folder = given
+    if given is None or checkpoint_utils.holds_checkpoints(given):
+        folder, skipped = checkpoint_utils.newest_valid(given or plan.output_dir)
         for line in skipped:
             warn(f"skipped {line}")
-        if folder is None:
+        if folder is None and given is None:
             return None, None, None
-    else:
-        folder = Path(wanted)
+        if folder is None:
+            raise UserError(f"no checkpoint in {given} is whole: pass another folder, or auto")
     tensors, state = checkpoint_utils.read_checkpoint(folder)
     checkpoint_utils.check_state(folder, state)
     for name, value in identity(args, plan, data).items():
@@ -878,7 +933,8 @@ def build_trainer(args, plan: Plan, device, tokenizers, data, split, checkpoint)
     if folder is not None:
         mapping = {name.removeprefix("mapping."): t for name, t in tensors.items() if name.startswith("mapping.")}
         model.mapping.load_state_dict(mapping, strict=True)
-    engine = make_engine(model, plan.config, args.lr)
+    with placing_memory_named(device):
+        engine = make_engine(model, plan.config, args.lr)
     eval_steps = args.eval_steps or max(1, DEFAULT_EVAL_MICRO_BATCHES // plan.accumulation)
     trainer = Trainer(
         args=args,

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from importlib import metadata
 from pathlib import Path
 
@@ -55,6 +56,30 @@ def parse_bool(text: str) -> bool:
     if lowered in ("false", "no", "0"):
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def check_save_name(name: str) -> None:
+    """Makes sure that --save_name names a folder inside the outputs.
+
+    Raises:
+        UserError: for a name that is empty, leaves the folder, or has characters that no terminal shows.
+    """
+    if not os.path.normpath(name).strip(". \t"):
+        raise UserError(f"--save_name {name!r} names no folder: give the run a name")
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise UserError(f"--save_name {name!r} leaves the outputs: give a plain name, the folder has a flag of its own")
+    if any(unicodedata.category(c) == "Cc" for c in name):
+        raise UserError(f"--save_name {name!r} has control characters: leave them out")
+
+
+def check_seed(seed: int) -> None:
+    """Makes sure that the random generators take a seed.
+
+    Raises:
+        UserError: for a negative one, and one of more than 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed must be at least 0 and below 2^64, not {seed}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +262,13 @@ def is_lost_peer(error: RuntimeError) -> bool:
     signs = ("onnection closed by peer", "onnection reset by peer", "ocket Timeout", "imed out", "roken pipe")
     signs += ("onnection refused", "emote process exited")
     return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    torch = sys.modules["torch"]
+    signs = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def leave_at_once(message: str):

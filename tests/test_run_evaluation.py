@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import run_evaluation
-from modeling_mindmerger import MindMerger, model_fingerprint, save_released
+from modeling_mindmerger import MindMerger, check_positions, model_fingerprint, save_released
 from run_evaluation import Generation, answer, build_parser, cut_batches, generate_batch, main, prepare
 from runtime_utils import UserError
 
@@ -735,6 +735,14 @@ WRONG = {
     "not a bool": (["--augmentation", "Soft"], "expected True or False, got 'Soft'"),
     "unknown flag": (["--max_new_token", "4"], "unrecognized arguments: --max_new_token"),
     "compare one": (["--compare", "results"], "at least two"),
+    "empty languages": (["--languages", ""], "no language in ''"),
+    "name above the folder": (["--save_name", "../x"], "--save_name '../x' leaves the outputs"),
+    "name elsewhere": (["--save_name", "/tmp/x"], "--save_name '/tmp/x' leaves the outputs"),
+    "no name": (["--save_name", " "], "--save_name ' ' names no folder"),
+    "name with control characters": (["--save_name", "a\x1b[2J"], r"--save_name 'a\\x1b\[2J' has control characters"),
+    "seed of 65 bits": (["--seed", str(2**64)], "--seed"),
+    "negative seed": (["--seed", "-1"], "--seed: expected a whole number of at least 0, got '-1'"),
+    "an encoder as the LLM": (["--llm_path", "{encoder}"], "is a mt5 model, an encoder-decoder and not a causal"),
 }
 
 
@@ -757,18 +765,48 @@ def test_an_input_longer_than_learned_positions_is_refused_and_rotary_ones_warn(
     from transformers import GPT2Config
 
     GPT2Config(n_positions=64, n_embd=8, n_head=2, n_layer=1).save_pretrained(broken / "gpt2")
-    with pytest.raises(UserError, match="may take 65 positions but .*gpt2 has 64"):
-        run_evaluation.check_positions(str(broken / "gpt2"), 65)
-    run_evaluation.check_positions(str(broken / "gpt2"), 64)
+    with pytest.raises(UserError, match="the longest row needs 65 positions but .*gpt2 has 64: lower --max_gen_len$"):
+        check_positions(str(broken / "gpt2"), 65, "the longest row", "--max_gen_len")
+    check_positions(str(broken / "gpt2"), 64, "the longest row", "--max_gen_len")
 
 
 def test_a_question_longer_than_the_encoders_positions_is_refused(tmp_path):
     from transformers import BertConfig
 
     BertConfig(max_position_embeddings=64, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match="has 65 tokens but .*bert has 64 positions: lower --max_seq_len"):
-        run_evaluation.check_encoder_positions(str(tmp_path / "bert"), 65)
-    run_evaluation.check_encoder_positions(str(tmp_path / "bert"), 64)
+    with pytest.raises(UserError, match="the question needs 65 positions but .*bert has 64: lower --max_seq_len"):
+        check_positions(str(tmp_path / "bert"), 65, "the question", "--max_seq_len")
+    check_positions(str(tmp_path / "bert"), 64, "the question", "--max_seq_len")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--augmentation", "True"), "no use of --augmentation"),
+        (("--mt_path", "{encoder}"), "no use of --mt_path"),
+        ((), "no use of --init_checkpoint, of which only the name of its LLM is taken"),
+    ],
+)
+def test_what_the_llm_alone_makes_no_use_of_is_said(world, datas, capsys, flags, said):
+    given = ["--llm_only", "--data_root", datas, "--languages", "en", "--limit", "1"]
+    given += [part.format(encoder=world.encoder) for part in flags] + ["--llm_path", world.llm] * bool(flags)
+    given += [] if flags else ["--init_checkpoint", world.folder]
+    prepare(build_parser().parse_args(given), on_gpu=False)
+    assert f"warning: --llm_only evaluates without encoder and mapping: {said}" in capsys.readouterr().err
+
+
+def test_flags_beside_compare_are_said_to_be_unused(tmp_path, capsys):
+    with pytest.raises(UserError):
+        main(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--task", "xnli", "--limit", "3"])
+    assert "--compare evaluates nothing: no use of --task, --limit" in capsys.readouterr().err
+
+
+def test_a_mapping_trained_for_another_task_is_warned_of(world, datas, capsys):
+    given = ["--init_checkpoint", world.folder, "--data_root", datas, "--languages", "en", "--limit", "1"]
+    prepare(build_parser().parse_args([*given, "--task", "xnli"]), on_gpu=False)
+    assert "this mapping was trained for task math, now evaluated on xnli" in capsys.readouterr().err
+    prepare(build_parser().parse_args([*given, "--task", "math_msvamp"]), on_gpu=False)
+    assert "was trained for task" not in capsys.readouterr().err
 
 
 # -- whole commands

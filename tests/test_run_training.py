@@ -4,7 +4,10 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, make_tiny_encoder, read_log, run_many
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 
 import run_training
 from modeling_mindmerger import MindMerger
+from runtime_utils import UserError
 
 OUTPUTS = {"pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"}
 OUTPUTS |= {"ds_config.json", "args.json", "last"}
@@ -296,7 +300,10 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
         (["--llm_path", "/nowhere/llm"], ["/nowhere/llm"]),
         (["--mt_path", "/nowhere/mt5/"], ["/nowhere/mt5"]),
         (["--stage_name", "augmentation"], ["outputs/MindMerger/math/mapping", "--init_checkpoint"]),
-        (["--task", "translation", "--stage_name", "augmentation"], ["translation", "augmentation"]),
+        (
+            ["--task", "translation", "--stage_name", "augmentation"],
+            ["translation has no augmentation stage", "--task math"],
+        ),
         (["--deepspeed_config", str(tmp_path / "ds.json")], ["gradient_cliping", "gradient_clipping"]),
         (["--deepspeed_config", str(tmp_path / "ds_bf16.json")], ["bf16", "--precision"]),
         (["--deepspeed_config", str(tmp_path / "ds_batch.json")], ["train_batch_size", "99", "8"]),
@@ -358,6 +365,138 @@ def test_a_mapping_of_other_models_is_warned_of(flags, tiny_encoder, tiny_llm, t
     assert run_training.find_initial_mapping(args, tmp_path).endswith("mapping.safetensors")
     errors = capsys.readouterr().err
     assert errors.count("was trained with --") == 1 and f"--llm_path {tiny_llm}, not {other}" in errors
+
+
+def settled(flags, *more):
+    """What `check_arguments` makes of the flags, in this process."""
+    return run_training.check_arguments(run_training.build_parser().parse_args([*flags, *map(str, more)]))
+
+
+def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, tmp_path, capsys):
+    model = MindMerger.from_models(tiny_encoder, tiny_llm)
+    for task in ("xnli", "math"):
+        model.config.task = task
+        model.save_pretrained(str(tmp_path / task))
+        settled(flags, "--init_checkpoint", tmp_path / task)
+    errors = capsys.readouterr().err
+    assert errors.count("was trained for task") == 1 and "was trained for task xnli, this run trains math" in errors
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        # A comparison of a method with None let this through to the search for the mapping stage's outputs.
+        (["--task", "translation", "--stage_name", "augmentation"], "translation has no augmentation stage: choose"),
+        (["--languages", ""], "no language in ''"),
+        (["--save_name", ""], "--save_name '' names no folder"),
+        (["--save_name", "."], "--save_name '.' names no folder"),
+        (["--save_name", "../x"], "--save_name '../x' leaves the outputs"),
+        (["--save_name", "a/../../x"], "--save_name 'a/../../x' leaves the outputs"),
+        (["--save_name", "/tmp/x"], "--save_name '/tmp/x' leaves the outputs"),
+        (["--save_name", "a\nb"], r"--save_name 'a\\nb' has control characters"),
+        (["--seed", "-1"], "--seed must be at least 0 and below 2.64, not -1"),
+        (["--seed", str(2**64)], "--seed must be at least 0 and below 2.64"),
+        (["--max_seq_len", str(10**30)], "--max_seq_len must be below 2.63"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_before_anything_loads(flags, more, message):
+    with pytest.raises(UserError, match=message):
+        settled(flags, *more)
+
+
+def test_names_and_seeds_up_to_the_limits_are_taken(flags):
+    plan = settled(flags, "--save_name", "über/läuft 2", "--seed", 2**64 - 1)
+    assert plan.output_dir == Path("outputs/über/läuft 2/math/mapping")
+
+
+def test_an_encoder_as_the_llm_is_refused_and_an_llm_as_the_encoder_is_said(flags, tiny_llm, tmp_path, capsys):
+    from transformers import BertConfig
+
+    BertConfig(hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="bert is a bert model, an encoder and not a causal language model.*--mt_path"):
+        settled(flags, "--llm_path", tmp_path / "bert")
+    other = shutil.copytree(tiny_llm, tmp_path / "other")
+    settled(flags, "--mt_path", other)
+    assert f"--mt_path {other} is a decoder-only model (llama)" in capsys.readouterr().err
+    settled(flags, "--mt_path", tiny_llm)
+    assert f"--mt_path and --llm_path are the same model, {tiny_llm}" in capsys.readouterr().err
+
+
+def test_positions_are_checked_as_in_evaluation(flags, tiny_llm, tmp_path, capsys):
+    """Training refused rows that rotary positions merely answer worse, which evaluation warned of."""
+    from transformers import GPT2Config
+
+    short = Path(shutil.copytree(tiny_llm, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    GPT2Config(n_positions=20, n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path / "gpt2")
+    lengths = {"merged_lengths": np.array([9, 21]), "encoder_lengths": np.array([4, 5])}
+    data = SimpleNamespace(**lengths)
+    args = run_training.build_parser().parse_args([*flags, "--llm_path", str(short)])
+    run_training.check_lengths(args, data)
+    assert f"the longest row needs 21 positions but {short} has 20: lower" in capsys.readouterr().err
+    args.llm_path = str(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="the longest row needs 21 positions but .*gpt2 has 20: lower --max_gen_len"):
+        run_training.check_lengths(args, data)
+
+
+def test_flags_without_effect_are_said(flags, capsys):
+    settled(flags, "--dev_size", 0, "--eval_steps", 2)
+    assert "--eval_steps is ignored: with --dev_size 0 nothing is evaluated" in capsys.readouterr().err
+    settled(flags, "--dry_run", "--overwrite_output_dir")
+    assert "--overwrite_output_dir is ignored" in capsys.readouterr().err
+
+
+class Engine:
+    """Runs out of memory above a number of tokens of one kind, as logits or encoder states would."""
+
+    def __init__(self, kind, limit):
+        self.kind, self.limit, self.backward = kind, limit, lambda *_, **__: None
+        self.set_gradient_accumulation_boundary = lambda _: None
+
+    def __call__(self, **batch):
+        if int(batch[self.kind].sum()) > self.limit:
+            raise torch.OutOfMemoryError("out of memory, as a test has it")
+        return SimpleNamespace(loss_sum=torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "part", "rows"),
+    [
+        ("target_mask", 15, "train", "2 rows, longest encoder 2, prompt 1, target 9"),
+        ("encoder_attention_mask", 45, "train", "2 rows, longest encoder 24, prompt 2, target 1"),
+        ("target_mask", 5, "dev", "1 rows, longest encoder 1, prompt 1, target 6"),
+    ],
+)
+def test_the_memory_probe_takes_the_most_targets_and_sources_as_well_as_the_longest_rows(kind, limit, part, rows):
+    """Only the longest merged rows were probed, whose targets may be short: logits then outgrew memory in mid-run."""
+    # Encoder, prompt and target tokens of training rows 0 to 4, longest merged first, and of dev rows 5 and 6.
+    table = [(20, 20, 3), (20, 20, 3), (24, 2, 1), (23, 2, 1), (2, 1, 9), (2, 1, 8), (9, 9, 2), (1, 1, 6)]
+    columns = ("encoder_ids", "prompt_ids", "target_ids")
+    stored = {name: [[1] * row[i] for row in table] for i, name in enumerate(columns)}
+    lengths = np.array(table)
+    data = SimpleNamespace(
+        dataset=datasets.Dataset.from_dict(stored),
+        **{f"{name}_lengths": lengths[:, i] for i, name in enumerate(("encoder", "prompt", "target"))},
+        merged_lengths=2 + lengths.sum(1),
+    )
+    args = run_training.build_parser().parse_args(
+        ["--train_micro_batch_size_per_gpu", "2", "--eval_batch_size", "1", "--num_workers", "0"]
+    )
+    ids = SimpleNamespace(encoder_pad_id=0, llm_pad_id=0)
+    places = {"plan": None, "tokenizers": ids, "device": torch.device("cpu"), "steps_per_epoch": 1, "save_steps": 1}
+    trainer = run_training.Trainer(
+        args=args, data=data, engine=None, train=np.arange(6), dev=np.arange(6, 8), eval_steps=1, **places
+    )
+    trainer.engine = Engine(kind, limit)
+    if part == "dev":  # training rows have more targets: their pass comes first
+        trainer.train = np.arange(2, 4)
+    with pytest.raises(
+        UserError, match=f"out of memory on rank 0 with a micro-batch of {rows}".replace(", target", ".*target")
+    ):
+        run_training.probe_memory(trainer)
+    trainer.engine.limit = 10**6
+    run_training.probe_memory(trainer)
 
 
 def test_without_a_dev_split_the_last_mapping_is_also_the_best(run, flags, tmp_path):
