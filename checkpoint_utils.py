@@ -79,7 +79,7 @@ def remove_leftovers(output_dir) -> None:
         remove(entry)
     for folder in (Path(output_dir), Path(output_dir) / "last"):
         for entry in folder.glob(".*.tmp"):
-            entry.unlink(missing_ok=True)
+            remove(entry)
 
 
 def discard(folder: Path) -> None:

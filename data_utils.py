@@ -402,7 +402,8 @@ def build_training_set(
                 manifest = _read_manifest(folder)
         return _open_cache(folder, manifest, hashes)
     except OSError as error:
-        raise DataError(f"cannot write the tokenised data to {folder.parent}: {error.strerror or error}") from error
+        where = error.filename or folder.parent
+        raise DataError(f"cannot write the tokenised data to {where}: {error.strerror or error}") from error
 
 
 def _cache_root(cache_dir) -> Path:

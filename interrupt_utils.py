@@ -12,12 +12,13 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
 from pathlib import Path
 
-from runtime_utils import UserError, world_size
+from runtime_utils import UserError, unfollowed, world_size
 
 # Seconds without a sign of life from the training thread, after a signal, before the rank gives up: it then waits in a
 # collective for a rank that is gone. Launchers kill after 30.
@@ -231,9 +232,13 @@ class FolderLock:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 # Held open as long as the lock.
-                self._file = open(self.path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+                self._file = open(self.path, "a+", encoding="utf-8", errors="replace", opener=unfollowed)  # noqa: SIM115
             except OSError as error:
-                raise UserError(f"cannot write to the folder {folder}: {error.strerror}: {error.filename}") from error
+                if self.path.is_symlink():
+                    raise UserError(f"{self.path} is a link, which a lock never is: remove it") from error
+                reason = f"{error.strerror}: {error.filename}" if error.strerror else f"{error}: {self.path}"
+                raise UserError(f"cannot write to the folder {folder}: {reason}") from error
+            self._refuse_a_foreign_file()
             try:
                 # A POSIX record lock, unlike flock, is not inherited by child processes that outlive a killed run.
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -259,6 +264,12 @@ class FolderLock:
         except OSError as error:
             self.release()
             raise UserError(f"cannot write {self.path} ({len(owner)} bytes): {error.strerror}") from error
+
+    def _refuse_a_foreign_file(self) -> None:
+        found = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            self._file.close()
+            raise UserError(f"{self.path} is no plain file, or another name of one elsewhere: remove it")
 
     def _is_in_place(self) -> bool:
         try:

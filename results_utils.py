@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tasks import PUBLISHED_ENCODER, PUBLISHED_LLMS, TASKS, Task
-from runtime_utils import UserError, log, versions, warn, write_json_atomic, write_text_atomic
+from runtime_utils import UserError, log, unfollowed, versions, warn, write_json_atomic, write_text_atomic
 
 PARTIAL = ".partial"
 RESAMPLES = 10_000
@@ -67,6 +67,8 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
             _remove_leftovers(folder)
             shutil.rmtree(partial, ignore_errors=True)  # still there after a kill between results.json and its end
             return results, {}
+        if partial.is_symlink():  # not ours: what it leads to is not to be written into
+            partial.unlink()
         partial.mkdir(exist_ok=True)
         run_file = partial / "run.json"
         if run_file.is_file():
@@ -154,7 +156,7 @@ def open_shard(folder: Path, rank: int):
     path = folder / PARTIAL / f"rank{rank}.jsonl"
     try:
         # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
-        return open(path, "ab", buffering=0)
+        return open(path, "ab", buffering=0, opener=unfollowed)
     except OSError as error:
         raise ResultsError(
             f"cannot write {path} ({error.strerror}): --results_dir must be on a file system that all machines of the "

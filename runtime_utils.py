@@ -5,6 +5,7 @@ quick.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -289,6 +290,21 @@ def versions() -> dict[str, str]:
 # Files
 
 
+def open_new(path):
+    """Opens a new file for writing bytes. What stands in its place, a link too, is removed and never written to.
+
+    Raises:
+        OSError: when that is a folder, comes back at once, or the disk refuses.
+    """
+    Path(path).unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+
+
+def unfollowed(path, flags: int) -> int:
+    """An `opener` for `open` that refuses a symbolic link in place of the file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_bytes_atomic(path, data: bytes) -> None:
     """Replaces `path` by `data` so that a reader, or a crash, meets the old content or the new, never a part.
 
@@ -299,13 +315,14 @@ def write_bytes_atomic(path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open_new(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({len(data)} bytes): {error.strerror or error}") from error
 
 

@@ -157,7 +157,7 @@ class Recorder:
             return
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=runtime_utils.unfollowed) as file:
                 file.write(text)
             if self.target is not None:
                 for line in self.lines:

@@ -473,7 +473,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     replaced = output.with_name(f".{output.name}.{os.getpid()}.old")
     for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
         warn(f"{left} is what a killed merge left behind; remove it unless another one is running")
-    done = False
+    done = moved = False
     try:
         with _sigterm_as_exit():
             temporary.mkdir(parents=True)
@@ -481,13 +481,14 @@ def new_folder(output: Path) -> Iterator[Path]:
             sync_folder(temporary)
             if output.exists():
                 os.replace(output, replaced)
+                moved = True
             os.replace(temporary, output)
             done = True
             sync_folder(output.parent)
     except OSError as error:
         raise MergeError(f"cannot write {output}: {error.strerror or error}; nothing is left behind") from error
     finally:
-        if not done and replaced.exists():
+        if moved and not done:
             os.replace(replaced, output)
         shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_utils import LANGUAGES, find_task
-from runtime_utils import CommandParser, UserError, log, run_main, write_text_atomic
+from runtime_utils import CommandParser, UserError, log, open_new, run_main, write_text_atomic
 
 DATA_FOLDERS = ("bilingual_pairs", "query_translation", "evaluation")
 XNLI_LABELS = ("entailment", "neutral", "contradiction")  # the hub's integers, in order
@@ -351,7 +351,7 @@ def copy_atomic(member: Member, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with member.open() as source, open(temporary, "wb") as target:
+        with member.open() as source, open_new(temporary) as target:
             shutil.copyfileobj(source, target, 1 << 20)
             target.flush()
             os.fsync(target.fileno())

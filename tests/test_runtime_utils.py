@@ -1,14 +1,22 @@
-"""Leaving a process group, and the lock on a folder."""
+"""Leaving a process group, the lock on a folder, and files that links planted in their place do not lead astray."""
 
+import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, free_port
 
+import checkpoint_utils
 import interrupt_utils
+import results_utils
+import runtime_utils
+from runtime_utils import UserError
+from training_log import Recorder
 
 PROGRAM = """
 import sys, time
@@ -65,3 +73,107 @@ def test_a_lock_file_removed_while_it_was_being_locked_is_not_taken_for_the_lock
     assert len(calls) == 2 and str(os.getpid()) in (tmp_path / ".lock").read_text()
     lock.release()
     assert not (tmp_path / ".lock").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links in the place of files
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A file elsewhere whose content must stay."""
+    file = tmp_path / "elsewhere" / "victim"
+    file.parent.mkdir()
+    file.write_text("precious")
+    yield file
+    assert file.read_text() == "precious"
+
+
+@pytest.fixture(params=["symbolic", "hard"])
+def plant(request, victim):
+    """Puts a link to the victim at a path."""
+
+    def call(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(victim) if request.param == "symbolic" else os.link(victim, path)
+
+    return call
+
+
+def test_a_lock_never_writes_through_a_link(tmp_path, plant):
+    """The lock emptied whatever file a link in its place led to."""
+    path = tmp_path / "outputs" / ".lock"
+    plant(path)
+    with pytest.raises(UserError, match=r"outputs/\.lock is .*: remove it$"):
+        interrupt_utils.FolderLock(path.parent)
+    path.unlink()
+    interrupt_utils.FolderLock(path.parent).release()
+
+
+def test_a_lock_that_is_a_pipe_is_refused_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"\.lock"):
+        interrupt_utils.FolderLock(tmp_path)
+
+
+def test_an_atomic_write_never_writes_through_a_link_in_place_of_its_temporary_file(tmp_path, plant, victim):
+    path = tmp_path / "outputs" / "args.json"
+    plant(path.with_name(f".args.json.{os.getpid()}.tmp"))
+    plant(path)
+    runtime_utils.write_json_atomic(path, {"a": 1})
+    assert path.read_text() == '{\n  "a": 1\n}\n' and not path.is_symlink()
+    assert [entry.name for entry in path.parent.iterdir()] == ["args.json"]
+    assert victim.stat().st_nlink == 1
+    path.with_name(f".args.json.{os.getpid()}.tmp").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*args\.json \(13 bytes\)"):
+        runtime_utils.write_json_atomic(path, {"a": 1})
+
+
+def test_a_checkpoint_never_writes_into_the_folder_a_link_leads_to(tmp_path, victim):
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    (outputs / "checkpoint-000001.tmp").symlink_to(victim.parent)
+    checkpoint_utils.write_checkpoint(outputs, 1, {"x": torch.zeros(1)}, {}, None)
+    assert checkpoint_utils.fault_of(outputs / "checkpoint-000001") is None
+    (outputs / ".args.json.1.tmp").mkdir()  # a folder where a temporary file would be
+    checkpoint_utils.remove_leftovers(outputs)
+    assert [entry.name for entry in victim.parent.iterdir()] == ["victim"]
+
+
+def test_unfinished_answers_and_logs_never_go_through_a_link(tmp_path, victim):
+    folder = tmp_path / "results"
+    (folder / ".partial").mkdir(parents=True)
+    (folder / ".partial" / "rank0.jsonl").symlink_to(victim)
+    with pytest.raises(UserError, match=r"rank0\.jsonl"):
+        results_utils.open_shard(folder, 0)
+    results_utils.open_results(folder, {}, 1, False)
+    results_utils.open_shard(folder, 0).close()
+    other = tmp_path / "others"
+    other.mkdir()
+    (other / ".partial").symlink_to(victim.parent)
+    results_utils.open_results(other, {}, 1, False)
+    assert [entry.name for entry in victim.parent.iterdir()] == ["victim"]
+    (tmp_path / "log.jsonl").symlink_to(victim)
+    record = Recorder(argparse.Namespace(report_to="none", logging_steps=1), tmp_path)
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl"):
+        record({"loss": 1.0}, 0)
+    record.cut_back(0)  # a run begins so: the link is replaced by a file
+    record({"loss": 1.0}, 0)
+
+
+def test_the_cache_of_tokenised_data_never_goes_through_a_link(tmp_path, victim, tiny_llm, tiny_encoder, datas):
+    from data_utils import build_training_set, find_task, load_tokenizers
+
+    cache = tmp_path / "cache"
+    settings = {"data_root": datas, "languages": None, "train_num": 2, "max_seq_len": 20, "max_gen_len": 20}
+    settings |= {"with_prompt": False, "cache_dir": cache}
+    inputs = (find_task("math"), "mapping", load_tokenizers(tiny_encoder, tiny_llm))
+    name = build_training_set(*inputs, **settings).fingerprint
+    shutil.rmtree(cache)
+    cache.mkdir()
+    (cache / f".{name}.lock").symlink_to(victim)
+    with pytest.raises(UserError, match=f"cannot write the tokenised data.*{name}"):
+        build_training_set(*inputs, **settings)
+    (cache / f".{name}.lock").unlink()
+    (cache / f".{name[:16]}-planted.tmp").symlink_to(victim.parent)
+    build_training_set(*inputs, **settings)
