@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
-from baselines.merge_flags import HelpFormatter, add_output_flags, count, ratio
+from baselines.merge_flags import HelpFormatter, add_output_flags, count, evaluation_of, ratio
 from runtime_utils import CommandParser, UserError, log, run_main, warn, write_bytes_atomic, write_json_atomic
 
 MATH, LANGUAGE, MIX = "math", "language", "mix"
@@ -40,7 +40,7 @@ With --middle A:B: layers A to B-1 from --middle_from, everything else from the 
 not have 32 layers b = round(5L/32) and u = round(2L/32); the math expert's tokenizer and number of vocabulary rows are
 kept, rows that only it has are its own; arithmetic in fp32, cast once.
 
-The output is an ordinary model folder: python run_evaluation.py --llm_only --llm_path merged
+The output is an ordinary model folder: python run_evaluation.py --llm_only --llm_path merged --save_name merged
 Which b and u suit two experts: python -m baselines.layer_swap analyse --help
 """
 
@@ -188,7 +188,7 @@ def merge(args: argparse.Namespace) -> None:
     write_merged(
         output, math_expert, models, common_rows, combine, record, dtype=args.dtype, max_shard_gb=args.max_shard_gb
     )
-    log(f"wrote {args.output}; evaluate it with: python run_evaluation.py --llm_only --llm_path {args.output}")
+    log(f"wrote {args.output}; evaluate it with: {evaluation_of(output)}")
 
 
 def _spans(layers: tuple[str, ...], source: str) -> str:

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from baselines.merge_flags import HelpFormatter, add_output_flags, number, ratio
+from baselines.merge_flags import HelpFormatter, add_output_flags, evaluation_of, number, ratio
 from runtime_utils import CommandParser, UserError, log, run_main
 
 HELP = """\
@@ -38,7 +38,7 @@ Controls: --task_arithmetic (Ilharco et al., ICLR 2023, arXiv 2212.04089) is the
 --soup (Wortsman et al., ICML 2022, arXiv 2203.05482) is the uniform mean of all experts given, over all tensors:
   merged = mean(tA, [tE,] t1..tJ)
 
-The output is an ordinary model folder: python run_evaluation.py --llm_only --llm_path merged
+The output is an ordinary model folder: python run_evaluation.py --llm_only --llm_path merged --save_name merged
 """
 
 FORMULA = "t0 + eta * sum_j mu_j * (tj - t0) + gamma * [alpha * (tA - t0) - beta * (tE - t0)] * 1[K] * 1[t in T]"
@@ -347,7 +347,7 @@ def merge(args: argparse.Namespace) -> None:
         write_merged(
             output, task, models.all(), common_rows, maet_combiner(models, recipe, selection), record, **shared
         )
-    log(f"wrote {args.output}; evaluate it with: python run_evaluation.py --llm_only --llm_path {args.output}")
+    log(f"wrote {args.output}; evaluate it with: {evaluation_of(output)}")
 
 
 def _plain(value):

@@ -1,7 +1,9 @@
 """Flags that the merging commands share. Imports nothing heavy, so that `--help` answers at once."""
 
 import argparse
+import shlex
 from fractions import Fraction
+from pathlib import Path
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -30,6 +32,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="largest weight file in units of 10^9 bytes, at most 5 (default 5)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier merge wrote")
+
+
+def evaluation_of(output: Path) -> str:
+    """Returns the command that evaluates a merged folder, into results that no other model's are in."""
+    name = shlex.quote(output.name)
+    return f"python run_evaluation.py --llm_only --llm_path {shlex.quote(str(output))} --save_name {name}"
 
 
 def ratio(text: str) -> Fraction:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 
@@ -82,6 +83,20 @@ def test_every_tensor_equals_its_planned_source_bit_for_bit(experts, tmp_path):
     plan = json.loads((tmp_path / "merged" / "merge.json").read_text())["plan"]
     assert plan["layers"] == layers
     assert plan["tensors"]["model.layers.2.mlp.up_proj.weight"] == plan["tensors"]["model.norm.weight"] == "mix"
+
+
+def test_each_merge_is_to_be_evaluated_into_results_of_its_own(experts, tmp_path, capsys):
+    """Results of two merges under one name are refused, so a hint without a name would fail at the second."""
+    from run_evaluation import build_parser
+
+    places = set()
+    for name in ("first", "second one"):
+        swap(experts, tmp_path / name)
+        hint = capsys.readouterr().err.split("python run_evaluation.py ")[1]
+        args = build_parser().parse_args(shlex.split(hint))
+        assert args.llm_only and args.llm_path == str(tmp_path / name)
+        places.add(args.save_name)
+    assert len(places) == 2
 
 
 def test_mixed_tensors_are_the_weighted_fp32_mean_cast_once(experts, tmp_path):

@@ -1,0 +1,108 @@
+"""The commands of the README and of the baselines' pages, run by tiny models in the order in which they stand."""
+
+import importlib
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import DATA, ROOT, make_tiny_encoder, make_tiny_llm
+from expert_folders import base_state, save_expert, tiny_config, tuned
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+FEW = ["--languages", "sw,th", "--limit", "2"]
+# What keeps each program short; given after the page's own flags, so that these count.
+SHORTER = {
+    "run_evaluation": [*FEW, "--max_new_tokens", "2"],
+    "baselines.neurons count": [*FEW, "--max_new_tokens", "2"],
+    "baselines.parallel_input": FEW,
+    "baselines.contamination": FEW[:2],
+    "baselines.embeddings": ["--languages", "sw,en", "--limit", "3"],
+}
+# The reproduction scripts as the commands that they start.
+SCRIPTS = {
+    "bash scripts/evaluation_mgsm.sh": "python run_evaluation.py --llm_path meta-math/MetaMath-7B-V1.0 --mt_path "
+    "google/mt5-xl --init_checkpoint outputs/MindMerger/math/augmentation/pytorch_model.bin --max_gen_len 512",
+    "bash scripts/evaluation_mgsm.sh --llm_only": "python run_evaluation.py --llm_path meta-math/MetaMath-7B-V1.0 "
+    "--max_gen_len 512 --llm_only",
+}
+
+
+def commands_of(page: str, first: str = "", last: str = "") -> list[str]:
+    """Commands of a page's shell blocks between two headings, in order, continuation lines joined."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if first:
+        text = text.split(first)[1].split(last)[0]
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split(" #")[0].split()) for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """A folder with the models, mappings and data that the pages name, all tiny."""
+    from modeling_mindmerger import MindMerger, save_released
+
+    root = tmp_path_factory.mktemp("newcomer")
+    (root / "datas").symlink_to(DATA / "datas")
+    config = tiny_config(layers=32)
+    start = base_state(config)
+    for i, name in enumerate(("base-7b", "math-7b", "swahili-7b", "thai-7b")):
+        save_expert(root / name, config, tuned(start, i) if i else start, torch.float32)
+    (root / "meta-math").mkdir()
+    (root / "google").mkdir()
+    llm = make_tiny_llm(root / "meta-math/MetaMath-7B-V1.0")
+    encoder = make_tiny_encoder(root / "google/mt5-xl")
+    model = MindMerger.from_models(encoder, llm, torch.float32)
+    for task, stage in (("math", "mapping"), ("math", "augmentation"), ("xnli", "augmentation")):
+        model.config.task, model.config.stage, model.config.augmentation = task, stage, stage == "augmentation"
+        folder = root / "outputs/MindMerger" / task / stage
+        model.save_pretrained(folder)
+        save_released(folder / "pytorch_model.bin", model.mapping.state_dict())
+    return root
+
+
+def run(command: str) -> None:
+    """Runs one command line in this process, as its program would be started."""
+    words = shlex.split(SCRIPTS.get(command, command))
+    if words[0] == "deepspeed":
+        words = ["python", *words[1:]]
+    if words[:2] == ["python", "-m"]:
+        program, arguments = words[2], words[3:]
+        name = f"{program} {arguments[0]}" if program == "baselines.neurons" else program
+    else:
+        program = name = words[1].removeprefix("scripts/").removesuffix(".py")
+        arguments = words[2:]
+    extra = [] if "--compare" in arguments else SHORTER.get(name, [])
+    assert importlib.import_module(program).main([*arguments, *extra]) == 0
+
+
+EVALUATE, RIVALS = ("\n## Evaluate\n", "\n## Compare"), ("\n## Compare with the rivals\n", "\n## More GPUs")
+
+
+@pytest.mark.parametrize(
+    ("page", "needed"),
+    [
+        ("README.md", ("layer_swap", "maet", "--soup", "--parallel_input", "neurons count", "neurons analyse")),
+        ("docs/baselines_merging.md", ("layer_swap", "--middle", "maet", "--task_arithmetic", "--soup")),
+        ("docs/baselines_analysis.md", ("--parallel_input", "neurons analyse", "contamination", "compare_table")),
+    ],
+)
+def test_commands_of_a_page_succeed_in_the_order_in_which_they_stand(newcomer, monkeypatch, page, needed):
+    """Two merges into one folder, or two models into one results folder, would refuse the second command."""
+    monkeypatch.chdir(newcomer)
+    for folder in ("results", "merged"):
+        shutil.rmtree(folder, ignore_errors=True)
+    commands = commands_of("README.md", *EVALUATE) + (
+        commands_of(page, *RIVALS) if "README" in page else commands_of(page)
+    )
+    commands = [c for c in commands if c in SCRIPTS or not c.startswith(("bash", "LLM_PATH="))]
+    assert [word for word in needed if word not in " ".join(commands)] == []
+    for i, command in enumerate(commands):
+        try:
+            run(command)
+        except Exception as error:
+            raise AssertionError("\n".join(["this fails:", command, "after:", *commands[:i]])) from error
