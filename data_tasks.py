@@ -5,14 +5,12 @@ language, add a row to LANGUAGES; to add a task, an entry to TASKS with a functi
 """
 
 import difflib
-import math
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_numbers import gold_number, read_number, reference_number
 from data_readers import DataError, Record, count_lines, find_file, read_lines, read_records, shown
 from runtime_utils import warn
 
@@ -180,32 +178,34 @@ def _whole_text(text: str) -> tuple[str, tuple[int, int]]:
     return text, (0, 0)
 
 
-def _math_training(record: Record) -> Parsed:
+def _math_training(record: Record, language: Language) -> Parsed:
     query = record.text("query")
     return (query, *math_prompt(query), record.text("response"))
 
 
-def _mgsm(record: Record) -> Parsed:
+def _mgsm(record: Record, language: Language) -> Parsed:
     columns = [column.strip() for column in record.value]
     if len(columns) != 2 or not all(columns):
         raise record.fail(f"expected question TAB answer, found {len(columns)} columns: {shown(columns)}")
     question, answer = columns
-    return (question, *math_prompt(question), _gold_number(record, answer))
+    return (question, *math_prompt(question), _checked_gold(record, answer, language))
 
 
-def _msvamp(record: Record) -> Parsed:
+def _msvamp(record: Record, language: Language) -> Parsed:
     question = record.text("m_query")
-    return (question, *math_prompt(question), _gold_number(record, record.text("response")))
+    return (question, *math_prompt(question), _checked_gold(record, record.text("response"), language))
 
 
-def _gold_number(record: Record, answer: str) -> str:
-    # A gold answer without a number could never be matched, or be matched by every answer without one.
-    if corrected_number(answer) is None:
-        raise record.fail(f"the answer {shown(answer)} holds no number")
+def _checked_gold(record: Record, answer: str, language: Language) -> str:
+    # A gold answer without a number could never be matched, one with two readings would be matched by the wrong answer.
+    try:
+        gold_number(answer, language.code)
+    except ValueError as error:
+        raise record.fail(f"the answer {shown(answer)} {error}") from None
     return answer
 
 
-def _x_csqa(record: Record) -> Parsed:
+def _x_csqa(record: Record, language: Language) -> Parsed:
     stem = record.text("question", "stem")
     at = ("question", "choices")
     choices = record.get(*at)
@@ -233,7 +233,7 @@ def _x_csqa(record: Record) -> Parsed:
 XNLI_LABELS = ("entailment", "neutral", "contradiction")
 
 
-def _xnli(record: Record) -> Parsed:
+def _xnli(record: Record, language: Language) -> Parsed:
     label = record.text("label")
     # Translations of MultiNLI's training part spell it so.
     label = "contradiction" if label == "contradictory" else label
@@ -247,58 +247,19 @@ def _xnli(record: Record) -> Parsed:
 # Scoring
 
 
-def reference_number(text: str) -> float:
-    """The last number of a text exactly as the published evaluation reads it: no sign, 0 where there is none."""
-    found = re.findall(r"\d+(?:\.\d+)?", re.sub(r"(\d),(\d)", r"\1\2", text))
-    return float(found[-1]) if found else 0.0
+def corrected_number(text: str, language: Language | str | None = None) -> float | None:
+    """Returns the last number of a text as a reader of a language would take it, or None where there is none.
 
-
-# The bound on groups keeps the search linear: a long list such as 1,11,11,… took hours without it.
-_NUMBER = re.compile(
-    r"""(?:\d{1,3}(?:,\d{2,3}){0,20},\d{3}(?!\d)  # thousands commas, Indian grouping too: 1,234 and 1,00,000
-        |\d{1,3}(?:[\u00a0\u2009\u202f]\d{3})+(?!\d)   # no-break or thin blanks; a plain blank separates numbers
-        |\d+)(?:\.\d+)?
-        |(?<![\w.])\.\d+                         # .5, but not the end of 3.14.15, No.5 or an ellipsis""",
-    re.VERBOSE,
-)
-_DIVISOR = re.compile(r"/\d+(?:\.\d+)?(?![\d/])")
-_EXPONENT = re.compile(r"[eE][+-]?\d{1,3}(?!\w|\.\d)")
-
-
-def corrected_number(text: str) -> float | None:
-    """The last number of a text as a reader would take it, or None where there is none.
-
-    Keeps the sign (`-` or U+2212 before the number or its currency sign, not between operands, in ranges or dates),
-    reads digits of any script, thousands commas, `.5`, powers of ten (`1e5`) and a single fraction (`1/2` is 0.5).
-    What is no grouping of thousands stays apart: `12,34` and `1 234` end in 34 and 234. Dates and times (`12:30`) are
-    read number by number.
+    Args:
+        language: the question's, also by name or code; None for English. `read_number` says what it decides.
     """
-    digits = {ord(c): str(unicodedata.decimal(c)) for c in set(text) if not c.isascii() and c.isdecimal()}
-    text = text.translate(digits | {0x066B: ".", 0x066C: ",", 0x2212: "-"})
-    start, end, value = -1, 0, None
-    for match in _NUMBER.finditer(text):
-        if match.start() < end:
-            continue  # the exponent or the divisor of the number before
-        start, end = match.span()
-        number = re.sub(r"[^\d.]", "", match.group())
-        value = float(number)
-        if exponent := _EXPONENT.match(text, end):
-            value, end = float(number + exponent.group()), exponent.end()
-        elif (divisor := _DIVISOR.match(text, end)) and text[start - 1 : start] != "/":
-            below = float(divisor.group()[1:])
-            if below:
-                value, end = value / below, divisor.end()
-    if value is None or not math.isfinite(value):
-        return None
-    before = re.sub(r"(?:\\?[$€£¥₹])?$", "", text[:start])
-    if not before.endswith("-"):
-        return value
-    before = before[:-1]
-    # `5-3`, `10 -3`, `(a)-3`, `50%-3`: a minus between operands, a range or a date. `COVID-19`: a hyphen, known by a
-    # cased letter before it; scripts without case (Chinese, Thai) write a negative number right after a word.
-    operand, letter = before.rstrip(" ")[-1:], before[-1:]
-    joined = operand.isdigit() or operand in set(")]}%") or letter.lower() != letter.upper()
-    return value if joined else -value
+    return read_number(text, _code(language))
+
+
+def _code(language: Language | str | None) -> str:
+    if language is None:
+        return "en"
+    return (language if isinstance(language, Language) else find_language(language)).code
 
 
 @dataclass(frozen=True)
@@ -311,15 +272,26 @@ class Score:
     reference_correct: bool
 
 
-def score_number(output: str, target: str) -> Score:
-    """Scores a math output: right where both texts hold a number and the last ones are exactly equal as floats."""
-    prediction, reference = corrected_number(output), reference_number(output)
-    correct = prediction is not None and prediction == corrected_number(target)
+# Raised when the same output may get another score: results folders of an older scorer are then evaluated anew.
+NUMBER_SCORER_VERSION = 2
+
+
+def score_number(output: str, target: str, language: Language | str | None = None) -> Score:
+    """Scores a math output: right where its last number and the gold answer's are exactly equal as floats.
+
+    Args:
+        language: the question's, also by name or code; None for English.
+    """
+    prediction, reference = corrected_number(output, language), reference_number(output)
+    try:
+        correct = prediction == gold_number(target, _code(language))
+    except ValueError:
+        correct = False
     return Score(prediction, correct, reference, reference == reference_number(target))
 
 
-def score_text(output: str, target: str) -> Score:
-    """Scores an option letter or label: right where the stripped output equals it."""
+def score_text(output: str, target: str, language: Language | str | None = None) -> Score:
+    """Scores an option letter or label: right where the stripped output equals it, in any language."""
     prediction = output.strip()
     return Score(prediction, prediction == target, prediction, prediction == target)
 
@@ -346,12 +318,13 @@ class Task:
     augmentation_file: str | None
     evaluation_file: str | None
     language_field: str
-    parse_augmentation: Callable[[Record], Parsed] | None
-    parse_evaluation: Callable[[Record], Parsed] | None
+    parse_augmentation: Callable[[Record, Language], Parsed] | None
+    parse_evaluation: Callable[[Record, Language], Parsed] | None
     format_query: Callable[[str], tuple[str, tuple[int, int]]]
-    score: Callable[[str, str], Score]
+    score: Callable[..., Score]  # of (output, target, language of the question)
     published: Mapping[str, Mapping[str, float]]
     published_rows: int | None = None
+    scorer_version: int | None = None  # None where no other version has ever scored the task
 
     def read_augmentation(
         self, data_root, languages: Sequence[Language] | None = None, train_num: int | None = None
@@ -399,7 +372,7 @@ class Task:
                 language = language_of_file or _language_of(record, self.language_field)
                 seen[language.name] += 1
                 if (languages is None or language in languages) and (limit is None or seen[language.name] <= limit):
-                    source, prompt, cut, target = parse(record)
+                    source, prompt, cut, target = parse(record, language)
                     id = f"{language.code}-{seen[language.name]}"
                     # In a file of several languages an id would be a row's, not a question's.
                     has_own = not mixed and isinstance(record.value, dict) and isinstance(record.value.get("id"), str)
@@ -443,6 +416,7 @@ _MATH = {
     "parse_augmentation": _math_training,
     "format_query": math_prompt,
     "score": score_number,
+    "scorer_version": NUMBER_SCORER_VERSION,
 }
 
 # The LLMs of the published rows: the name that the rows' labels hold, and the hub's, where the LLM is there.

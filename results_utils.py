@@ -22,6 +22,8 @@ RESAMPLES = 10_000
 FLIPS = 100_000
 # Weights of about this many questions are drawn at once: 5010 questions 10,000 times over would take 400 MB.
 DRAWN_AT_ONCE = 500_000
+# The entry of an identity that no answer depends on: an unfinished evaluation is scored when it ends.
+SCORER = "version of the scorer"
 # What a line of an unfinished evaluation holds.
 RECORD = {"index": int, "output": str, "generated_tokens": int, "hit_limit": bool, "batch": int, "batch_size": int}
 # What a process that was killed while it wrote can leave beside the whole files.
@@ -72,7 +74,8 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
         partial.mkdir(exist_ok=True)
         run_file = partial / "run.json"
         if run_file.is_file():
-            _require_same(folder, identity, _read_json(run_file), "an unfinished evaluation")
+            unscored = {name: value for name, value in identity.items() if name != SCORER}
+            _require_same(folder, unscored, _read_json(run_file), "an unfinished evaluation")
         else:
             write_json_atomic(run_file, {"identity": identity, "versions": versions()})
         _remove_leftovers(folder)
@@ -598,8 +601,17 @@ def compare_results(folders: list[str], seed: int = 0) -> str:
     for folder, task in zip(folders, tasks, strict=True):
         if task != tasks[0]:
             raise ResultsError(f"{folders[0]} is {tasks[0]} but {folder} is {task}: only one task's results compare")
+    _warn_of_scorers(folders, results)
     others = zip(folders[1:], results[1:], strict=True)
     return "\n\n".join(_compare_two(folders[0], folder, results[0], one, seed) for folder, one in others)
+
+
+def _warn_of_scorers(folders: list[str], results: list[dict]) -> None:
+    identities = [one.get("identity") for one in results]
+    versions = [identity.get(SCORER) if isinstance(identity, dict) else None for identity in identities]
+    for folder, version in zip(folders, versions, strict=True):
+        if version != versions[0]:
+            warn(f"{folders[0]} and {folder} were scored by different versions: evaluate the older one anew")
 
 
 def _compare_two(first: str, second: str, first_results: dict, second_results: dict, seed: int) -> str:

@@ -221,6 +221,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         config_of_models,
         model_fingerprint,
     )
+    from results_utils import SCORER
 
     check_seed(args.seed)
     check_save_name(args.save_name)
@@ -274,6 +275,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         # Its kernels round otherwise. None for transformers: folders without the entry are its.
         "--engine": None if args.engine == "hf" else args.engine,
         "--seed": args.seed,
+        SCORER: task.scorer_version,
     }
     return Plan(
         task=task,
@@ -627,7 +629,7 @@ def finish(plan: Plan, args: argparse.Namespace, generated_now: set[int], second
 
 def prediction_item(plan: Plan, example, output: str) -> dict:
     """One line of predictions/<language>.jsonl."""
-    score = plan.task.score(output, example.target)
+    score = plan.task.score(output, example.target, example.language)
     item = {
         "id": example.id,
         **({"question": example.question} if example.question else {}),

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from babel.numbers import format_decimal, format_scientific
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tasks import TASKS, translation_prompt, x_csqa_prompt, xnli_prompt
-from data_utils import LANGUAGES, corrected_number, find_task, reference_number
+from data_utils import LANGUAGES, DataError, corrected_number, evaluation_examples, find_task, reference_number
 
 PARITY = json.loads((Path(__file__).parent / "data" / "parity" / "text.json").read_text("utf-8"))
 
@@ -111,6 +112,197 @@ def test_formatted_text_is_its_own_prompt(name):
 )
 def test_corrected_number_reads_as_a_reader_would(text, value):
     assert corrected_number(text) == value
+
+
+NOTATIONS = [
+    ("The answer is: $9{,}500$", 9500),
+    ("\\boxed{10,\\!000}", 10000),
+    ("10\\,000", 10000),
+    ("10\\ 000", 10000),
+    ("1{,}234{.}5", 1234.5),
+    ("\\frac{1}{2}", 0.5),
+    ("\\dfrac{10{,}000}{4}", 2500),
+    ("-\\frac12", -0.5),
+    ("\\frac{-1}{2}", -0.5),
+    ("{1 \\over 2}", 0.5),
+    ("2 \\frac{1}{2}", 2.5),
+    ("$2\\tfrac12$", 2.5),
+    ("-\\left(\\frac{3}{4}\\right)", -0.75),
+    ("-\\boxed{3}", -3),
+    ("\\boxed{5}-3", 3),
+    ("-\\text{3}", -3),
+    ("\\(-5\\)", -5),
+    ("-**5**", -5),
+    ("20\\%", 20),
+    ("2 1/2", 2.5),
+    ("2 5/2", 2.5),
+    ("½", 0.5),
+    ("2½", 2.5),
+    ("-2 ½", -2.5),
+    ("14½-13½", 13.5),
+    ("1\u20444", 0.25),
+    ("答えは４５，０００円です", 45000),
+    ("３．５", 3.5),
+    ("答案是－5", -5),
+    ("１／２", 0.5),
+    ("第3，5，8条", 8),
+    ("\u20135", -5),
+    ("x = - 5", -5),
+    ("x \\approx \u2212 5", -5),
+    ("$- 5$", -5),
+    ("(- 5)", -5),
+    ("- 5", -5),
+    ("The answer:\n- 5 apples", 5),
+    ("Die Antwort \u2013 5 Äpfel", 5),
+    ("3-5", 5),
+    ("10\u201312", 12),
+    ("$10\u2013$12", 12),
+    ("10%-15%", 15),
+    ("পাই-এর 14টি", 14),
+    ("-₽5", -5),
+    ("-฿5", -5),
+    ("-৳5", -5),
+    ("-￥5", -5),
+    ("-R$ 5", -5),
+    ("-USD 5", -5),
+    ("1'000", 1000),
+    ("1\u2019234\u2019567.5", 1234567.5),
+    ("1,\u200b000", 1000),
+    ("-\u200e5", -5),
+    ("3\u200e.5", 3.5),
+    ("5\ufe0f\u20e3", 5),
+    ("١،٢٣٤", 1234),
+    ("٣،٥", 3.5),
+    ("٣،٥،٨", 8),
+    ("१२,३४,५६७.५", 1234567.5),
+    ("3 \\times 10^5", 3e5),
+    ("2.5 \\cdot 10^{-3}", 2.5e-3),
+    ("3×10⁵", 3e5),
+    ("25 m^2", 25),
+    ("25\\text{ m}^{2}", 25),
+    ("100 m2", 100),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), NOTATIONS)
+def test_notations_of_any_script_and_of_latex_are_read_as_a_reader_would(text, value):
+    assert corrected_number(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "value"),
+    [
+        ("1.450.000", "de", 1450000),
+        ("1.450.000", None, 1450000),  # nothing else it could be
+        ("1.234,56", "es", 1234.56),
+        ("1.234,56", None, 1234.56),
+        ("1,234.56", "de", 1234.56),
+        ("1,234,567", "Russian", 1234567),
+        ("72,5", "fr", 72.5),
+        ("72,5", LANGUAGES["Russian"], 72.5),
+        ("72,5", "en", 5),
+        ("12.50", "de", 12.5),
+        ("1.234", "de", 1234),
+        ("1,234", "de", 1.234),
+        ("1.234", "en", 1.234),
+        ("1,234", "zh", 1234),
+        ("0,125", "it", 0.125),
+        ("The answer is: 2,125", "de", 2125),
+        ("#### 2,125", "fr", 2125),
+        ("Sie zahlt 1,200 $", "de", 1200),  # no third decimal of 0
+        ("1 450 000 рублей", "ru", 1450000),
+        ("1 234", "en", 234),
+        ("7 8 9", "ru", 9),
+        ("3,5,8", "de", 8),
+        ("05.01.2024", "de", 2024),
+    ],
+)
+def test_separators_are_told_apart_by_their_form_and_then_by_the_language(text, language, value):
+    assert corrected_number(text, language) == value
+
+
+SENTENCES = ["{}", " {}.", "x = {}", "**{}**", "$\\boxed{{{}}}$", "（{}）", "7: {}\n", "({} %)", "2 + 2 = {}!"]
+SPELLINGS = {
+    "full width": {ord("0") + i: 0xFF10 + i for i in range(10)} | {ord(","): "，", ord("."): "．", ord("-"): "－"},
+    "Arabic": {ord("0") + i: 0x0660 + i for i in range(10)},
+    "Bengali": {ord("0") + i: 0x09E6 + i for i in range(10)},
+    "bidirectional marks": {ord("-"): "\u2066-\u2069"},
+    "U+2212": {ord("-"): "\u2212"},
+    "thin blanks": {0xA0: "\u2009", 0x202F: "\u2009"},
+    "LaTeX blanks": {0xA0: "\\,", 0x202F: "\\;"},
+    "LaTeX separators": {ord(","): "{,}"},
+    "as it is": {},
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([language.code for language in LANGUAGES.values()]),
+    st.decimals(-(10**9), 10**9, places=2) | st.decimals(-99, 99, places=3) | st.integers(-(10**9), 10**9),
+    st.sampled_from(SENTENCES),
+    st.sampled_from(sorted(SPELLINGS)),
+)
+def test_numbers_that_babel_formats_for_a_language_are_read_back(code, value, sentence, spelling):
+    written = format_decimal(value, locale=code).translate(SPELLINGS[spelling])
+    assert corrected_number(sentence.format(written), code) == float(value)
+
+
+# Babel writes a numbering system's separators, but ASCII digits.
+ZEROS = {"ar arab": "٠", "ur arabext": "۰", "bn beng": "০", "hi deva": "०", "te telu": "౦", "th thai": "๐"}
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(ZEROS)), st.decimals(-(10**9), 10**9, places=2))
+def test_numbers_in_the_digits_of_a_language_are_read_back(system, value):
+    code, numbering = system.split()
+    written = format_decimal(value, locale=code, numbering_system=numbering)
+    written = written.translate({ord("0") + i: ord(ZEROS[system]) + i for i in range(10)})
+    assert corrected_number(written, code) == float(value)
+
+
+@given(st.sampled_from(["en", "de", "fr"]), st.integers(-999, 999), st.integers(-9, 9))
+def test_powers_of_ten_are_read_back(code, value, exponent):
+    written = format_scientific(value * 10.0**exponent, locale=code, decimal_quantization=False)
+    assert corrected_number(written, code) == pytest.approx(value * 10.0**exponent)
+
+
+@given(st.integers(0, 99), st.integers(1, 9), st.integers(2, 99), st.booleans())
+def test_fractions_and_mixed_numbers_are_read_back(whole, above, below, negative):
+    value = whole + above / below if above < below else above / below
+    for form in ("{w} {a}/{b}", "{w}\\frac{{{a}}}{{{b}}}", "${w}\\ \\dfrac {{{a}}}{{{b}}}$", "{w}\u2064{a}\u2044{b}"):
+        text = form.format(w=whole, a=above, b=below)
+        assert corrected_number("-" * negative + text) == pytest.approx(-value if negative and above < below else value)
+
+
+GOLD = [
+    ("２，１２５", 2125),
+    ("2,125", 2125),
+    ("8.0", 8),
+    ("#### 72", 72),
+    ("-3 1/2", -3.5),
+    ("$1,000", 1000),
+    ("72,5", 72.5),
+]
+
+
+@pytest.mark.parametrize(("answer", "value"), GOLD)
+def test_gold_answers_go_through_the_same_reading(tmp_path, answer, value):
+    file = tmp_path / "evaluation/mgsm/mgsm_de.tsv"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"Wie viel?\t{answer}\n", encoding="utf-8")
+    task = find_task("math")
+    (example,) = evaluation_examples(task, tmp_path, LANGUAGES["German"])
+    assert task.score(f"= {value}", example.target, example.language).correct
+    assert not task.score(f"= {value}1", example.target, example.language).correct
+
+
+@pytest.mark.parametrize("answer", ["3-5", "3 or 4", "12:30", "3,5,8", "1.234", "none"])
+def test_gold_answer_that_can_be_read_in_two_ways_is_refused_with_file_and_line(tmp_path, answer):
+    file = tmp_path / "evaluation/mgsm/mgsm_de.tsv"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"Wie viel?\t4\nUnd?\t{answer}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf"mgsm_de\.tsv:2: the answer '{answer}' (holds|can be read)"):
+        evaluation_examples(find_task("math"), tmp_path, LANGUAGES["German"])
 
 
 @given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "The answer is: {}.", "${:,}", "\\boxed{{{}}}"]))

@@ -224,6 +224,40 @@ def test_a_finished_folder_of_an_earlier_version_is_said_to_have_a_too_narrow_in
     assert "its interval of the mean is too narrow" in err
 
 
+def test_the_same_answer_is_read_by_the_language_of_its_question(evaluate, tmp_path, monkeypatch):
+    fixed = [Generation("= 12.345", 3, False)]
+    monkeypatch.setattr(run_evaluation, "generate_batch", lambda m, t, c, batch, limit: fixed * len(batch))
+    evaluate("--languages", "de,en,ru", "--limit", 1)
+    folder = tmp_path / "results/MindMerger/math_mgsm/predictions"
+    read = {name: read_lines(folder / f"{name}.jsonl")[0] for name in ("German", "English", "Russian")}
+    assert {name: row["prediction"] for name, row in read.items()} == {
+        "German": 12345.0,
+        "English": 12.345,
+        "Russian": 12.345,
+    }
+    assert {row["reference_prediction"] for row in read.values()} == {12.345}
+
+
+def test_results_of_an_older_scorer_compare_but_are_not_taken_for_this_evaluation(evaluate, tmp_path, capsys):
+    evaluate(*FEW)
+    new, old = tmp_path / "results/MindMerger/math_mgsm", tmp_path / "older/MindMerger/math_mgsm"
+    shutil.copytree(new, old)
+    results = json.loads((old / "results.json").read_text())
+    assert results["identity"].pop("version of the scorer") == 2
+    (old / "results.json").write_text(json.dumps(results))
+    assert main(["--compare", str(old), str(new)]) == 0
+    assert "were scored by different versions" in capsys.readouterr().err
+    with pytest.raises(UserError, match="finished evaluation with another version of the scorer: None then, 2 now"):
+        evaluate(*FEW, "--results_dir", tmp_path / "older")
+    # Answers without scores are as good as new: an unfinished evaluation continues.
+    partial = old / ".partial"
+    partial.mkdir()
+    (old / "results.json").unlink()
+    (partial / "run.json").write_text(json.dumps(results))
+    evaluate(*FEW, "--results_dir", tmp_path / "older")
+    assert outcome(old) == outcome(new)
+
+
 def test_results_hold_everything_needed_to_run_again(evaluate, tmp_path, world):
     evaluate(*FEW, "--limit", 2, "--seed", 3)
     results = json.loads((tmp_path / "results/MindMerger/math_mgsm/results.json").read_text())
