@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import mmap
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -43,7 +42,7 @@ from data_tasks import (
     training_examples,
     training_files,
 )
-from runtime_utils import is_main, log
+from runtime_utils import is_main, log, progress_bar
 
 __all__ = [
     "LANGUAGES",
@@ -296,6 +295,8 @@ CACHE_VERSION = 1
 _TEXT_COLUMNS = ("id", "language", "source", "prompt", "target", "cut_start", "cut_end")
 _CUT_COLUMNS = ("source_cut", "prompt_cut", "target_cut")
 _ROWS_PER_BATCH = 1000
+# A further process costs some seconds to start: the time of some ten thousand rows.
+ROWS_PER_PROCESS = 50_000
 
 
 @dataclass
@@ -495,7 +496,6 @@ def _build_cache(folder: Path, examples: Iterable[Example], tokenizers: Tokenize
 def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> dict[str, int]:
     """Streams examples into an Arrow file and counts the rows of each language; memory holds one batch."""
     import pyarrow as pa
-    from tqdm import tqdm
 
     text, number = pa.large_string(), pa.int32()
     schema = pa.schema([(name, number if name.startswith("cut_") else text) for name in _TEXT_COLUMNS])
@@ -509,7 +509,7 @@ def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> 
             writer.write_batch(pa.record_batch(arrays, schema=schema))
             batch.clear()
 
-        for example in tqdm(examples, "reading", unit=" rows", disable=not is_main(), delay=2):
+        for example in progress_bar(examples, desc="reading", unit=" rows", delay=2):
             prompt, cut = (example.prompt, example.cut) if with_prompt else ("", (0, 0))
             batch.append((example.id, example.language, example.source, prompt, example.target, *cut))
             rows[example.language] += 1
@@ -533,10 +533,10 @@ def _cpus() -> int:
 def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict, num_proc) -> dict[str, int]:
     """Maps texts.arrow to ids*.arrow in the same folder and counts the cut rows."""
     import datasets
+    import multiprocess  # not the standard library's: this is what `datasets` starts its processes with
 
     if num_proc is None:
-        # A further process costs some seconds to start: the time of some ten thousand rows.
-        num_proc = min(_cpus(), 16, rows // 50_000)
+        num_proc = min(_cpus(), 16, rows // ROWS_PER_PROCESS)
     features = {name: datasets.Value("string") for name in ("id", "language")}
     features |= {name: datasets.List(datasets.Value("int32")) for name in ("encoder_ids", "prompt_ids", "target_ids")}
     features |= {name: datasets.Value("bool") for name in _CUT_COLUMNS}
@@ -544,11 +544,11 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
     if rows < 20_000 or not is_main():
         datasets.disable_progress_bars()
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
-    start_method = multiprocessing.get_start_method()
+    start_method = multiprocess.get_start_method()
     if num_proc > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
         # Forking a process that has threads (a process group's, Arrow's) can hang in the child.
-        multiprocessing.set_start_method("spawn", force=True)
+        multiprocess.set_start_method("spawn", force=True)
     try:
         ids = datasets.Dataset.from_file(str(folder / "texts.arrow")).map(
             _tokenise_columns,
@@ -567,7 +567,7 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
         if not bars_were_off:
             datasets.enable_progress_bars()
         if num_proc > 1:
-            multiprocessing.set_start_method(start_method, force=True)
+            multiprocess.set_start_method(start_method, force=True)
             del os.environ["TOKENIZERS_PARALLELISM"]
             if parallelism is not None:
                 os.environ["TOKENIZERS_PARALLELISM"] = parallelism

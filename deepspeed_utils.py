@@ -290,16 +290,24 @@ def offloaded(config: dict) -> list[str]:
 
 
 def quiet_start() -> None:
-    """Imports DeepSpeed so that it neither compiles anything at start nor prints a line for every setting."""
+    """Imports DeepSpeed so that it neither compiles anything at start nor prints a line for every setting, and makes
+    it known to the process group if there is one."""
     import logging
+    import warnings
 
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed
+    import torch
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
     # On CPU the process group would build this C++ extension: 20 s, and an error where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its calls of torch's older collectives, at each ZeRO-2 step's first.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if torch.distributed.is_initialized():
+        # Else the first `zero.Init` takes the run for one of a single process and refuses the batch size.
+        deepspeed.init_distributed(dist_init_required=False)
 
 
 @contextmanager

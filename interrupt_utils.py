@@ -13,12 +13,12 @@ import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 from pathlib import Path
 
-from runtime_utils import UserError, unfollowed, world_size
+import runtime_utils
+from runtime_utils import UserError, kill_children, say, unfollowed, world_size
 
 # Seconds without a sign of life from the training thread, after a signal, before the rank gives up: it then waits in a
 # collective for a rank that is gone. Launchers kill after 30.
@@ -27,8 +27,6 @@ PATIENCE_S = 20.0
 SAVING_PATIENCE_S = 600.0
 POLL_S = 0.25
 
-# What launchers (deepspeed, torchrun, accelerate) tell a rank by. Without any of them the parent is a shell.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 NODE_LAUNCHER = b"deepspeed.launcher.launch"
 
 
@@ -41,7 +39,7 @@ class LauncherWatch:
     """
 
     def __init__(self):
-        launched = any(name in os.environ for name in RANK_VARIABLES)
+        launched = _is_launched()
         self._parent = os.getppid() if launched else None
         self._runner = None
         command = _command(self._parent) if launched else b""
@@ -71,7 +69,7 @@ class LauncherWatch:
         while not self._handed_over.wait(POLL_S):
             if self.is_gone():
                 _say("the launcher has gone: ending; the same command goes on where this one was")
-                _kill_children()
+                kill_children()
                 os._exit(143)
 
 
@@ -84,6 +82,27 @@ def watch_launcher() -> None:
     if _launcher_watch is not None:
         _launcher_watch.hand_over()
     _launcher_watch = LauncherWatch()
+
+
+def end_with_parent() -> None:
+    """Makes this process end within a second or so after its parent, however that ends: the processes that tokenise
+    would outlive a rank that was killed."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _is_launched() -> bool:
+    """Whether a launcher has started this process. Otherwise its parent is a shell, whatever variables it left."""
+    if "CROSS_RANK" in os.environ:  # DeepSpeed's
+        return True
+    numbers = [os.environ.get(name, "").strip() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    return all(number.isdecimal() for number in numbers) and bool(os.environ.get("MASTER_ADDR"))
 
 
 def _command(pid: int) -> bytes:
@@ -101,18 +120,10 @@ def _parent_of(pid: int) -> int | None:
         return None
 
 
-def _kill_children() -> None:
-    """Ends the processes that tokenise: os._exit skips what otherwise ends them."""
-    for name in ("multiprocessing", "multiprocess"):  # datasets has a multiprocessing of its own
-        if (module := sys.modules.get(name)) is not None:
-            for child in module.active_children():
-                child.kill()
-
-
 def _say(message: str) -> None:
     # The launcher may have taken the other end of standard error with it.
     with contextlib.suppress(OSError):
-        print(f"rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
+        say(f"rank {os.environ.get('RANK') or '0'}: {message}")
 
 
 class Signals:
@@ -212,7 +223,8 @@ class Signals:
                 os._exit(self.stop_code)
 
     def _ask(self, code: int, reason: str) -> None:
-        if self._asked_at is None:
+        # A rank that is being ended for another's error gets the launcher's signal too: there is nothing to add.
+        if self._asked_at is None and not runtime_utils.is_ending():
             self._asked_at, self._reason, self.stop_code = time.monotonic(), reason, code
             _say(f"{reason}: ending after this step, with a checkpoint")
 

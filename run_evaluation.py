@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, astuple, dataclass
-from datetime import timedelta
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +33,7 @@ from runtime_utils import (
     is_main,
     log,
     parse_bool,
+    progress_bar,
     rank,
     run_main,
     together,
@@ -550,16 +550,10 @@ def generate_share(model, engine, plan: Plan, batches: list[list[int]], shard) -
     Raises:
         UserError: out of GPU memory, naming what to lower, or when the disk refuses the answers.
     """
-    from tqdm import tqdm
-
     from results_utils import append_records
 
     total, done = sum(map(len, batches)), 0
-    # A log file gets a line now and then, a terminal a live bar.
-    interval = 0.1 if sys.stderr.isatty() else 30
-    with tqdm(
-        total=total, unit="example", desc=f"rank 0 of {world_size()}", disable=not is_main(), mininterval=interval
-    ) as progress:
+    with progress_bar(total=total, unit="example", desc=f"rank 0 of {world_size()}") as progress:
         try:
             for chunk, generations in answer_batches(model, engine, plan, batches):
                 following = iter(generations)
@@ -571,20 +565,6 @@ def generate_share(model, engine, plan: Plan, batches: list[list[int]], shard) -
         except KeyboardInterrupt:
             log(f"stopped; {done} examples of this run are kept: the same command continues")
             raise
-
-
-def wait_for_all(group) -> None:
-    """Waits for the slowest rank, however long that takes."""
-    if group is None:
-        return
-    import torch
-
-    try:
-        torch.distributed.barrier(group=group)
-    except RuntimeError as error:
-        raise UserError(
-            "another process of this run ended early; what is finished is kept: the same command continues"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,14 +809,13 @@ def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, d
     """Generates what is not finished, merges on rank 0 and returns the results there.
 
     Raises:
-        UserError: out of memory, a full disk, or another process of the run that ended early.
+        UserError: out of memory, or a full disk.
     """
     from results_utils import open_shard
 
     remaining = [i for i in range(len(plan.examples)) if i not in finished]
     # Dealing out batches of falling length one by one gives every rank about the same work.
     batches = cut_evaluation(remaining, plan, args)[rank() :: world_size()]
-    everyone = _patient_group()
     start = time.perf_counter()
     if remaining:
         where = f"{world_size()} processes" if world_size() > 1 else device.type
@@ -847,18 +826,9 @@ def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, d
             engine = together(start_engine, plan)
             start = time.perf_counter()
             generate_share(model, engine, plan, batches, shard)
-    wait_for_all(everyone)
+    together(lambda: None)  # the ranks may finish far apart
     seconds = time.perf_counter() - start
     return together(lambda: finish(plan, args, set(remaining), seconds) if is_main() else None)
-
-
-def _patient_group():
-    """A process group whose barrier outlasts NCCL's ten minutes: ranks may finish far apart."""
-    if world_size() == 1:
-        return None
-    import torch
-
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import checkpoint_utils
 import runtime_utils
-from interrupt_utils import watch_launcher
+from interrupt_utils import end_with_parent, watch_launcher
 from runtime_utils import UserError, is_main, log, parse_bool, rank, together, warn, world_size
 from training_log import TENSORBOARD_FOLDER, WANDB_FILE, Recorder, draw_loss, peak_memory_gb, perplexity
 
@@ -532,9 +532,9 @@ def train(trainer: Trainer, record) -> int:
     Raises:
         UserError: as `train_step` and `evaluate_and_keep` do, and when the disk refuses what is written.
     """
-    from tqdm import tqdm
-
-    bar = tqdm(total=trainer.total_steps, initial=trainer.step, desc=trainer.args.stage_name, disable=not is_main())
+    bar = runtime_utils.progress_bar(
+        total=trainer.total_steps, initial=trainer.step, desc=trainer.args.stage_name, unit="step"
+    )
     with bar:  # closed after an error too, whose line would else begin behind it
         return train_steps(trainer, record, bar)
 
@@ -701,16 +701,10 @@ def probe_memory(trainer: Trainer) -> None:
 
 def not_finite(trainer: Trainer, loss, norm, losses, micro_batches) -> UserError:
     """The error that ends a run whose loss or gradient is not finite, naming the examples that were in it."""
-    import torch
-
     bad = [m for value, m in zip(losses, micro_batches, strict=True) if not math.isfinite(value.item())]
     rows = [i for m in (bad or micro_batches) for i in m.indices.tolist()]
     ids = trainer.data.dataset[rows]["id"]
-    everywhere = [None] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(everywhere, (bool(bad), ids))
-    else:
-        everywhere = [(bool(bad), ids)]
+    everywhere = runtime_utils.gather_objects((bool(bad), ids))
     chosen = [ids for is_bad, ids in everywhere if is_bad] or [ids for _, ids in everywhere]
     names = ", ".join([name for ids in chosen for name in ids][:20])
     return runtime_utils.ReportedError(
@@ -1075,18 +1069,11 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.use_deterministic_algorithms(args.deterministic)
     quiet_start()
-    try:
-        prepared = prepare(args)
-        return run(args, device, *prepared) if prepared is not None else 0
-    except RuntimeError as error:
-        if world_size() == 1 or not runtime_utils.is_lost_peer(error):
-            raise
-        # The process group is broken: leave without the clean-up that would wait for the peer again.
-        runtime_utils.leave_at_once(
-            f"rank {rank()}: lost contact with another rank ({str(error).splitlines()[0][:160]}); start the same "
-            "command again to resume from the last checkpoint"
-        )
+    prepared = prepare(args)
+    return run(args, device, *prepared) if prepared is not None else 0
 
 
 if __name__ == "__main__":
     runtime_utils.run_main(main)
+elif __name__ == "__mp_main__":  # in a process that tokenises, which starts by importing this file
+    end_with_parent()

@@ -9,8 +9,11 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 import unicodedata
+from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +21,22 @@ __version__ = "0.1.0"
 
 # Seconds that a rank which has finished waits for the others before it leaves.
 PATIENCE_S = 20.0
+# Ranks wait for one another as long as it takes to tokenise, to download, to read a slow disk: the libraries' ten
+# minutes would end such a run. A rank that has died is noticed otherwise.
+WAIT = timedelta(days=30)
+# At the start: seconds until a rank says whom it waits for, and until it gives up.
+START_NOTICE_S, START_TIMEOUT_S = 10.0, 600.0
+# Seconds between two looks at what other ranks have reported, and between two signs of life.
+POLL_S, BEAT_S = 0.25, 15.0
+# Seconds that the ranks have to agree on an error before it ends them all: some may be inside a collective call that
+# the failing one will never join.
+GRACE_S = 10.0
+# Seconds without a sign of life after which a rank counts as dead.
+LOST_S = 600.0
+# Seconds between two lines of a progress bar in a log file.
+LOG_INTERVAL_S = 30.0
+# The variables that launchers (deepspeed, torchrun, accelerate) set for each rank.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class UserError(Exception):
@@ -26,6 +45,10 @@ class UserError(Exception):
 
 class ReportedError(UserError):
     """A `UserError` that all ranks have agreed on, so that rank 0 alone prints it."""
+
+
+class StartError(UserError):
+    """A rank's own `UserError` before the ranks have met: each rank prints its own."""
 
 
 class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
@@ -87,6 +110,63 @@ def check_seed(seed: int) -> None:
 # The process group
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which process of a run this is, and where its rank 0 is met."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    host: str
+    port: int
+
+
+def find_place() -> Place | None:
+    """Reads from the launcher's variables which process this is; None when it is alone.
+
+    Batch systems and outer shells leave some of these variables behind: without both a rank and a world size above 1
+    there is no run to join.
+
+    Raises:
+        UserError: when both are there and something else is missing or is not what a launcher sets.
+    """
+    text = {name: os.environ.get(name, "").strip() for name in LAUNCHER_VARIABLES}
+    if not (text["RANK"] and text["WORLD_SIZE"]):
+        return None
+
+    def number(name: str, least: int, most: int) -> int:
+        if text[name].isdecimal() and least <= int(text[name]) <= most:
+            return int(text[name])
+        raise UserError(
+            f"the environment has {name}={text[name]!r}, which is not a whole number from {least} to {most}: start "
+            f"with deepspeed or torchrun, or run alone after: unset {' '.join(LAUNCHER_VARIABLES)}"
+        )
+
+    size = number("WORLD_SIZE", 1, 10**6)
+    if size == 1:
+        return None
+    if not (text["MASTER_ADDR"] and text["MASTER_PORT"]):
+        raise UserError(
+            f"the environment has WORLD_SIZE={size} but no MASTER_ADDR and MASTER_PORT, where the processes meet: "
+            f"start with deepspeed or torchrun, or run alone after: unset {' '.join(LAUNCHER_VARIABLES)}"
+        )
+    text["LOCAL_RANK"] = text["LOCAL_RANK"] or "0"
+    return Place(
+        rank=number("RANK", 0, size - 1),
+        world_size=size,
+        local_rank=number("LOCAL_RANK", 0, size - 1),
+        host=text["MASTER_ADDR"],
+        port=number("MASTER_PORT", 1, 65535),
+    )
+
+
+def _place_or_alone() -> Place | None:
+    # What is wrong with the variables is said where the ranks meet; who asks before that prints as if alone.
+    with contextlib.suppress(UserError):
+        return find_place()
+    return None
+
+
 def _group_is_up() -> bool:
     # Asking sys.modules keeps torch out of commands that never needed it.
     torch = sys.modules.get("torch")
@@ -94,22 +174,25 @@ def _group_is_up() -> bool:
 
 
 def rank() -> int:
-    """This process's number among all processes of the run, 0 when it is alone."""
+    """Returns this process's number among all processes of the run, 0 when it is alone."""
     if _group_is_up():
         return sys.modules["torch"].distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    place = None if _runs_alone else _place_or_alone()
+    return place.rank if place else 0
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """Returns how many processes the run has."""
     if _group_is_up():
         return sys.modules["torch"].distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    place = _place_or_alone()
+    return place.world_size if place else 1
 
 
 def local_rank() -> int:
-    """This process's number on its own machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Returns this process's number on its own machine."""
+    place = _place_or_alone()
+    return place.local_rank if place else 0
 
 
 def is_main() -> bool:
@@ -117,15 +200,35 @@ def is_main() -> bool:
     return rank() == 0
 
 
+_runs_alone = False  # a command that never joins a group: it prints whatever the environment says
+_watch = None  # the `_Watch` of a run of several ranks
+_talk = None  # the group of what the ranks say to one another, apart from those of models and gradients
+
+
 def init_distributed(force: bool = False):
     """Joins the process group that the launcher's environment describes and returns this rank's `torch.device`.
 
     A plain `python` run has no such environment and stays alone, unless `force` asks for a group of one (DeepSpeed
     wants a group even then).
+
+    Raises:
+        UserError: when the environment is not what a launcher sets, the ranks cannot meet, or there is no GPU for one.
     """
+    global _talk, _watch
+    place = find_place()
     import torch
 
-    cuda = torch.cuda.is_available()
+    distributed, cuda = torch.distributed, torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn at every start that it found no other
+    store = None
+    if place is None:
+        for name in LAUNCHER_VARIABLES:  # nor must a library or a child process take this one for a rank
+            os.environ.pop(name, None)
+    elif not _group_is_up():
+        os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed insists on it
+        store = _meet(place)
+        _watch = _Watch(place, store.clone())
     if cuda:
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
@@ -134,45 +237,240 @@ def init_distributed(force: bool = False):
             )
         torch.cuda.set_device(local_rank())
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
-    if _group_is_up() or not ("WORLD_SIZE" in os.environ or force):
+    if _group_is_up() or not (place or force):
         return device
-    backend = "nccl" if cuda else "gloo"
-    # Alone, the environment stays as it is: a child process must not take itself for a rank of this run.
-    alone = {} if "WORLD_SIZE" in os.environ else {"init_method": _local_address(), "rank": 0, "world_size": 1}
-    try:
-        torch.distributed.init_process_group(backend, device_id=device if cuda else None, **alone)
-    except torch.distributed.DistNetworkError as error:
-        raise UserError(
-            f"the ranks cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, another run "
-            "may be using the port: pass the launcher another --master_port"
-        ) from error
+    settings = {"backend": "nccl" if cuda else "gloo", "device_id": device if cuda else None, "timeout": WAIT}
+    if place is None:
+        distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1, **settings)
+    else:
+        distributed.init_process_group(store=store, rank=place.rank, world_size=place.world_size, **settings)
+        # Of its own: a rank that failed says so while others are inside a collective call of the default group.
+        _talk = distributed.new_group(backend="gloo", timeout=WAIT)
     return device
 
 
-def _local_address() -> str:
+def _meet(place: Place):
+    """Waits until all ranks have arrived at rank 0's store and returns it.
+
+    Raises:
+        StartError: when they do not within `START_TIMEOUT_S`, or another run is met there.
+    """
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    distributed = sys.modules["torch"].distributed
+    where, end = f"{place.host}:{place.port}", time.monotonic() + START_TIMEOUT_S
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process holds the store
+    hint = "another run may be using the port: pass the launcher another --master_port"
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError):
+            socket.create_connection((place.host, place.port), timeout=5).close()
+            return True
+        return False
+
+    def missing() -> int:
+        return place.world_size - store.add("arrived", 0)
+
+    try:
+        if place.rank or by_agent:
+            waiting = f"rank {place.rank} waits for rank 0 at {where}"
+            _wait_until(answers, lambda: waiting, end)
+        store = distributed.TCPStore(
+            place.host,
+            place.port,
+            is_master=place.rank == 0 and not by_agent,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=60),
+        )
+        # A restart by torchrun may meet the keys of the attempt before.
+        store = distributed.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        if store.add(f"arrived/{place.rank}", 1) > 1:
+            time.sleep(2)  # rank 0 cannot have the port either, and says so
+            raise StartError(f"rank {place.rank} finds another rank {place.rank} at {where}: {hint}")
+        store.add("arrived", 1)
+
+        def waiting_for() -> str:
+            others = "1 more process" if missing() == 1 else f"{missing()} more processes"
+            return f"rank {place.rank} waits for {others} at {where}"
+
+        _wait_until(lambda: missing() <= 0, waiting_for, end, quiet=place.rank > 0)
+    except distributed.DistError as error:
+        reason = str(error).splitlines()[0][:160]
+        raise StartError(f"rank {place.rank}: the ranks cannot meet at {where}, {hint} ({reason})") from error
+    return store
+
+
+def _wait_until(condition, waiting_for, end: float, quiet: bool = False) -> None:
+    notice = time.monotonic() + START_NOTICE_S
+    while not condition():
+        now = time.monotonic()
+        if now > notice and not quiet:
+            notice = float("inf")
+            say(waiting_for())
+        if now > end:
+            raise StartError(
+                f"{waiting_for()} since {START_TIMEOUT_S:.0f} s: are all processes started, and can every machine "
+                "reach that address"
+            )
+        time.sleep(0.05)
+
+
+class _Watch:
+    """Ends this process when another rank has failed and cannot tell it otherwise.
+
+    Ranks agree on errors by a collective call (`together`). One that is inside another collective call, waiting for the
+    rank that failed, would never come to that. So the failing rank also writes its error into the store, and a thread
+    of each rank looks there. NCCL does not notice either that a machine has gone, so each rank also gives signs of
+    life.
+    """
+
+    def __init__(self, place: Place, store):
+        self._place, self._store = place, store
+        self._calls, self._open = 0, set()  # of `together`: how many were begun, which are not agreed on yet
+        self._seen = {}  # reports by their text, with the time of the first look
+        self._stopped = threading.Event()
+        self._impatient = False
+        self.ending = False
+        threading.Thread(target=self._run, name="other ranks", daemon=True).start()
+
+    @contextlib.contextmanager
+    def call(self):
+        """Context manager: one call of `together`, whose errors end nobody once it is over."""
+        self._calls += 1
+        number = self._calls
+        self._open.add(number)
+        yield number
+        self._open.discard(number)
+
+    def report(self, message: str, code: int, call: int | None = None) -> None:
+        """Tells all ranks of an error."""
+        entry = {"rank": self._place.rank, "message": message, "code": code, "call": call}
+        self._store.append("errors", json.dumps(entry) + "\n")
+
+    def hurry(self) -> bool:
+        """Makes reported errors end this process without the usual grace; returns whether there are any."""
+        self._impatient = True
+        with contextlib.suppress(sys.modules["torch"].distributed.DistError):
+            return bool(self._open_errors(time.monotonic()))
+        return False
+
+    def stop(self) -> None:
+        """Ends the watching: the rank that holds the store may leave."""
+        self._stopped.set()
+
+    def count_out(self, key: str, patience: float) -> None:
+        """Waits until every rank has come here, but no longer than `patience` seconds."""
+        with contextlib.suppress(sys.modules["torch"].distributed.DistError):  # the store's rank counted all and left
+            end = time.monotonic() + patience
+            here = self._store.add(key, 1)
+            while here < self._place.world_size and time.monotonic() < end:
+                time.sleep(0.02)
+                here = self._store.add(key, 0)
+            if self._place.rank == 0:  # whose process holds the store
+                time.sleep(0.1)
+
+    def _run(self) -> None:
+        beats, next_beat = 0, 0.0
+        # Each rank looks at the next one's signs of life.
+        neighbour = f"alive/{(self._place.rank + 1) % self._place.world_size}"
+        last, since = None, time.monotonic()
+        try:
+            while not self._stopped.wait(POLL_S):
+                now = time.monotonic()
+                if now >= next_beat:
+                    beats, next_beat = beats + 1, now + BEAT_S
+                    self._store.set(f"alive/{self._place.rank}", str(beats))
+                    sign = self._store.get(neighbour) if self._store.check([neighbour]) else None
+                    last, since = (sign, now) if sign != last else (last, since)
+                if now - since > LOST_S:
+                    self._end([f"{neighbour.replace('alive/', 'rank ')} gave no sign of life for {LOST_S:.0f} s"], 1)
+                entries = self._open_errors(now)
+                # Once one of them has had its time, all are said: ranks that fail alike, such as by running out of
+                # memory in the same step, should share one line.
+                if any(now - since_when >= self._grace(entry) for entry, since_when in entries):
+                    self._end_by([entry for entry, _ in entries])
+        except sys.modules["torch"].distributed.DistError:
+            # The process that holds the store is gone. The main thread hears of it too, unless NCCL keeps it waiting.
+            if not self._stopped.wait(PATIENCE_S):
+                self._end([f"rank {self._place.rank}: lost contact with rank 0"], 1)
+
+    def _open_errors(self, now: float) -> list[tuple[dict, float]]:
+        """All errors that are not agreed on, with the time of the first look at each."""
+        if not self._store.check(["errors"]):
+            return []
+        entries = []
+        for line in self._store.get("errors").decode().splitlines():
+            entry, first_look = json.loads(line), self._seen.setdefault(line, now)
+            call = entry["call"]
+            if call is None or call > self._calls or call in self._open:
+                entries.append((entry, first_look))
+        return entries
+
+    def _grace(self, entry: dict) -> float:
+        return 2 * POLL_S if entry["call"] is None or self._impatient else GRACE_S
+
+    def _end_by(self, entries: list[dict]) -> None:
+        ranks = {}
+        for entry in entries:
+            ranks.setdefault(entry["message"], []).append(entry["rank"])
+        own = [text for text, whose in ranks.items() if 0 in whose]
+        others = [f"rank {whose[0]}: {text}" for text, whose in ranks.items() if 0 not in whose]
+        self._end(own + others if self._place.rank == 0 else [], min(entry["code"] for entry in entries))
+
+    def _end(self, messages: list[str], code: int) -> None:
+        self.ending = True
+        kill_children()
+        # All at the same time: the first to leave breaks the others' collective calls, and a launcher then sends them
+        # signals. They would speak of both below the line that says what has happened.
+        self.count_out("ended", 5.0)
+        if messages:
+            say_error("; ".join(messages))
+        # Nor is there more to read when the first connection breaks.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        with contextlib.suppress(sys.modules["torch"].distributed.DistError):
+            self._store.set(f"said/{self._place.rank}", "")
+            end = time.monotonic() + 2.0
+            while not self._store.check(["said/0"]) and time.monotonic() < end:
+                time.sleep(0.02)
+            if self._place.rank == 0:
+                time.sleep(0.1)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+def is_ending() -> bool:
+    """Whether this process is being ended for an error of another rank."""
+    return _watch is not None and _watch.ending
+
+
+def gather_objects(value) -> list:
+    """Returns the values of all ranks, by rank, on every rank."""
+    if _talk is None:
+        return [value]
+    values = [None] * world_size()
+    sys.modules["torch"].distributed.all_gather_object(values, value, group=_talk)
+    return values
 
 
 def together(function, *args, **kwargs):
     """Calls `function` on every rank and returns its result; where one rank fails, all fail.
 
+    `function` may contain collective calls: when one rank fails and others wait for it in there, all processes end
+    after `GRACE_S` seconds with the message and exit code 2.
+
     Raises:
         ReportedError: on every rank, with every distinct message, when `function` raised `UserError` on any.
     """
     result, message = None, None
-    try:
-        result = function(*args, **kwargs)
-    except UserError as error:
-        message = str(error)
-    if _group_is_up() and world_size() > 1:
-        messages = [None] * world_size()
-        sys.modules["torch"].distributed.all_gather_object(messages, message)
-    else:
-        messages = [message]
+    with _watch.call() if _watch is not None else contextlib.nullcontext() as number:
+        try:
+            result = function(*args, **kwargs)
+        except UserError as error:
+            message = str(error)
+            if _watch is not None:
+                _watch.report(message, 2, number)
+        messages = gather_objects(message)
     distinct = list(dict.fromkeys(text for text in messages if text is not None))
     if distinct:
         raise ReportedError("; ".join(distinct))
@@ -192,21 +490,43 @@ def first_on_each_node(function, *args, **kwargs):
 
 def broadcast_object(value):
     """Gives every rank the object that rank 0 holds."""
-    if not (_group_is_up() and world_size() > 1):
+    if _talk is None:
         return value
     box = [value]
-    sys.modules["torch"].distributed.broadcast_object_list(box, src=0)
+    sys.modules["torch"].distributed.broadcast_object_list(box, src=0, group=_talk)
     return box[0]
+
+
+def broadcast_weights(module) -> None:
+    """Gives every rank's `module` the weights of rank 0's: the others need no access to the file they came from."""
+    if _talk is not None:
+        weights = {name: tensor.cpu() for name, tensor in module.state_dict().items()} if is_main() else None
+        module.load_state_dict(broadcast_object(weights))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Messages and endings
 
 
+def say(line: str) -> None:
+    """Prints one line to standard error, above the live progress bar if there is one."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        tqdm.tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def say_error(message: str) -> None:
+    """Prints an error as one line to standard error."""
+    say("error: " + " ".join(message.split("\n")))
+
+
 def log(message: str) -> None:
     """Prints one line to standard error, on rank 0."""
     if is_main():
-        print(message, file=sys.stderr, flush=True)
+        say(message)
 
 
 def warn(message: str) -> None:
@@ -214,28 +534,90 @@ def warn(message: str) -> None:
     log(f"warning: {message}")
 
 
-def run_main(main) -> None:
+class _Lines:
+    """A file for tqdm that writes each state of the bar as a line of its own."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """Writes a state of the bar; what moves or clears a bar on a terminal is left out."""
+        if text := text.strip():
+            self._file.write(text + "\n")
+
+    def flush(self) -> None:
+        """Passes the lines on."""
+        self._file.flush()
+
+
+def progress_bar(iterable=None, **options):
+    """Returns a tqdm bar of rank 0: live on a terminal, in a log file a line every `LOG_INTERVAL_S` seconds."""
+    from tqdm import tqdm
+
+    options = {"disable": not is_main(), **options}
+    if not sys.stderr.isatty():
+        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S}
+    return tqdm(iterable, **options)
+
+
+def run_main(main, alone: bool = False) -> None:
     """Runs a command's `main()` and leaves the process with its exit code.
 
     A `UserError` becomes one line on standard error and exit code 2 on every rank. An error that all ranks share
-    (found by `together`, or before the process group is up, when every rank reads the same arguments) is printed by
-    rank 0 alone. Anything else is a fault of ours and keeps its traceback.
+    (found by `together`, or before the ranks have met, when every rank reads the same arguments) is printed by rank 0
+    alone; one that a single rank has met ends the others too, and rank 0 prints it. Anything else is a fault of ours:
+    it keeps its traceback and ends the other ranks with exit code 1.
+
+    Args:
+        alone: the command never joins a process group, so each of its processes prints.
     """
+    global _runs_alone
+    _runs_alone = alone
+    # Before torch and tqdm load. Warnings of torch's C++ part concern sockets that are tried again.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", str(LOG_INTERVAL_S))
     try:
         code = main() or 0
     except UserError as error:
-        shared = isinstance(error, ReportedError) or not _group_is_up()
-        if is_main() or not shared:
-            print("error: " + " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
+        if _watch is not None and not isinstance(error, ReportedError):
+            _fail(str(error), 2)
+        if is_main() or isinstance(error, StartError):
+            say_error(str(error))
         code = 2
-        if not shared:
-            sys.exit(code)  # the others do not know of it yet
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if _watch is None:
+            raise
+        _fail_by_fault(error)
     if _group_is_up():
         leave_together()
         sys.modules["torch"].distributed.destroy_process_group()
     sys.exit(code)
+
+
+def _fail(message: str, code: int) -> None:
+    """Tells the other ranks of this rank's error, so that all end; rank 0 prints it."""
+    with contextlib.suppress(sys.modules["torch"].distributed.DistError):
+        _watch.report(message, code)
+        time.sleep(PATIENCE_S)  # the watching thread ends this process before that
+    say_error(f"rank {rank()}: {message}")  # rank 0 is gone
+    os._exit(code)
+
+
+def _fail_by_fault(error: Exception) -> None:
+    first_line = (str(error).splitlines() or [""])[0][:160]
+    if isinstance(error, RuntimeError) and is_lost_peer(error):
+        # The process group is broken: leave without the clean-up that would wait for the peer again.
+        leave_at_once(
+            f"rank {rank()}: lost contact with another rank ({first_line}); start the same command again to continue "
+            "from what is saved"
+        )
+    import traceback
+
+    traceback.print_exc()
+    _fail(f"{type(error).__name__}: {first_line} (its traceback is above, or in that rank's output)", 1)
 
 
 def leave_together() -> None:
@@ -245,16 +627,9 @@ def leave_together() -> None:
     others as soon as one has left. So the ranks count one another in the store that the group was started with, which
     needs none of these connections.
     """
-    distributed = sys.modules["torch"].distributed
-    try:
-        store = distributed.distributed_c10d._get_default_store()
-        end = time.monotonic() + PATIENCE_S
-        here = store.add("mindmerger/leaving", 1)
-        while here < world_size() and time.monotonic() < end:
-            time.sleep(0.02)
-            here = store.add("mindmerger/leaving", 0)
-    except distributed.DistError:
-        pass  # the rank that keeps the store has left: it counted all
+    if _watch is not None:
+        _watch.count_out("leaving", PATIENCE_S)
+        _watch.stop()
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
@@ -273,9 +648,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def leave_at_once(message: str):
-    """Prints one line and ends the process without any clean-up, exit code 1."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Prints one line and ends the process without any clean-up, exit code 1; an error that another rank has reported
+    is the better explanation and ends the process first."""
+    if _watch is not None and _watch.hurry():
+        time.sleep(PATIENCE_S)
+    say_error(message)
+    kill_children()
     os._exit(1)
+
+
+def kill_children() -> None:
+    """Ends the processes that tokenise: os._exit skips what otherwise ends them."""
+    for name in ("multiprocessing", "multiprocess"):  # datasets has a multiprocessing of its own
+        if (module := sys.modules.get(name)) is not None:
+            for child in module.active_children():
+                child.kill()
 
 
 def versions() -> dict[str, str]:

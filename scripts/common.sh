@@ -64,6 +64,11 @@ launch() {
     if [[ -n ${NUM_GPUS-} ]]; then options+=(--num_gpus "$NUM_GPUS"); fi
     if [[ -n ${MASTER_ADDR-} ]]; then options+=(--master_addr "$MASTER_ADDR"); fi
     if [[ -n ${MASTER_PORT-} ]]; then options+=(--master_port "$MASTER_PORT"); fi
+    # Its own messages name every process and command, also after ours that says what is wrong.
+    case " ${DEEPSPEED_ARGS-} " in
+        *" -q "* | *" --quiet "* | *" --log_level"*) ;;
+        *) options+=(--log_level critical) ;;
+    esac
     for word in ${DEEPSPEED_ARGS-}; do options+=("$word"); done
     use_environment deepspeed
     deepspeed ${options[@]+"${options[@]}"} "$@"

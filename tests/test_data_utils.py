@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import multiprocess
 import numpy as np
 import pytest
 from conftest import SHIPPED, byte_tokenizer
@@ -455,6 +456,31 @@ def test_number_of_processes_changes_nothing(tokenizers, tmp_path, stage):
     }
     assert one.fingerprint == two.fingerprint and one.counts == two.counts
     assert one.dataset[:] == two.dataset[:]
+
+
+class Witness:
+    """A tokenizer that notes the class of each process it is called in."""
+
+    def __init__(self, tokenizer, file):
+        self.tokenizer, self.file = tokenizer, file
+
+    def __call__(self, *arguments, **named):
+        with open(self.file, "a") as file:
+            file.write(type(multiprocess.current_process()).__name__ + "\n")
+        return self.tokenizer(*arguments, **named)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["tokenizer"], name) if "tokenizer" in self.__dict__ else object.__getattr__(name)
+
+
+def test_processes_that_tokenise_are_spawned_not_forked(tokenizers, tmp_path):
+    """`datasets` starts them with multiprocess, whose start method was left at fork: a forked child of a process with
+    threads can hang."""
+    tokenizers.llm = Witness(tokenizers.llm, tmp_path / "classes")
+    built = build(tokenizers, tmp_path / "cache", num_proc=2)
+    classes = (tmp_path / "classes").read_text().split()
+    assert len(built.dataset) and set(classes) == {"_MainProcess", "SpawnProcess"}, classes
+    assert multiprocess.get_start_method(allow_none=True) != "spawn", "the caller's start method is changed"
 
 
 def test_language_unknown_to_the_encoder_stops_the_build_in_any_process(tagged, tokenizers, tmp_path):

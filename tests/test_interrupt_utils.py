@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_environment
@@ -22,15 +23,18 @@ rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
 print(rank.pid, flush=True)
 time.sleep(60)
 """
-# A rank with a child process, as tokenising has them.
+# A rank with the processes that tokenising starts: two workers, the manager of their queue, the resource tracker.
 WATCHED = """
-import multiprocessing, time
+import time
+import multiprocess
 import interrupt_utils
 
 interrupt_utils.watch_launcher()
-child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
-child.start()
-print(child.pid, flush=True)
+multiprocess.set_start_method("spawn", force=True)
+pool = multiprocess.Pool(2)
+manager = pool._ctx.Manager()
+pool.map(abs, [1, 2])
+print("started", flush=True)
 time.sleep(60)
 """
 
@@ -44,8 +48,13 @@ def is_running(pid):
         return False
 
 
+def children(pid):
+    """Pids of a process's children, whichever of its threads started them."""
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
 def orphaned(tmp_path, environment):
-    """Pids of a process that watches its launcher, and of its child, after that launcher was killed."""
+    """Pids of a process that watches its launcher, and of its children, after that launcher was killed."""
     launcher = tmp_path / "deepspeed.launcher.launch.py"
     launcher.write_text(LAUNCHER)
     with open(tmp_path / "errors", "w") as errors:
@@ -56,7 +65,10 @@ def orphaned(tmp_path, environment):
             stderr=errors,
             text=True,
         )
-    pids = [int(process.stdout.readline()) for _ in range(2)]
+    pids = [int(process.stdout.readline())]
+    assert process.stdout.readline() == "started\n"
+    pids += children(pids[0])
+    assert len(pids) == 5, pids
     process.kill()
     process.wait()
     process.stdout.close()
@@ -66,11 +78,44 @@ def orphaned(tmp_path, environment):
 def test_a_rank_whose_launcher_is_killed_before_anything_is_loaded_ends_with_its_children_and_says_why(tmp_path):
     """Once the watch came with the training loop only, and ranks that were loading models stayed behind for ever."""
     pids = orphaned(tmp_path, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CROSS_RANK": "0"})
-    end = time.monotonic() + 10
-    while any(map(is_running, pids)):
-        assert time.monotonic() < end, "the rank or its child outlived its launcher"
-        time.sleep(0.05)
+    wait_for_end(pids)
     assert "rank 1: the launcher has gone" in (tmp_path / "errors").read_text()
+
+
+def wait_for_end(pids, seconds=10):
+    """Fails unless all processes end in time."""
+    end = time.monotonic() + seconds
+    while any(map(is_running, pids)):
+        assert time.monotonic() < end, f"{[pid for pid in pids if is_running(pid)]} still run after {seconds} s"
+        time.sleep(0.05)
+
+
+# Training as from the command line, but with processes for a few rows already.
+TOKENISING = """
+import runpy, sys
+import data_utils
+data_utils.ROWS_PER_PROCESS = 10
+data_utils._cpus = lambda: 2
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_processes_that_tokenise_do_not_outlive_a_rank_that_is_killed(tmp_path, flags):
+    """The manager of their queue and the resource tracker stayed for ever."""
+    rank = subprocess.Popen(
+        [sys.executable, "-c", TOKENISING, str(ROOT / "run_training.py"), *flags],
+        cwd=tmp_path,
+        env=clean_environment() | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )
+    end = time.monotonic() + 60
+    while len(pids := children(rank.pid)) < 4:  # two workers, the manager, the resource tracker
+        assert time.monotonic() < end and rank.poll() is None
+        time.sleep(0.02)
+    rank.kill()
+    rank.wait()
+    wait_for_end(pids, 20)
 
 
 def test_a_run_without_a_launcher_outlives_the_shell_that_started_it(tmp_path):

@@ -1,0 +1,154 @@
+"""Runs scenarios of two ranks each, one after another, and writes how every rank ended.
+
+    ranks.py SCENARIOS.json OUTCOMES.json
+
+A scenario is {"name", "runs": [{"program": "training" or "evaluation", "argv": flags}, …]} and, when wanted,
+"fault": {"at", "rank", "step"}: what fails on that rank, once it stands at that place (`FAULTS`);
+"wait": {"at", "rank", "seconds"}: that rank is slow there;
+"folders": [a working folder for each rank]; "settings": {name in runtime_utils: value}; "timeout_s": of the libraries.
+Importing torch and DeepSpeed costs seconds; this pays it once: each rank is a fork of this process, which has no
+threads.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from conftest import free_port  # noqa: E402
+from torch.distributed import distributed_c10d  # noqa: E402
+
+import checkpoint_utils  # noqa: E402
+import data_utils  # noqa: E402
+import modeling_mindmerger  # noqa: E402
+import run_evaluation  # noqa: E402
+import run_training  # noqa: E402
+import runtime_utils  # noqa: E402
+
+PROGRAMS = {"training": run_training.main, "evaluation": run_evaluation.main}
+LIMIT_S = 60
+
+
+def fail_at(owner, name, rank, error, when=lambda *_: True):
+    """Makes a function raise on one rank."""
+    original = getattr(owner, name)
+
+    def failing(*arguments, **named):
+        if runtime_utils.rank() == rank and when(*arguments):
+            raise error
+        return original(*arguments, **named)
+
+    setattr(owner, name, failing)
+
+
+def arm(fault):
+    """Sets the trap."""
+    at, rank, step = fault["at"], fault["rank"], fault.get("step", 0)
+    no_memory = torch.OutOfMemoryError("out of memory, as a test has it")
+    message = runtime_utils.UserError("a mistake of one rank, as a test has it")
+    forward = (modeling_mindmerger.MindMerger, "forward", rank)
+    reached = [0]
+
+    def count_steps(trainer, *rest):
+        reached[0] = trainer.step + 1
+        return train_step(trainer, *rest)
+
+    train_step, run_training.train_step = run_training.train_step, count_steps
+    if at == "probe":
+        fail_at(*forward, no_memory)
+    elif at == "step":
+        fail_at(*forward, no_memory, lambda *_: reached[0] == step)
+    elif at == "fault in a step":
+        fail_at(*forward, ValueError("a fault of ours, as a test has it"), lambda *_: reached[0] == step)
+    elif at == "load":
+        fail_at(modeling_mindmerger, "load_encoder", rank, message)
+    elif at == "checkpoint":
+        fail_at(checkpoint_utils, "write_checkpoint", rank, message)
+    elif at == "arguments":
+        fail_at(run_training, "check_arguments", rank, message)
+    elif at == "generate":
+        fail_at(modeling_mindmerger.MindMerger, "generate", rank, no_memory)
+    elif at == "fault in generate":
+        fail_at(modeling_mindmerger.MindMerger, "generate", rank, ValueError("a fault of ours, as a test has it"))
+    else:
+        raise AssertionError(at)
+
+
+def be_slow(wait):
+    """Makes one rank wait."""
+    owner, name = {"tokenising": (data_utils, "build_training_set"), "reading": (run_evaluation, "prepare")}[wait["at"]]
+    original = getattr(owner, name)
+
+    def slow(*arguments, **named):
+        if runtime_utils.rank() == wait["rank"]:
+            time.sleep(wait["seconds"])
+        return original(*arguments, **named)
+
+    setattr(owner, name, slow)
+
+
+def be_rank(number, port, scenario, folder):
+    """Becomes one rank of a scenario; never returns."""
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    if "folders" in scenario:
+        os.environ["LOCAL_RANK"] = "0"  # as on machines of one process each
+        os.chdir(scenario["folders"][number])
+    for name, value in scenario.get("settings", {}).items():
+        setattr(runtime_utils, name, value)
+    if "timeout_s" in scenario:
+        short = timedelta(seconds=scenario["timeout_s"])
+        distributed_c10d._get_default_timeout = lambda backend: short
+        deepspeed.comm.torch.default_pg_timeout = short
+    if "fault" in scenario:
+        arm(scenario["fault"])
+    if "wait" in scenario:
+        be_slow(scenario["wait"])
+    runtime_utils.run_main(lambda: max(PROGRAMS[run["program"]](run["argv"]) for run in scenario["runs"]))
+
+
+def outcome(scenario, folder):
+    """How the ranks of one scenario ended: exit codes by rank (None: it had to be killed), output, and seconds."""
+    folder.mkdir(parents=True)
+    port, pids, codes, started = free_port(), [], [None, None], time.monotonic()
+    for number in range(2):
+        if (pid := os.fork()) == 0:
+            try:
+                be_rank(number, port, scenario, folder)
+            finally:
+                sys.stderr.flush()
+                os._exit(sys.exc_info()[1].code if isinstance(sys.exc_info()[1], SystemExit) else 99)
+        pids.append(pid)
+    while None in codes and time.monotonic() - started < LIMIT_S:
+        time.sleep(0.05)
+        for number in (0, 1):
+            if codes[number] is None and (ended := os.waitpid(pids[number], os.WNOHANG))[0]:
+                codes[number] = os.waitstatus_to_exitcode(ended[1])
+    for number in (0, 1):
+        if codes[number] is None:
+            os.kill(pids[number], signal.SIGKILL)
+            os.waitpid(pids[number], 0)
+    texts = {kind: [(folder / f"{n}.{kind}").read_text(errors="replace") for n in (0, 1)] for kind in ("out", "err")}
+    return {"codes": codes, "seconds": time.monotonic() - started, **texts}
+
+
+def main():
+    """Runs all scenarios."""
+    scenarios, outcomes = Path(sys.argv[1]), Path(sys.argv[2])
+    ends = {one["name"]: outcome(one, outcomes.parent / one["name"]) for one in json.loads(scenarios.read_text())}
+    outcomes.write_text(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Errors of one rank of two: the other ends too, within seconds, with one line. Real processes of drivers/ranks.py."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import DATA, ROOT, clean_environment
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 30  # on a busy machine; a hang lasts until the driver kills it after 60
+
+
+def training(name, tiny_llm, tiny_encoder, *more, zero=0):
+    """A short training as a run of a scenario."""
+    flags = ["--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", str(DATA / "datas"), "--task", "math"]
+    flags += ["--precision", "fp32", "--dev_size", "4", "--train_batch_size", "4", "--max_seq_len", "40"]
+    flags += ["--max_gen_len", "40", "--languages", "German,Thai", "--lr", "1e-2", "--num_workers", "0"]
+    flags += ["--train_micro_batch_size_per_gpu", "1", "--max_steps", "2", "--save_name", name]
+    return {
+        "program": "training",
+        "argv": [*flags, "--deepspeed_config", str(ROOT / f"scripts/ds_zero{zero}.json"), *more],
+    }
+
+
+def evaluation(name, tiny_llm):
+    """A short evaluation as a run of a scenario."""
+    flags = ["--task", "math_mgsm", "--llm_only", "--llm_path", tiny_llm, "--data_root", str(DATA / "datas")]
+    flags += ["--languages", "German,Thai", "--limit", "2", "--eval_batch_size", "1", "--max_new_tokens", "4"]
+    return {"program": "evaluation", "argv": [*flags, "--save_name", name]}
+
+
+def run_scenarios(folder, scenarios):
+    """Outcomes of scenarios by name."""
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tests/drivers/ranks.py"),
+            folder / "scenarios.json",
+            folder / "ends/outcomes.json",
+        ],
+        cwd=folder,
+        env=clean_environment(folder),
+        check=True,
+        timeout=60 * len(scenarios) + 60,
+    )
+    return json.loads((folder / "ends/outcomes.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory, tiny_llm, tiny_encoder):
+    """How the ranks ended for each error injected on one of them."""
+
+    def scenario(at, rank=1, zero=0, step=0):
+        name = f"{at}-{rank}-{zero}".replace(" ", "_")
+        run = evaluation(name, tiny_llm) if "generate" in at else training(name, tiny_llm, tiny_encoder, zero=zero)
+        fault = {"at": at, "rank": rank, "step": step}
+        return {"name": name, "runs": [run], "fault": fault, "settings": {"GRACE_S": 2.0}}
+
+    scenarios = [scenario("probe", zero=zero) for zero in (0, 2, 3)] + [scenario("probe", rank=0, zero=3)]
+    scenarios += [scenario("load", zero=3), scenario("arguments"), scenario("step", zero=2, step=2)]
+    scenarios += [scenario("fault in a step", zero=3, step=2), scenario("checkpoint", rank=0, zero=3)]
+    scenarios += [scenario("generate"), scenario("fault in generate", rank=0)]
+    return run_scenarios(tmp_path_factory.mktemp("ranks"), scenarios)
+
+
+def assert_one_line(end, text):
+    """All ranks ended within seconds with exit code 2 and, all together, one error of one line."""
+    assert end["codes"] == [2, 2] and end["seconds"] < SECONDS, end
+    lines = [line for error in end["err"] for line in error.splitlines() if "rror" in line or "rank 1" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and text in lines[0], end["err"]
+    assert "Traceback" not in "".join(end["err"])
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_out_of_memory_on_one_rank_ends_all_ranks_before_training_at_every_zero_stage(ends, zero):
+    """From ZeRO 2 on the other rank hung in the pass's own collective calls."""
+    assert_one_line(ends[f"probe-1-{zero}"], "out of memory on rank 1 with a micro-batch of")
+
+
+def test_out_of_memory_on_the_printing_rank_ends_all_ranks_too(ends):
+    assert_one_line(ends["probe-0-3"], "out of memory on rank 0 with a micro-batch of")
+
+
+def test_an_error_of_one_rank_while_sharded_models_load_ends_all_ranks(ends):
+    """The other rank waited for its share of the first weight."""
+    assert_one_line(ends["load-1-3"], "error: rank 1: a mistake of one rank, as a test has it")
+
+
+def test_an_error_that_ranks_can_agree_on_is_said_by_rank_0_without_a_number(ends):
+    assert_one_line(ends["arguments-1-0"], "error: a mistake of one rank, as a test has it")
+    assert_one_line(ends["checkpoint-0-3"], "error: a mistake of one rank, as a test has it")
+
+
+def test_out_of_memory_of_one_rank_in_the_training_loop_ends_all_ranks(ends):
+    assert_one_line(ends["step-1-2"], "error: rank 1: out of memory on rank 1 with a micro-batch of")
+    assert ends["step-1-2"]["err"][0].splitlines()[-1].startswith("error: ")  # the bar does not follow it
+
+
+def test_a_fault_of_ours_on_one_rank_keeps_its_traceback_and_ends_all_ranks(ends):
+    for name, rank in (("fault_in_a_step-1-3", 1), ("fault_in_generate-0-0", 0)):
+        end = ends[name]
+        assert end["codes"] == [1, 1] and end["seconds"] < SECONDS, end
+        assert [error.count("Traceback") for error in end["err"]] == [1 - rank, rank]
+        assert "ValueError: a fault of ours, as a test has it\n" in end["err"][rank]
+        last = end["err"][0].splitlines()[-1]
+        assert last.startswith("error: " + "rank 1: " * rank + "ValueError: a fault of ours"), end["err"][0]
+
+
+def test_out_of_memory_of_one_rank_in_an_evaluation_ends_all_ranks(ends):
+    """The other rank generated on, and then waited."""
+    assert_one_line(ends["generate-1-0"], "error: rank 1: out of GPU memory on a batch of 1 examples")
