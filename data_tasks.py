@@ -326,6 +326,15 @@ class Task:
     published_rows: int | None = None
     scorer_version: int | None = None  # None where no other version has ever scored the task
 
+    def gold_key(self, target: str, language: str) -> str:
+        """Returns a gold answer in a form that translations of one row share: 1,450 in English is 1.450 in German."""
+        if self.score is not score_number:
+            return target
+        try:
+            return str(gold_number(target, _code(language)))
+        except (ValueError, DataError):  # no answer of this version's data
+            return target
+
     def read_augmentation(
         self, data_root, languages: Sequence[Language] | None = None, train_num: int | None = None
     ) -> Iterator[Example]:

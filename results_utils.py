@@ -194,7 +194,7 @@ def append_records(shard, records: list[dict]) -> None:
 Question = tuple[str, str, int]
 
 
-def questions_of(task: str, rows: list[dict]) -> list[Question]:
+def questions_of(task: str, language: str, rows: list[dict]) -> list[Question]:
     """Returns the question that each row of one language asks; its translations give the same one.
 
     A record's own id says which question it is: X-CSQA's files hold their rows, and their options, in another order in
@@ -203,15 +203,16 @@ def questions_of(task: str, rows: list[dict]) -> list[Question]:
 
     Arguments:
         task: by whose reading gold answers are the same ("8.0" is "8").
-        rows: predictions of one language: `id`, `answer` and, where the data have one, `question`.
+        language: of the rows, by name.
+        rows: predictions: `id`, `answer` and, where the data have one, `question`.
     """
     known, before, questions = TASKS.get(task), Counter(), []
     for row in rows:
         if row.get("question"):
             key = row["question"], ""
         else:
-            gold = row["answer"]
-            key = row["id"].partition("-")[2] or row["id"], str(known.score(gold, gold).prediction if known else gold)
+            gold = known.gold_key(row["answer"], language) if known else row["answer"]
+            key = row["id"].partition("-")[2] or row["id"], gold
         questions.append((*key, before[key]))
         before[key] += 1
     return questions
@@ -624,7 +625,7 @@ def _compare_two(first: str, second: str, first_results: dict, second_results: d
     if not pairs:
         raise ResultsError(f"{first} and {second} have no item in common")
     task = first_results["task"]
-    questions = {language: questions_of(task, [a for a, _ in found]) for language, found in pairs.items()}
+    questions = {language: questions_of(task, language, [a for a, _ in found]) for language, found in pairs.items()}
     differences = {name: [b["correct"] - a["correct"] for a, b in found] for name, found in pairs.items()}
     tallies = {language: _tally(found) for language, found in pairs.items()}
     p_values = [mcnemar_exact(only_a, only_b) for _, _, only_a, only_b in tallies.values()]

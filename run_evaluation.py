@@ -638,7 +638,7 @@ def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]]
         "cut_sources": plan.columns.get("source_cut", [False] * number),
         "cut_prompts": plan.columns.get("prompt_cut", [False] * number),
     }
-    questions = {name: questions_of(plan.task.name, rows) for name, rows in items.items()}
+    questions = {name: questions_of(plan.task.name, name, rows) for name, rows in items.items()}
     resampling = describe_questions(questions)
     if resampling["numbers_with_different_answers"]:
         warn(f"the test sets are not parallel throughout: {resampling_note(resampling)}")

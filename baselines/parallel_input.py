@@ -153,7 +153,8 @@ class AlignedTranslations:
                 "not parallel; leave the language out by --parallel_languages, or pass --translations FILE.jsonl"
             )
         # X-CSQA shuffles its options in every language, so its letters say nothing; the shared id does.
-        if self.task.name != "x-csqa" and not self.task.score(other.target, example.target).correct:
+        keys = [self.task.gold_key(one.target, one.language) for one in (other, example)]
+        if self.task.name != "x-csqa" and keys[0] != keys[1]:
             raise DataError(
                 f"{self.task.name}: {example.id} has the answer {example.target!r} but {other.id} has {other.target!r}:"
                 " they are not the same item, so these test sets are not parallel"

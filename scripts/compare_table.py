@@ -109,7 +109,8 @@ def read_row(label: str, folder: str) -> Row:
     for language in results["languages"]:
         items = read_predictions(folder, language)
         row.correct[language] = {id: item["correct"] for id, item in items.items()}
-        row.asked[language] = dict(zip(items, questions_of(results["task"], list(items.values())), strict=True))
+        questions = questions_of(results["task"], language, list(items.values()))
+        row.asked[language] = dict(zip(items, questions, strict=True))
     return row
 
 

@@ -192,6 +192,18 @@ def test_an_id_that_stands_twice_is_refused(x_csqa_data):
         read_parallel(find_task("x-csqa"), x_csqa_data, find_language("en"))
 
 
+def test_answers_written_as_each_language_writes_them_are_the_same_item(tmp_path):
+    """Read as English, 72,5 would be several numbers, and the rows no translations of each other."""
+    folder = tmp_path / "evaluation/mgsm"
+    folder.mkdir(parents=True)
+    for code, answer in (("en", "72.5"), ("de", "72,5")):
+        (folder / f"mgsm_{code}.tsv").write_text(f"question {code}\t{answer}\n")
+    [built], _ = apply_parallel_input(
+        MGSM, tmp_path, examples_of(MGSM, tmp_path, "de"), ParallelInput(1, languages=(find_language("en"),))
+    )
+    assert "[English] question en" in built.prompt
+
+
 MACHINE = [
     ("not json", "t.jsonl:1: not valid JSON"),
     ('{"id": "sw-1", "language": "Klingon", "text": "x"}', "t.jsonl:1: unknown language 'Klingon'"),

@@ -199,27 +199,32 @@ def test_test_of_the_mean_is_mcnemars_in_one_language_and_never_gains_from_copie
 
 
 def test_rows_are_one_question_by_number_and_answer_or_by_their_own_id():
-    english = [{"id": "en-1", "answer": "8.0"}, {"id": "en-2", "answer": "9"}, {"id": "en-3", "answer": "1,000"}]
-    thai = [{"id": "th-1", "answer": "8"}, {"id": "th-2", "answer": "7"}, {"id": "th-3", "answer": "1000"}]
-    questions = {name: questions_of("math_mgsm", rows) for name, rows in (("English", english), ("Thai", thai))}
+    answers = {
+        "English": ("8.0", "9", "2,125", "72.5"),
+        "German": ("8", "7", "2,125", "72,5"),  # as MGSM's German file writes it, and as a German would
+    }
+    questions = {}
+    for name, golds in answers.items():
+        rows = [{"id": f"{name[:2]}-{i}", "answer": gold} for i, gold in enumerate(golds, 1)]
+        questions[name] = questions_of("math_mgsm", name, rows)
     same = [a == b for a, b in zip(*questions.values(), strict=True)]
-    assert same == [True, False, True]
+    assert same == [True, False, True, True]
     assert describe_questions(questions) == {
         "unit": "question",
-        "rows": 6,
-        "questions": 4,
-        "questions_in_every_language": 2,
+        "rows": 8,
+        "questions": 5,
+        "questions_in_every_language": 3,
         "numbers_with_different_answers": 1,
     }
     # X-CSQA: other order, other letters, the same two questions.
     english = [{"id": "en-1", "question": "a", "answer": "A"}, {"id": "en-2", "question": "b", "answer": "B"}]
     german = [{"id": "de-1", "question": "b", "answer": "C"}, {"id": "de-2", "question": "a", "answer": "D"}]
-    assert questions_of("x-csqa", english) == questions_of("x-csqa", german)[::-1]
+    assert questions_of("x-csqa", "English", english) == questions_of("x-csqa", "German", german)[::-1]
 
 
 def test_an_id_that_stands_several_times_makes_no_question_of_several_rows():
     rows = [{"id": f"en-{i}", "question": "x", "answer": "A"} for i in range(9)]
-    questions = {"English": questions_of("x-csqa", rows)}
+    questions = {"English": questions_of("x-csqa", "English", rows)}
     assert len(set(questions["English"])) == 9
     assert describe_questions(questions)["unit"] == "row"
 

@@ -564,7 +564,8 @@ def test_kill_9_at_any_point_of_the_merge_loses_no_answer_and_leaves_no_litter(
         patch.setattr(run_evaluation, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         evaluate(*FEW, "--results_dir", "generated")
     monkeypatch.setattr(run_evaluation, "load_model", None)
-    for point in (("replace", 2), ("replace", 5), ("unlink", 1), ("rmdir", 1)):
+    # Each of the five written files removes what may stand in its temporary one's place: the sixth is .partial's.
+    for point in (("replace", 2), ("replace", 5), ("unlink", 6), ("rmdir", 1)):
         parts = f"parts-{point[0]}-{point[1]}"
         shutil.copytree(tmp_path / "generated", tmp_path / parts)
         flags = [*FEW, "--init_checkpoint", world.folder, "--data_root", datas, "--results_dir", parts]
