@@ -245,6 +245,8 @@ def resampling_note(described: dict) -> str:
         text = "no question stands in two languages, so rows are resampled in each language alone"
     else:
         text = f"{described['questions']} questions are resampled, each with its rows in all languages"
+        if described["questions_in_every_language"] < described["questions"]:
+            text += f" ({described['questions_in_every_language']} stand in every language)"
     if described["numbers_with_different_answers"]:
         text += (
             f"; {described['numbers_with_different_answers']} row numbers have different gold answers in different "
@@ -602,12 +604,13 @@ def compare_results(folders: list[str], seed: int = 0) -> str:
     for folder, task in zip(folders, tasks, strict=True):
         if task != tasks[0]:
             raise ResultsError(f"{folders[0]} is {tasks[0]} but {folder} is {task}: only one task's results compare")
-    _warn_of_scorers(folders, results)
+    warn_of_scorers(folders, results)
     others = zip(folders[1:], results[1:], strict=True)
     return "\n\n".join(_compare_two(folders[0], folder, results[0], one, seed) for folder, one in others)
 
 
-def _warn_of_scorers(folders: list[str], results: list[dict]) -> None:
+def warn_of_scorers(folders: list[str], results: list[dict]) -> None:
+    """Warns of folders whose answers were scored by another version than the first one's."""
     identities = [one.get("identity") for one in results]
     versions = [identity.get(SCORER) if isinstance(identity, dict) else None for identity in identities]
     for folder, version in zip(folders, versions, strict=True):

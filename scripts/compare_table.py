@@ -46,6 +46,7 @@ from results_utils import (  # noqa: E402
     read_predictions,
     read_results,
     resampling_note,
+    warn_of_scorers,
 )
 from runtime_utils import CommandParser, log, run_main, write_text_atomic  # noqa: E402
 
@@ -367,6 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.against in (name, row.label):
             against = row
     notes = keep_common(rows)
+    warn_of_scorers([row.folder for row in rows], [row.results for row in rows])
     notes.append(f"Interval of avg: {resampling_note(describe_questions(rows[0].questions))}.")
     table = build_cells(rows, against, args.seed)
     folder, task = Path(args.output_dir), rows[0].results["task"]

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from compare_table import build_cells, keep_common, main, make_figure, read_row
 
-from results_utils import bootstrap_intervals, holm, mcnemar_exact, mean_difference_test
+from results_utils import SCORER, bootstrap_intervals, holm, mcnemar_exact, mean_difference_test
 from runtime_utils import UserError
 
 
@@ -133,6 +133,7 @@ def test_only_items_that_all_rows_have_are_counted_and_the_rest_is_noted(three, 
     text = (tmp_path / "out/table.md").read_text()
     assert "Left out, since not every row has them: German." in text
     assert "Thai: 2 of up to 30 items stand in every row." in text and "2 to 30 items per language" in text
+    assert "30 questions are resampled, each with its rows in all languages (2 stand in every language)" in text
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(three, tmp_path):
@@ -156,6 +157,16 @@ def test_wrong_input_is_one_line_and_leaves_nothing(three, tmp_path):
     with pytest.raises(UserError, match="expected LABEL=VALUE, got 'nothing'"):
         main(["--row", "nothing"])
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_scored_by_different_versions_are_warned_of(three, tmp_path, capsys):
+    """What one version reads as 1,234 and another one as 234 is no difference between methods."""
+    results = json.loads((three[1] / "results.json").read_text())
+    (three[1] / "results.json").write_text(json.dumps(results | {"identity": {SCORER: 2}}))
+    table_of(tmp_path, "--row", f"A={three[0]}", "--row", f"C={three[2]}")
+    assert "different versions" not in capsys.readouterr().err
+    table_of(tmp_path, "--row", f"A={three[0]}", "--row", f"B={three[1]}")
+    assert "were scored by different versions" in capsys.readouterr().err
 
 
 def test_every_row_of_the_picture_has_a_look_of_its_own(tmp_path):
