@@ -56,6 +56,7 @@ __all__ = [
     "Tokenizers",
     "TrainingSet",
     "build_training_set",
+    "check_rows",
     "collate",
     "corrected_number",
     "cut_global_batch",
@@ -101,40 +102,55 @@ def load_tokenizers(mt_path: str | None, llm_path: str | None) -> Tokenizers:
     llm = _load_tokenizer(llm_path, "--llm_path") if llm_path else None
     if llm is not None and llm.eos_token_id is None:
         raise DataError(f"the tokenizer of {llm_path} has no EOS token: targets could not end (set its eos_token)")
-
-    def first(*ids):
-        return next((id for id in ids if id is not None), 0)
-
     return Tokenizers(
         encoder=encoder,
         llm=llm,
-        encoder_pad_id=first(encoder.pad_token_id, encoder.eos_token_id) if encoder else 0,
-        llm_pad_id=first(llm.pad_token_id, llm.eos_token_id) if llm else 0,
+        encoder_pad_id=_padding_id(encoder, mt_path) if encoder else 0,
+        llm_pad_id=_padding_id(llm, llm_path) if llm else 0,
         eos_id=llm.eos_token_id if llm else None,
         bos_id=llm.bos_token_id if llm else None,
     )
 
 
 def _load_tokenizer(path: str, flag: str):
-    from transformers import AutoTokenizer
+    from model_files import ModelError, load_tokenizer
 
     name = str(path).rstrip("/") or "/"
-    is_folder = os.path.isdir(name)
-    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DataError(f"no folder {path} ({flag})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the libraries raise nearly every type here, the Rust one bare Exception
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 200 else reason[:197] + "..."
-        raise DataError(f"cannot load the tokenizer of {path} ({flag}): {type(error).__name__}: {reason}") from error
-    files = set(tokenizer.vocab_files_names.values()) - {"tokenizer_config.json"}
-    files |= {"tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
-    if is_folder and not any(os.path.exists(os.path.join(name, file)) for file in files):
-        # transformers makes an empty tokenizer out of a bare config.json for some model types.
-        raise DataError(f"the folder {path} ({flag}) holds no tokenizer: none of {', '.join(sorted(files))}")
+        tokenizer = load_tokenizer(name)
+    except ModelError as error:
+        raise DataError(f"{error} ({flag})") from error
     tokenizer.truncation_side = "right"
     return tokenizer
+
+
+def _padding_id(tokenizer, path: str) -> int:
+    """An id to fill rows up with, masked out later: the pad or EOS token where the model has a row for it, else 0."""
+    from model_files import embedding_rows, find_file, load_config
+
+    rows = embedding_rows(load_config(path)) if find_file(str(path), "config.json") is not None else None
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((one for one in named if one is not None and (rows is None or one < rows)), 0)
+
+
+def check_rows(tokenizer, path: str, ids: Iterable[int], rows: int | None) -> None:
+    """Makes sure that the model at `path` has an embedding row for each of the ids that will be used.
+
+    Args:
+        rows: of the model's embedding table; None where it is not known.
+
+    Raises:
+        DataError: naming the token.
+    """
+    largest = max(ids, default=-1)
+    if rows is not None and largest >= rows:
+        raise DataError(
+            f"the tokenizer of {path} makes token {tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}) of the "
+            f"data, but the model's embedding table ends at id {rows - 1}: take the tokenizer that belongs to the "
+            "model, or give the token a row (resize_token_embeddings)"
+        )
 
 
 def _tag_column(tokenizer) -> str | None:
@@ -319,6 +335,14 @@ class TrainingSet:
     def merged_lengths(self) -> np.ndarray:
         """Positions of each merged row: BOS, source, boundary, prompt, target; shape (rows,)."""
         return 2 + self.encoder_lengths + self.prompt_lengths + self.target_lengths
+
+    def largest_id(self, column: str) -> int:
+        """The largest id in a column of ids, -1 where it is empty."""
+        import pyarrow.compute as pc
+
+        found = [pc.max(chunk.flatten()).as_py() for chunk in self.dataset.data.column(column).chunks]
+        self.release_pages()
+        return max((one for one in found if one is not None), default=-1)
 
     def release_pages(self) -> None:
         """Takes the pages that reading has touched out of this process's resident memory (Linux; elsewhere nothing).

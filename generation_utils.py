@@ -1,6 +1,8 @@
-"""What makes transformers' `generate` cheaper: a cache that is not copied at every token, and no detours on a CPU.
+"""What makes transformers' `generate` cheaper and safer: a cache that is not copied at every token, no detours on a
+CPU, and an end to logits that are not numbers.
 
-Dimension letters: B batch, H key-value heads, G queries of one such head, L positions so far, D head width.
+Dimension letters: B batch, H key-value heads, G queries of one such head, L positions so far, D head width,
+V vocabulary.
 """
 
 import inspect
@@ -116,3 +118,29 @@ def contiguous_input(layer: nn.Module):
         yield
     finally:
         handle.remove()
+
+
+class FiniteLogits:
+    """A watch on the logits of one generation, which ends it where the largest logit of a row is not finite.
+
+    Of NaN, infinity and nothing but -inf `argmax` makes a token, as if it were an answer. A mask of single tokens, -inf
+    each, is legal. `generate` gets `note` as a logits processor and `stop` as a stopping criterion. The result stays on
+    the device, where `generate` looks at it with its own end-of-text flags: nothing more is synchronised per token.
+    """
+
+    def __init__(self):
+        self.bad = None
+
+    def note(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        """Returns the logits as they are."""
+        bad = ~scores_BV.amax(dim=-1).isfinite().all()  # amax hands NaN on
+        self.bad = bad if self.bad is None else self.bad | bad
+        return scores_BV
+
+    def stop(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        """Returns for every row, (B,), whether generation ends."""
+        return self.bad.expand(input_ids.shape[0])
+
+    def found(self) -> bool:
+        """Whether any logits were not finite."""
+        return self.bad is not None and bool(self.bad)

@@ -25,11 +25,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForTextEncoding,
-    AutoTokenizer,
     GenerationConfig,
     M2M100Config,
     MBartConfig,
@@ -40,17 +38,26 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.models.mbart.modeling_mbart import MBartEncoder
 from transformers.utils import ModelOutput, cached_file, logging
 
-from generation_utils import contiguous_input, decoding_attention, growing_cache
-from runtime_utils import UserError, warn, write_bytes_atomic, write_json_atomic, write_text_atomic
+from generation_utils import FiniteLogits, contiguous_input, decoding_attention, growing_cache
+from model_files import (
+    ModelError,
+    check_weights,
+    end_token_ids,
+    find_file,
+    first_line,
+    llm_config,
+    load_config,
+    read_json_object,
+    refuse_unreadable,
+    special_token_ids,
+    strip_slash,
+)
+from runtime_utils import warn, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 FORMAT_VERSION = 1
 MAPPING_FILE = "mapping.safetensors"
 RELEASED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
-
-
-class ModelError(UserError):
-    """A model or mapping that cannot be used as asked; the message is one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +233,14 @@ class MindMerger(nn.Module):
     eval mode, so `train()` changes nothing in them; only `mapping` has trainable parameters, in fp32.
     """
 
-    def __init__(self, encoder: nn.Module | None, llm: nn.Module, config: MindMergerConfig, bos_token_id: int | None):
+    def __init__(
+        self,
+        encoder: nn.Module | None,
+        llm: nn.Module,
+        config: MindMergerConfig,
+        bos_token_id: int | None,
+        tokenizer_eos: int | None = None,
+    ):
         super().__init__()
         self.config = config
         self.encoder = encoder
@@ -237,7 +251,8 @@ class MindMerger(nn.Module):
         assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen part is trainable"
         self.mapping = Mapping(config.encoder_width, config.llm_width) if encoder is not None else None
         self.bos_token_id = bos_token_id
-        self.eos_token_ids = _eos_token_ids(llm.config.name_or_path, llm.config, llm.generation_config)
+        configured = [llm.generation_config.eos_token_id, llm.config.get_text_config().eos_token_id]
+        self.eos_token_ids = end_token_ids(config.llm_path, configured, tokenizer_eos)
         self.pad_token_id = _pad_token_id(llm, self.eos_token_ids)
         # Whatever sampling settings the LLM's folder ships, decoding here is plain greedy.
         llm.generation_config = GenerationConfig(
@@ -280,7 +295,7 @@ class MindMerger(nn.Module):
             encoder_width=encoder.config.hidden_size if encoder is not None else None,
             llm_width=llm.get_input_embeddings().embedding_dim,
         )
-        return cls(encoder, llm, config, find_bos_token_id(llm_path, llm.config))
+        return cls(encoder, llm, config, *special_token_ids(llm_path, llm.config))
 
     @classmethod
     def from_pretrained(
@@ -430,19 +445,43 @@ class MindMerger(nn.Module):
         pad id. Further arguments go to transformers' `generate`; sampling is refused.
 
         Raises:
-            ModelError: when neither an encoder input nor a prompt is given, or sampling is asked for.
+            ModelError: when neither an encoder input nor a prompt is given, sampling is asked for, or the LLM's logits
+                are not numbers.
         """
         if generation_kwargs.get("do_sample"):
             raise ModelError("generate() is greedy: do_sample=True is not available")
+        watch = FiniteLogits()
+        for name, own in (("logits_processor", watch.note), ("stopping_criteria", watch.stop)):
+            generation_kwargs[name] = [own, *generation_kwargs.get(name, ())]
         embeds_BLD, mask_BL = self.merged_embeddings(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
         if not generation_kwargs.keys() & {"past_key_values", "cache_implementation", "use_cache"}:
             generation_kwargs |= growing_cache(self.llm)
         with contiguous_input(self.llm.get_output_embeddings()), decoding_attention(self.llm):
-            return self.llm.generate(
+            ids = self.llm.generate(
                 inputs_embeds=embeds_BLD,
                 attention_mask=mask_BL.to(embeds_BLD.device),
                 **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation_kwargs},
             )
+        if watch.found():
+            raise self.not_finite()
+        return ids
+
+    def not_finite(self) -> ModelError:
+        """The error to raise where numbers are not finite; it reads all weights to name the first that is not."""
+        whole = {"encoder": f"encoder {self.config.mt_path}", "llm": f"LLM {self.config.llm_path}"}
+        for name, parameter in self.named_parameters():
+            # isfinite does not know the 8-bit floats
+            values = parameter.float() if parameter.element_size() == 1 else parameter
+            if not torch.isfinite(values).all():
+                part = name.partition(".")[0]
+                return ModelError(
+                    f"the {whole.get(part, part)} has values in its weights that are NaN or infinite (first: {name}): "
+                    "compare its files with where they come from, or fetch or train it again"
+                )
+        return ModelError(
+            f"LLM {self.config.llm_path} computes logits that are NaN or infinite although all weights are finite: use "
+            "--precision fp32, and check that encoder, mapping and LLM belong together"
+        )
 
     def _segments(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
         """Embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order."""
@@ -497,39 +536,19 @@ def _checkpointed(forward, *args, **kwargs):
 # Loading the frozen towers
 
 
-def strip_slash(path: str | None) -> str | None:
-    """`google/mt5-xl/` is meant as `google/mt5-xl`."""
-    return str(path).rstrip("/") or "/" if path is not None else None
-
-
-def load_config(path: str):
-    """The transformers config of a model folder or hub name.
-
-    Raises:
-        ModelError: when there is no such folder or model, or its `config.json` cannot be used.
-    """
-    path = strip_slash(path)
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise ModelError(f"no model folder {path}: pass an existing folder or a Hugging Face hub name")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"cannot load a model config from {path}: neither a folder with a usable config.json here nor a reachable "
-            f"hub name ({_first_line(error)})"
-        ) from error
-
-
 def load_llm(path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None) -> nn.Module:
     """Any causal language model, in eval mode, in `dtype`, its weights memory-mapped where the files allow it.
 
+    Of a multimodal one whose class cannot generate from embeddings, the text model alone is loaded.
+
     Raises:
-        ModelError: when the folder is unusable or leaves parameters unset.
+        ModelError: when the folder is unusable, leaves parameters unset, or its class cannot generate from embeddings.
     """
-    config = load_config(path)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(f"{path} is a {config.model_type} model, not a causal language model: pass another --llm_path")
-    return _from_pretrained(AutoModelForCausalLM, path, config, dtype, attn_implementation)
+    config, names = llm_config(path)
+    if (file := find_file(strip_slash(path), "generation_config.json")) is not None:
+        read_json_object(file)  # transformers takes a damaged one for none
+    extra = {} if names is None else {"key_mapping": names}
+    return _from_pretrained(AutoModelForCausalLM, path, config, dtype, attn_implementation, **extra)
 
 
 def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None) -> nn.Module:
@@ -567,6 +586,7 @@ def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementati
 
 
 def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **extra):
+    check_weights(path, config)
     previous = logging.get_verbosity()
     logging.set_verbosity_error()  # an unused decoder half is no news; what is missing is an error below
     logging.disable_progress_bar()  # one bar for each tower and rank would bury the run's own lines
@@ -577,6 +597,7 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            trust_remote_code=False,
             **extra,
         )
     except pickle.UnpicklingError as error:
@@ -584,8 +605,8 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
             f"the weights in {path} are a pickle of more than tensors and were not read, since that could run code: if "
             "you trust their origin, load them where that is safe and save them as safetensors with save_pretrained"
         ) from error
-    except (OSError, ValueError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
+    except Exception as error:  # a damaged config may bring about nearly every type
+        raise ModelError(f"cannot load the model in {path}: {first_line(error)}") from error
     finally:
         logging.set_verbosity(previous)
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())
@@ -594,48 +615,16 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
             f"{path} leaves {len(absent)} parameters of {type(model).__name__} unset (first: {absent[0]}): the weight "
             "files are incomplete or belong to another architecture"
         )
+    if getattr(config, "quantization_config", None) is not None and isinstance(dtype, torch.dtype):
+        # What transformers turns back into numbers (fp8 on a CPU) it leaves in the dtype of their scales.
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.to(dtype)
     return model.eval()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_decoder_only(config) -> bool:
     return not config.is_encoder_decoder and type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING
-
-
-def find_bos_token_id(llm_path: str, llm_config) -> int | None:
-    """The id put before every merged sequence: the tokenizer's BOS where the folder has a tokenizer, else the LLM
-    config's, else none. (Qwen's config names one that its tokenizer does not have.)"""
-    path = strip_slash(llm_path)
-    for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"):
-        if cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None:
-            return AutoTokenizer.from_pretrained(path).bos_token_id
-    return llm_config.get_text_config().bos_token_id
-
-
-def _eos_token_ids(path: str, config, generation_config) -> list[int]:
-    """Every id that ends a generation: an instruction-tuned LLM may have several."""
-    found = []
-    for source in (generation_config, config.get_text_config()):
-        ids = getattr(source, "eos_token_id", None)
-        found += ids if isinstance(ids, list) else [ids]
-    ids = [i for i in dict.fromkeys(found) if i is not None]
-    if not ids:
-        raise ModelError(f"the LLM {path} names no eos_token_id: add it to its config.json")
-    return ids
-
-
-def check_ends(llm_path: str) -> None:
-    """Makes sure that the LLM knows what ends a text, before its weights load.
-
-    Raises:
-        ModelError: when neither its config nor its generation config names an end token.
-    """
-    path = strip_slash(llm_path)
-    has_own = cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None
-    _eos_token_ids(llm_path, load_config(path), GenerationConfig.from_pretrained(path) if has_own else None)
 
 
 def check_roles(llm_path: str, mt_path: str | None) -> None:
@@ -697,12 +686,10 @@ def check_positions(path: str, longest: int, what: str, instead: str) -> None:
 
 
 def _pad_token_id(llm: nn.Module, eos_token_ids: list[int]) -> int:
-    """The LLM's pad id; EOS where it has none (-1, as some old configs say, is none)."""
-    for source in (llm.generation_config, llm.config.get_text_config()):
-        pad = getattr(source, "pad_token_id", None)
-        if pad is not None and pad >= 0:
-            return pad
-    return eos_token_ids[0]
+    """The LLM's pad id, an EOS where it has none with a row in the embedding table (-1, as some old configs say)."""
+    named = [source.pad_token_id for source in (llm.generation_config, llm.config.get_text_config())]
+    rows = llm.get_input_embeddings().num_embeddings
+    return next((one for one in (*named, *eos_token_ids) if one is not None and 0 <= one < rows), 0)
 
 
 def model_fingerprint(path: str) -> str:
@@ -713,18 +700,21 @@ def model_fingerprint(path: str) -> str:
     if not Path(path).is_dir():
         return f"commit {Path(cached_file(path, 'config.json')).parent.name}"
     digest, block = hashlib.sha256(), 16 * 1024
-    for file in sorted(Path(path).iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt", ".py") or not file.is_file():
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with open(file, "rb") as content:
-            if size <= 64 * block:
-                digest.update(content.read())
+    try:
+        for file in sorted(Path(path).iterdir()):
+            if file.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt", ".py") or not file.is_file():
                 continue
-            for i in range(64):
-                content.seek((size - block) * i // 63)
-                digest.update(content.read(block))
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with open(file, "rb") as content:
+                if size <= 64 * block:
+                    digest.update(content.read())
+                    continue
+                for i in range(64):
+                    content.seek((size - block) * i // 63)
+                    digest.update(content.read(block))
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
     return digest.hexdigest()[:16]
 
 
@@ -767,7 +757,7 @@ def read_config(path: str) -> MindMergerConfig | None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
     if not isinstance(values, dict) or values.get("model_type") != "mindmerger":
         return None
     if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
@@ -776,7 +766,7 @@ def read_config(path: str) -> MindMergerConfig | None:
     try:
         return MindMergerConfig(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
-        raise ModelError(f"{file} is incomplete: {_first_line(error)}") from error
+        raise ModelError(f"{file} is incomplete: {first_line(error)}") from error
 
 
 def find_mapping_file(path: str) -> Path:
@@ -804,11 +794,12 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
         ModelError: when the file cannot be read or is a pickle of more than tensors.
     """
     file = find_mapping_file(path)
+    refuse_unreadable(file)
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
         except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
+            raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle's protocol, before the error that matters
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -818,7 +809,7 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
             "its origin, save its tensors alone with safetensors.torch.save_file and pass that"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{file} cannot be read, it may be cut short: {_first_line(error)}") from error
+        raise ModelError(f"{file} cannot be read, it may be cut short: {first_line(error)}") from error
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{file} holds no 'model_state_dict' of tensors, as released mappings do")
@@ -829,7 +820,8 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
     """Reads a mapping and makes sure that it fits the two models of `config`; needs no model.
 
     Raises:
-        ModelError: naming both shapes and both models, or the parameters that are missing or too many.
+        ModelError: naming both shapes and both models, the parameters that are missing or too many, or the first one
+            with values that are not finite.
     """
     state = read_mapping(path)
     expected = {name: tuple(p.shape) for name, p in mapping_shapes(config).items()}
@@ -842,6 +834,11 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
                 f"{path}: {name} has shape {tuple(state[name].shape)} but encoder {config.mt_path} (width "
                 f"{config.encoder_width}) and LLM {config.llm_path} (width {config.llm_width}) need {shape}: pass the "
                 "models this mapping was trained with"
+            )
+        if not torch.isfinite(state[name]).all():
+            raise ModelError(
+                f"{path}: {name} has values that are NaN or infinite: the file is damaged or its training diverged; "
+                "take an earlier checkpoint, or train again with a lower --lr"
             )
     return state
 

@@ -213,14 +213,8 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         UserError: for the first thing that does not.
     """
     from data_utils import TASKS, evaluation_examples, find_task, load_tokenizers, parse_languages
-    from modeling_mindmerger import (
-        check_ends,
-        check_mapping,
-        check_positions,
-        check_roles,
-        config_of_models,
-        model_fingerprint,
-    )
+    from model_files import check_models
+    from modeling_mindmerger import check_mapping, check_roles, config_of_models, model_fingerprint
     from results_utils import SCORER
 
     check_seed(args.seed)
@@ -236,24 +230,20 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
         raise UserError(f"task {task.name} has no evaluation set: choose --task {known}")
     wanted = ",".join(task.evaluation_languages) if args.languages is None else args.languages
     languages = parse_languages(wanted)
+    checkpoint, mt_path, llm_path = find_models(args, task, form)
+    check_roles(llm_path, mt_path)
+    check_models(mt_path, llm_path, backward=False)
     examples = [e for language in languages for e in evaluation_examples(task, args.data_root, language, args.limit)]
     examples, parallel_input, suffix = _with_parallel_input(args, task, examples)
-    checkpoint, mt_path, llm_path = find_models(args, task, form)
     # A PMI prompt holds the question several times: the default limit grows with it, or its translations would be cut.
     prompt_limit = args.max_gen_len or DEFAULT_MAX_LEN * (1 + (args.parallel_input or 0))
-    check_roles(llm_path, mt_path)
     tokenizers = load_tokenizers(mt_path, llm_path)
     columns = tokenise_form(tokenizers, examples, form, args.max_seq_len, prompt_limit)
     max_new_tokens = args.max_new_tokens or args.max_gen_len or task.max_new_tokens
     precision = args.precision or ("bf16" if on_gpu else "fp32")
     if checkpoint is not None:
         check_mapping(checkpoint, config_of_models(mt_path, llm_path))
-    check_ends(llm_path)
-    longest = max(input_lengths(columns)) + 2 + max_new_tokens
-    flags = "--max_new_tokens, --max_gen_len or --max_seq_len"
-    check_positions(llm_path, longest, "the longest input with its new tokens", flags)
-    if mt_path is not None:
-        check_positions(mt_path, max(map(len, columns["encoder_ids"])), "the longest question", "--max_seq_len")
+    check_inputs(tokenizers, columns, mt_path, llm_path, max_new_tokens)
     identity = {
         "--task": task.name,
         "form (--augmentation, --llm_only)": form,
@@ -339,6 +329,30 @@ def tokenise_form(tokenizers, examples: list, form: str, max_seq_len: int, max_g
     )
     cut_of = {"encoder": "source_cut", "prompt": "prompt_cut"}
     return {name: columns[name] for part in kept for name in (f"{part}_ids", cut_of[part])}
+
+
+def check_inputs(tokenizers, columns: dict, mt_path: str | None, llm_path: str, max_new_tokens: int) -> None:
+    """Refuses inputs that a model has no embeddings or no positions for."""
+    from model_files import embedding_rows, llm_config, load_config
+    from modeling_mindmerger import check_positions
+
+    encoder_rows = embedding_rows(load_config(mt_path)) if mt_path is not None else None
+    check_tokens(tokenizers, columns, (mt_path, encoder_rows), (llm_path, embedding_rows(llm_config(llm_path)[0])))
+    longest = max(input_lengths(columns)) + 2 + max_new_tokens
+    flags = "--max_new_tokens, --max_gen_len or --max_seq_len"
+    check_positions(llm_path, longest, "the longest input with its new tokens", flags)
+    if mt_path is not None:
+        check_positions(mt_path, max(map(len, columns["encoder_ids"])), "the longest question", "--max_seq_len")
+
+
+def check_tokens(tokenizers, columns: dict, encoder: tuple, llm: tuple) -> None:
+    """Refuses tokens that a model has no embedding for; `encoder` and `llm` are (path, rows of the embedding table)."""
+    from data_utils import check_rows
+
+    for tokenizer, model, name in ((tokenizers.encoder, encoder, "encoder_ids"), (tokenizers.llm, llm, "prompt_ids")):
+        check_rows(tokenizer, model[0], (one for ids in columns.get(name, ()) for one in ids), model[1])
+    if tokenizers.bos_id is not None:
+        check_rows(tokenizers.llm, llm[0], [tokenizers.bos_id], llm[1])
 
 
 def input_lengths(columns: dict) -> list[int]:
@@ -487,13 +501,20 @@ def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_t
 
 
 def merge_batch(model, plan: Plan, batch: list[int]) -> list:
-    """The merged embeddings (L, D) of each example numbered `batch`, without padding, on the CPU."""
+    """The merged embeddings (L, D) of each example numbered `batch`, without padding, on the CPU.
+
+    Raises:
+        UserError: out of GPU memory, or for embeddings that are not numbers.
+    """
     inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
     with out_of_memory_named(inputs, plan.max_new_tokens):
         embeds_BLD, mask_BL = model.merged_embeddings(**inputs)
         embeds_BLD = embeds_BLD.cpu()
     lengths = mask_BL.sum(1).tolist()
-    return [row_LD[-length:] for row_LD, length in zip(embeds_BLD, lengths, strict=True)]
+    rows = [row_LD[-length:] for row_LD, length in zip(embeds_BLD, lengths, strict=True)]
+    if not all(row_LD.isfinite().all() for row_LD in rows):
+        raise model.not_finite()
+    return rows
 
 
 def answer_batches(model, engine, plan: Plan, batches: list[list[int]]):
@@ -722,7 +743,8 @@ def answer(
         augmentation: True for the Soft form, False for Hard.
 
     Raises:
-        UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer.
+        UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer, logits
+            that are not numbers.
     """
     from data_utils import Example, find_language, find_task
 
@@ -744,6 +766,8 @@ def answer(
         examples.append(Example(str(i), name, text, prompt, "", cut))
     form = "llm_only" if model.encoder is None else "soft" if augmentation else "hard"
     columns = tokenise_form(tokenizers, examples, form, DEFAULT_MAX_LEN, DEFAULT_MAX_LEN)
+    rows = [tower and tower.get_input_embeddings().num_embeddings for tower in (model.encoder, model.llm)]
+    check_tokens(tokenizers, columns, (model.config.mt_path, rows[0]), (model.config.llm_path, rows[1]))
     outputs = [""] * len(texts)
     for batch in cut_batches(list(range(len(texts))), input_lengths(columns), batch_size):
         answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)

@@ -137,7 +137,8 @@ def check_arguments(args) -> Plan:
     """
     from data_utils import find_task, parse_languages
     from deepspeed_utils import effective_config, gradient_clipping, read_deepspeed_config, zero_stage
-    from modeling_mindmerger import check_ends, check_mapping, check_roles, config_of_models, model_fingerprint
+    from model_files import check_models
+    from modeling_mindmerger import check_mapping, check_roles, config_of_models, model_fingerprint
     from speed_options import check_speed_options
 
     args.llm_path, args.mt_path = args.llm_path.rstrip("/") or "/", args.mt_path.rstrip("/") or "/"
@@ -166,7 +167,7 @@ def check_arguments(args) -> Plan:
             "--augmentation False in the augmentation stage: trains MindMerger-Hard, no prompt after the mapped source"
         )
     check_roles(args.llm_path, args.mt_path)
-    check_ends(args.llm_path)
+    check_models(args.mt_path, args.llm_path, backward=True, must_exist=not args.dry_run)
     check_speed_options(args, zero_stage(config))
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
     check_reporting(args.report_to)
@@ -350,6 +351,23 @@ def check_lengths(args, data) -> None:
     longest, source = int(data.merged_lengths.max()), int(data.encoder_lengths.max())
     check_positions(args.llm_path, longest, "the longest row", "--max_gen_len or --max_seq_len")
     check_positions(args.mt_path, source, "the longest source", "--max_seq_len")
+
+
+def check_tokens(args, tokenizers, data) -> None:
+    """Refuses rows with a token that the LLM or the encoder has no embedding for, before weights load."""
+    from data_utils import check_rows
+    from model_files import embedding_rows, llm_config, load_config
+
+    if not is_main():  # it reads all ids, which are the same on every rank
+        return
+    ids = [
+        data.largest_id("prompt_ids"),
+        data.largest_id("target_ids"),
+        -1 if tokenizers.bos_id is None else tokenizers.bos_id,
+    ]
+    check_rows(tokenizers.llm, args.llm_path, ids, embedding_rows(llm_config(args.llm_path)[0]))
+    ids = [data.largest_id("encoder_ids")]
+    check_rows(tokenizers.encoder, args.mt_path, ids, embedding_rows(load_config(args.mt_path)))
 
 
 def load_model(args, plan: Plan, device):
@@ -973,6 +991,7 @@ def prepare(args):
             cache_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="mindmerger-dry-run-"))
         tokenizers, data, split = load_data(args, plan, cache_dir)
         together(check_lengths, args, data)
+        together(check_tokens, args, tokenizers, data)
         if args.dry_run:
             together(print_estimate, args, plan, data, split)
             return None
@@ -985,14 +1004,15 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
     from deepspeed_utils import offloaded, zero_stage
-    from modeling_mindmerger import Mapping, config_of_models, load_config
+    from model_files import llm_config, load_config
+    from modeling_mindmerger import Mapping, config_of_models
 
     if not is_main():
         return
     widths = config_of_models(args.mt_path, args.llm_path)
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(load_config(args.llm_path))
-        encoder = AutoModel.from_config(load_config(args.mt_path))
+        llm = AutoModelForCausalLM.from_config(llm_config(args.llm_path)[0], trust_remote_code=False)
+        encoder = AutoModel.from_config(load_config(args.mt_path), trust_remote_code=False)
         encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
         mapping = Mapping(widths.encoder_width, widths.llm_width)
     frozen, trained = (

@@ -89,7 +89,7 @@ def check_liger(llm_path: str) -> None:
     """
     import torch
 
-    from modeling_mindmerger import load_config
+    from model_files import llm_config
 
     if not torch.cuda.is_available():
         raise UserError("--liger needs an NVIDIA GPU, there is none here: leave --liger out")
@@ -100,7 +100,7 @@ def check_liger(llm_path: str) -> None:
             f'--liger needs the package liger-kernel: pip install "liger-kernel>={LIGER_WRITTEN_FOR}", or leave '
             "--liger out"
         ) from error
-    _refuse_unknown_to_liger(load_config(llm_path), llm_path)
+    _refuse_unknown_to_liger(llm_config(llm_path)[0], llm_path)
 
 
 def apply_liger(llm) -> None:

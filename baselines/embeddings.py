@@ -67,7 +67,7 @@ def encode_sentences(encoder, tokenizers, examples: list, max_seq_len: int, batc
     """The encoder's states of every sentence, on the CPU in float32: a list of (S, E) tensors without padding."""
     import torch
 
-    from data_utils import collate, tokenise
+    from data_utils import check_rows, collate, tokenise
 
     columns = tokenise(
         tokenizers,
@@ -77,6 +77,8 @@ def encode_sentences(encoder, tokenizers, examples: list, max_seq_len: int, batc
         with_prompt=False,
         with_target=False,
     )
+    ids, rows = (one for row in columns["encoder_ids"] for one in row), encoder.get_input_embeddings().num_embeddings
+    check_rows(tokenizers.encoder, encoder.config.name_or_path, ids, rows)
     device = next(encoder.parameters()).device
     states = []
     for start in range(0, len(examples), batch_size):

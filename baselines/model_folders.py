@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from checkpoint_utils import sync_folder
+from model_files import refuse_unreadable
 from runtime_utils import UserError, is_main, versions, warn, write_json_atomic
 
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB in fp32: large enough for the disk, small enough to hold a dozen at once
@@ -232,7 +233,7 @@ def _expected_shapes(role: str, folder: Path, config) -> dict[str, tuple[int, ..
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise MergeError(f"{role} {folder} is a {config.model_type} model, not a causal language model")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     # A tied head is no parameter of its own and is left out here.
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
@@ -286,6 +287,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
 
 
 def _open_weights(file: Path):
+    refuse_unreadable(file)
     try:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt")
@@ -414,14 +416,14 @@ def _check_vocabulary(task: ModelFolder, other: ModelFolder) -> None:
 
 def _vocabulary(model: ModelFolder) -> tuple[dict[int, str], set[int]] | None:
     """Token of each id, and the ids of added tokens; None for a folder without a tokenizer."""
-    from transformers import AutoTokenizer
+    from model_files import ModelError, load_tokenizer
 
     if not any((model.path / name).is_file() for name in VOCABULARY_FILES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise MergeError(f"the tokenizer of {model} cannot be loaded: {_first_line(error)}") from error
+        tokenizer = load_tokenizer(model.path)
+    except ModelError as error:
+        raise MergeError(f"{model.role}: {error}") from error
     return {i: token for token, i in tokenizer.get_vocab().items()}, set(tokenizer.added_tokens_decoder)
 
 

@@ -137,8 +137,8 @@ def make_model(folder: Path, precision: str, device):
     torch.set_default_dtype(dtype)
     try:
         with device:
-            encoder = MT5EncoderModel(AutoConfig.from_pretrained(folder / "encoder"))
-            llm = LlamaForCausalLM(AutoConfig.from_pretrained(folder / "llm"))
+            encoder = MT5EncoderModel(AutoConfig.from_pretrained(folder / "encoder", trust_remote_code=False))
+            llm = LlamaForCausalLM(AutoConfig.from_pretrained(folder / "llm", trust_remote_code=False))
     finally:
         torch.set_default_dtype(before)
     return MindMerger.from_towers(encoder, llm, str(folder / "encoder"), str(folder / "llm")).to(device)

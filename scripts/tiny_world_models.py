@@ -294,7 +294,8 @@ def tune_expert(kind: str, base: Path, seed: int, steps: int, batch_size: int):
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model, tokenizer = LlamaForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     rng = random.Random(f"{kind} expert {seed}")
     texts = EnglishTexts(tokenizer, rng)
     problems = draw_problems(steps * batch_size, split_numbers(seed)[0], rng)

@@ -117,7 +117,7 @@ def clean_environment(home=None) -> dict[str, str]:
 def run(tmp_path):
     """Runs a command in a fresh folder as a user would; returns the finished process with text output."""
 
-    def call(*command, timeout=240, cwd=None, env=None, ranks=None, preexec_fn=None):
+    def call(*command, timeout=240, cwd=None, env=None, ranks=None, preexec_fn=None, input=None):
         command = [str(part) for part in command]
         if ranks is not None:
             launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
@@ -133,6 +133,7 @@ def run(tmp_path):
             text=True,
             timeout=timeout,
             preexec_fn=preexec_fn,
+            input=input,
         )
 
     return call

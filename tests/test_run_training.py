@@ -273,7 +273,7 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
     torch.save({"model_state_dict": Path("x")}, tmp_path / "code.bin")
     no_eos = Path(shutil.copytree(tiny_llm, tmp_path / "no_eos"))
     byte_tokenizer(no_eos, {"unk_token": "<unk>", "bos_token": "<s>"})
-    endless = Path(shutil.copytree(tiny_llm, tmp_path / "endless"))
+    endless = Path(shutil.copytree(no_eos, tmp_path / "endless"))
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((endless / name).read_text())
         (endless / name).write_text(json.dumps(settings | {"eos_token_id": None}))
