@@ -19,6 +19,10 @@ class DataError(UserError):
     """Data, a language, a task or a tokenizer that cannot be used."""
 
 
+class RowError(DataError):
+    """A fault of one row of a data file, whose other rows can be used."""
+
+
 def shown(value: object) -> str:
     try:
         text = repr(value)
@@ -31,11 +35,14 @@ def find_file(data_root, relative: str) -> Path:
     """The path of a data file.
 
     Raises:
-        DataError: naming the path and what the nearest existing folder holds, where the file is missing.
+        DataError: naming the path and what the nearest existing folder holds, where the file is missing; where it may
+            not be read, or is a Git LFS pointer.
     """
     path = Path(data_root) / relative
     try:
         if path.is_file():
+            with open(path, "rb") as file:
+                refuse_lfs_pointer(path, file.read(len(LFS_POINTER)))
             return path
         if path.is_dir():
             raise DataError(f"{path} is a folder, a file was expected")
@@ -53,13 +60,29 @@ def find_file(data_root, relative: str) -> Path:
     )
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_lfs_pointer(path: Path, start: bytes) -> None:
+    """Makes sure that a file's first bytes are not those of the pointer which Git keeps in place of a large file.
+
+    Raises:
+        DataError: where they are.
+    """
+    if start.startswith(LFS_POINTER):
+        raise DataError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
+
+
 def _refuse_utf16(path: Path, start: bytes) -> None:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:2].count(0) == 1:
         raise DataError(f"{path}:1: UTF-16 text (a UTF-16 mark or NUL bytes at its start): convert the file to UTF-8")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, faults: list[str] | None = None) -> Iterator[tuple[int, str | None]]:
     """Yields (line number from 1, text without its line end). Only LF ends a line: texts hold U+0085, U+001D and CR.
+
+    Args:
+        faults: takes the faults of single lines, whose text is then None; without it the first one is raised.
 
     Raises:
         DataError: where a line is not UTF-8 or holds NUL bytes, or the file cannot be read.
@@ -68,18 +91,30 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
                 if number == 1:
+                    refuse_lfs_pointer(path, raw)
                     _refuse_utf16(path, raw)
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                     if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
                         raise DataError(f"{path}:1: lines end in CR alone: convert the file to LF line ends")
-                if b"\0" in raw:
-                    raise DataError(f"{path}:{number}: NUL byte: the file is damaged, or not UTF-8 text")
                 try:
-                    yield number, raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from None
+                    text = _decode_line(path, number, raw)
+                except RowError as error:
+                    if faults is None:
+                        raise
+                    faults.append(str(error))
+                    text = None
+                yield number, text
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _decode_line(path: Path, number: int, raw: bytes) -> str:
+    if b"\0" in raw:
+        raise RowError(f"{path}:{number}: NUL byte: the file is damaged, or not UTF-8 text")
+    try:
+        return raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise RowError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from None
 
 
 def count_lines(path: Path) -> int:
@@ -164,6 +199,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, object]]:
     """Yields (line, element) of a JSON list, or of the list under "data" in a JSON object."""
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        refuse_lfs_pointer(path, raw)
         _refuse_utf16(path, raw)
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -212,8 +248,8 @@ class Record:
     line: int
     value: object
 
-    def fail(self, what: str) -> DataError:
-        return DataError(f"{self.path}:{self.line}: {what}")
+    def fail(self, what: str) -> RowError:
+        return RowError(f"{self.path}:{self.line}: {what}")
 
     def get(self, *keys: str | int) -> object:
         """The value under nested keys.
@@ -253,8 +289,12 @@ class Record:
         return value
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, faults: list[str] | None = None) -> Iterator[Record | None]:
     """Yields the rows of a .tsv, .jsonl or .json file; blank lines hold no row.
+
+    Args:
+        faults: takes the faults of single lines of a .tsv or .jsonl file, which are then None; without it the first
+            one is raised. Where a row of a .json file ends is not known after a fault in its JSON.
 
     Raises:
         DataError: `file:line: what` for the first fault, and for a file without rows.
@@ -265,16 +305,25 @@ def read_records(path: Path) -> Iterator[Record]:
             rows += 1
             yield Record(path, line, value)
     else:
-        for line, text in read_lines(path):
-            if not text.strip():
+        for line, text in read_lines(path, faults):
+            if text is not None and not text.strip():
                 continue
             rows += 1
-            if path.suffix == ".tsv":
-                yield Record(path, line, text.split("\t"))
-            else:
-                cursor = _JsonCursor(path, text, line)
-                value = cursor.value()
-                cursor.end()
-                yield Record(path, line, value)
+            yield None if text is None else _line_record(path, line, text, faults)
     if not rows:
         raise DataError(f"{path}: the file holds no rows")
+
+
+def _line_record(path: Path, line: int, text: str, faults: list[str] | None) -> Record | None:
+    if path.suffix == ".tsv":
+        return Record(path, line, text.split("\t"))
+    cursor = _JsonCursor(path, text, line)
+    try:
+        value = cursor.value()
+        cursor.end()
+    except DataError as error:
+        if faults is None:
+            raise RowError(str(error)) from None
+        faults.append(str(error))
+        return None
+    return Record(path, line, value)

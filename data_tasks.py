@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_numbers import gold_number, read_number, reference_number
-from data_readers import DataError, Record, count_lines, find_file, read_lines, read_records, shown
+from data_readers import DataError, Record, RowError, count_lines, find_file, read_lines, read_records, shown
 from runtime_utils import warn
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,6 +64,8 @@ LANGUAGES: dict[str, Language] = {
     )
 }
 # The released files call Dutch "Flemish".
+# How many languages an unknown name is answered with.
+NEAREST = 10
 LANGUAGE_ALIASES = {"dutch": "Flemish"}
 
 
@@ -83,7 +85,7 @@ def find_language(text: str) -> Language:
     """Finds a language by English name or ISO code, in any case.
 
     Raises:
-        DataError: with the known languages and the nearest spelling.
+        DataError: with the nearest spelling and the nearest of the known languages.
     """
     exact = LANGUAGES.get(text)
     if exact:
@@ -95,8 +97,21 @@ def find_language(text: str) -> Language:
             return language
     near = difflib.get_close_matches(wanted, [name.lower() for name in LANGUAGES] + list(LANGUAGE_ALIASES), n=1)
     hint = f"did you mean {LANGUAGE_ALIASES.get(near[0], near[0].capitalize())}? " if near else ""
-    known = ", ".join(f"{language.name} ({language.code})" for language in LANGUAGES.values())
-    raise DataError(f"unknown language {shown(text)}: {hint}known are {known}; others: add a row to LANGUAGES")
+
+    def likeness(language: Language) -> float:
+        spellings = [
+            language.name.lower(),
+            *(alias for alias, name in LANGUAGE_ALIASES.items() if name == language.name),
+        ]
+        spellings += [language.code] if len(wanted) < 4 else []
+        return max(difflib.SequenceMatcher(None, wanted, one).ratio() for one in spellings)
+
+    nearest = sorted(LANGUAGES.values(), key=likeness, reverse=True)[:NEAREST]
+    names = ", ".join(f"{language.name} ({language.code})" for language in nearest)
+    raise DataError(
+        f"unknown language {shown(text)}: {hint}the nearest of {len(LANGUAGES)} are {names}; others: add a row to "
+        "LANGUAGES"
+    )
 
 
 def parse_languages(text: str) -> list[Language]:
@@ -336,9 +351,16 @@ class Task:
             return target
 
     def read_augmentation(
-        self, data_root, languages: Sequence[Language] | None = None, train_num: int | None = None
+        self,
+        data_root,
+        languages: Sequence[Language] | None = None,
+        train_num: int | None = None,
+        faults: list[str] | None = None,
     ) -> Iterator[Example]:
         """Yields the augmentation stage's examples, at most `train_num` of each language.
+
+        Args:
+            faults: takes the faults of single rows, which are then left out; without it the first one is raised.
 
         Raises:
             DataError: for a missing or faulty file, a language without rows, a task without this stage.
@@ -346,7 +368,7 @@ class Task:
         self.check_augmentation()
         if languages is None and self.augmentation_languages is not None:
             languages = [LANGUAGES[name] for name in self.augmentation_languages]
-        return self._read(self.augmentation_file, self.parse_augmentation, data_root, languages, train_num)
+        return self._read(self.augmentation_file, self.parse_augmentation, data_root, languages, train_num, faults)
 
     def check_augmentation(self) -> None:
         """Makes sure that the task has an augmentation stage.
@@ -370,29 +392,47 @@ class Task:
             raise DataError(f"task {self.name} has no evaluation set: choose one of {', '.join(_evaluation_tasks())}")
         return self._read(self.evaluation_file, self.parse_evaluation, data_root, [language], None)
 
-    def _read(self, pattern, parse, data_root, languages, limit) -> Iterator[Example]:
+    def _read(self, pattern, parse, data_root, languages, limit, faults=None) -> Iterator[Example]:
         mixed = "{" not in pattern
         files = [(pattern, None)] if mixed else [(_file_of(pattern, language), language) for language in languages]
         # All files are looked for before the first is read.
         files = [(find_file(data_root, relative), language) for relative, language in files]
         seen: Counter[str] = Counter()
+        given: Counter[str] = Counter()
         for path, language_of_file in files:
-            for record in read_records(path):
-                language = language_of_file or _language_of(record, self.language_field)
-                seen[language.name] += 1
-                if (languages is None or language in languages) and (limit is None or seen[language.name] <= limit):
-                    source, prompt, cut, target = parse(record, language)
-                    id = f"{language.code}-{seen[language.name]}"
-                    # In a file of several languages an id would be a row's, not a question's.
-                    has_own = not mixed and isinstance(record.value, dict) and isinstance(record.value.get("id"), str)
-                    question = record.text("id", may_be_empty=True).strip() if has_own else ""
-                    yield Example(id, language.name, source, prompt, target, cut, question)
-                elif not mixed:
+            for record in read_records(path, faults):
+                if record is None:  # a faulty line, which keeps its number
+                    seen[language_of_file.name if language_of_file else ""] += 1
+                    continue
+                try:
+                    language = language_of_file or _language_of(record, self.language_field)
+                    seen[language.name] += 1
+                    if languages is not None and language not in languages or given[language.name] == limit:
+                        continue
+                    example = _example(parse, record, language, seen[language.name], mixed)
+                except RowError as error:
+                    if faults is None:
+                        raise
+                    faults.append(str(error))
+                    continue
+                given[language.name] += 1
+                yield example
+                if not mixed and given[language.name] == limit:
                     break
-        absent = [language.name for language in languages or () if not seen[language.name]]
+        absent = [language.name for language in languages or () if not given[language.name]]
+        if faults and (absent or not given):
+            raise DataError(f"{path}: every row in {', '.join(absent) or 'it'} is faulty, the first: {faults[0]}")
         if absent:
             held = ", ".join(f"{name} ({count})" for name, count in seen.items())
             raise DataError(f"{path}: no rows in {', '.join(absent)}; the file holds {held}")
+
+
+def _example(parse, record: Record, language: Language, number: int, mixed: bool) -> Example:
+    source, prompt, cut, target = parse(record, language)
+    # In a file of several languages an id would be a row's, not a question's.
+    has_own = not mixed and isinstance(record.value, dict) and isinstance(record.value.get("id"), str)
+    question = record.text("id", may_be_empty=True).strip() if has_own else ""
+    return Example(f"{language.code}-{number}", language.name, source, prompt, target, cut, question)
 
 
 def _file_of(pattern: str, language: Language) -> str:
@@ -581,10 +621,15 @@ def _pair_files(language: Language) -> tuple[str, str]:
     return f"{folder}.{language.code}", f"{folder}.en"
 
 
-def read_pairs(data_root, language: Language, train_num: int | None = None) -> Iterator[Example]:
+def read_pairs(
+    data_root, language: Language, train_num: int | None = None, faults: list[str] | None = None
+) -> Iterator[Example]:
     """Yields en–X sentence pairs, source X and target English, at most `train_num`.
 
     Pairs with an empty side teach nothing and are left out with a warning that counts them.
+
+    Args:
+        faults: takes the faults of single lines, whose pairs are then left out; without it the first one is raised.
 
     Raises:
         DataError: for a missing, empty or undecodable file, and where the two files differ in their number of lines.
@@ -594,9 +639,12 @@ def read_pairs(data_root, language: Language, train_num: int | None = None) -> I
     if lines[0] != lines[1]:
         raise DataError(f"{sources} has {lines[0]} lines but {targets} has {lines[1]}: line i of both must be a pair")
     given, empty = 0, []
-    for (line, source), (_, target) in zip(read_lines(sources), read_lines(targets), strict=True):
+    lines = zip(read_lines(sources, faults), read_lines(targets, faults), strict=True)
+    for (line, source), (_, target) in lines:
         if train_num is not None and given >= train_num:
             break
+        if source is None or target is None:
+            continue
         source, target = source.strip(), target.strip()
         if not source or not target:
             empty.append(line)
@@ -606,6 +654,7 @@ def read_pairs(data_root, language: Language, train_num: int | None = None) -> I
         yield Example(f"{language.code}-{line}", language.name, source, prompt, target, cut)
     if not given:
         left_out = f" but {len(empty)} with an empty side" if empty else ""
+        left_out += f" but faulty ones, the first: {faults[0]}" if faults else ""
         raise DataError(f"{sources} and {targets}: the files hold no pairs{left_out}")
     if empty:
         warn(f"{sources}: {len(empty)} pairs with an empty side are left out, the first at line {empty[0]}")
@@ -623,12 +672,19 @@ def _mapping_languages(task: Task, languages: Sequence[Language] | None) -> list
 
 
 def training_examples(
-    task: Task, stage: str, data_root, languages: Sequence[Language] | None = None, train_num: int | None = None
+    task: Task,
+    stage: str,
+    data_root,
+    languages: Sequence[Language] | None = None,
+    train_num: int | None = None,
+    faults: list[str] | None = None,
 ) -> Iterator[Example]:
     """Yields the examples of one stage ("mapping" or "augmentation"), at most `train_num` of each language.
 
     Args:
         languages: None for the task's own.
+        faults: takes `file:line: why` of single faulty rows, which are then left out; without it the first one is
+            raised.
 
     Raises:
         DataError: at once for a wrong argument or a missing file, while reading for a faulty one.
@@ -636,14 +692,14 @@ def training_examples(
     if train_num is not None and train_num <= 0:
         raise DataError(f"--train_num must be positive, got {train_num}")
     if stage == "augmentation":
-        return task.read_augmentation(data_root, languages, train_num)
+        return task.read_augmentation(data_root, languages, train_num, faults)
     if stage != "mapping":
         raise DataError(f"unknown stage {stage!r}: choose mapping or augmentation")
     chosen = _mapping_languages(task, languages)
     for language in chosen:
         for relative in _pair_files(language):
             find_file(data_root, relative)
-    return (example for language in chosen for example in read_pairs(data_root, language, train_num))
+    return (example for language in chosen for example in read_pairs(data_root, language, train_num, faults))
 
 
 def training_files(task: Task, stage: str, data_root, languages: Sequence[Language] | None = None) -> list[Path]:

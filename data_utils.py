@@ -8,6 +8,7 @@ names can be imported from here. Nothing here knows a model or a device.
 Dimension letters: B rows, S encoder tokens, P prompt tokens, T target tokens.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -18,13 +19,13 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from data_readers import DataError
+from data_readers import DataError, RowError
 from data_tasks import (
     LANGUAGES,
     TASKS,
@@ -320,7 +321,8 @@ class TrainingSet:
     """A tokenised training set. The rows stay on disk (memory-mapped, one copy for all processes of a machine).
 
     `dataset` has the columns id, language, encoder_ids, prompt_ids, target_ids. The length arrays are (rows,) int32.
-    `counts` holds rows per language under "rows", and "source_cut", "prompt_cut", "target_cut".
+    `counts` holds rows per language under "rows", and "source_cut", "prompt_cut", "target_cut". `faults` lists the rows
+    that were left out as faulty, each as file:line: why.
     """
 
     dataset: object
@@ -330,6 +332,7 @@ class TrainingSet:
     fingerprint: str
     counts: dict
     files: dict[str, str]
+    faults: list[str] = field(default_factory=list)
 
     @cached_property
     def merged_lengths(self) -> np.ndarray:
@@ -380,6 +383,7 @@ def build_training_set(
     with_prompt: bool,
     cache_dir=None,
     num_proc: int | None = None,
+    skip_faulty_rows: bool = False,
 ) -> TrainingSet:
     """Tokenises a stage's examples once and opens the result; a later call with the same inputs only opens it.
 
@@ -388,13 +392,15 @@ def build_training_set(
 
     Args:
         num_proc: processes that tokenise; None for as many as the machine and the number of rows call for.
+        skip_faulty_rows: leaves out rows that are faulty on their own, which `TrainingSet.faults` then lists.
 
     Raises:
         DataError: for faulty data or arguments (see `training_examples`), and where the cache cannot be written.
     """
     from filelock import FileLock
 
-    examples = training_examples(task, stage, data_root, languages, train_num)
+    faults: list[str] | None = [] if skip_faulty_rows else None
+    examples = training_examples(task, stage, data_root, languages, train_num, faults)
     files = {path: _sha256(path) for path in training_files(task, stage, data_root, languages)}
     hashes = {path.relative_to(data_root).as_posix(): digest for path, digest in files.items()}
     settings = {
@@ -411,8 +417,13 @@ def build_training_set(
         "llm": _tokenizer_identity(tokenizers.llm),
         "eos": tokenizers.eos_id,
     }
+    if skip_faulty_rows:
+        settings["skip_faulty_rows"] = True
     # A template changed by the user shows in the first example.
-    first = next(iter(training_examples(task, stage, data_root, languages, train_num)))
+    with _flag_named():
+        first = next(
+            iter(training_examples(task, stage, data_root, languages, train_num, [] if skip_faulty_rows else None))
+        )
     settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "cut")]
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -423,12 +434,22 @@ def build_training_set(
         with _waiting(FileLock(folder.parent / f".{fingerprint}.lock")):
             manifest = _read_manifest(folder)
             if manifest is None:
-                _build_cache(folder, examples, tokenizers, limits, num_proc)
+                with _flag_named():
+                    _build_cache(folder, examples, tokenizers, limits, num_proc, faults, data_root)
                 manifest = _read_manifest(folder)
-        return _open_cache(folder, manifest, hashes)
+        return _open_cache(folder, manifest, hashes, data_root)
     except OSError as error:
         where = error.filename or folder.parent
         raise DataError(f"cannot write the tokenised data to {where}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _flag_named():
+    """Names the flag that leaves out a faulty row."""
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"{error} (--skip_faulty_rows leaves such rows out and lists them)") from None
 
 
 def _cache_root(cache_dir) -> Path:
@@ -489,8 +510,11 @@ def _read_manifest(folder: Path) -> dict | None:
     return manifest if whole else None
 
 
-def _build_cache(folder: Path, examples: Iterable[Example], tokenizers: Tokenizers, limits: dict, num_proc) -> None:
-    """Writes a cache folder: texts first, then ids by several processes, then the manifest, then one rename."""
+def _build_cache(folder: Path, examples, tokenizers: Tokenizers, limits: dict, num_proc, faults, data_root) -> None:
+    """Writes a cache folder: texts first, then ids by several processes, then the manifest, then one rename.
+
+    The same files elsewhere find the same cache, so that faults are kept with paths inside the data folder.
+    """
     prefix = f".{folder.name[:16]}-"
     # Nobody else holds the lock: what an interrupted build or a damaged disk left goes.
     for stale in [*folder.parent.glob(f"{prefix}*.tmp"), folder]:
@@ -502,6 +526,9 @@ def _build_cache(folder: Path, examples: Iterable[Example], tokenizers: Tokenize
         (temporary / "texts.arrow").unlink()
         shards = sorted(temporary.glob("ids*.arrow"))
         manifest = {"shards": {shard.name: shard.stat().st_size for shard in shards}, "counts": {"rows": rows} | cut}
+        if faults is not None:
+            manifest["counts"]["faulty_rows"] = len(faults)
+            manifest["faults"] = [fault.removeprefix(f"{Path(data_root)}/") for fault in faults]
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
         for path in temporary.iterdir():
             with open(path, "rb") as file:
@@ -600,7 +627,7 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
     return {name: pc.sum(ids.data.column(name)).as_py() for name in _CUT_COLUMNS}
 
 
-def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str]) -> TrainingSet:
+def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str], data_root) -> TrainingSet:
     import datasets
     import pyarrow.compute as pc
 
@@ -622,6 +649,7 @@ def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str]) -> Trainin
         fingerprint=folder.name,
         counts=manifest["counts"],
         files=hashes,
+        faults=[str(Path(data_root) / fault) for fault in manifest.get("faults", [])],
     )
     data.release_pages()
     return data
@@ -638,15 +666,24 @@ def _generator(*key: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
 
+def automatic_dev_size(number_of_examples: int) -> int:
+    """The published 3000, or a tenth of a data set that is too small for it."""
+    return min(3000, number_of_examples // 10)
+
+
 def split_dev(number_of_examples: int, dev_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits row numbers into (dev, train): dev is the first `dev_size` of the seeded shuffle. Both int64.
 
     Raises:
         DataError: where `dev_size` leaves nothing to train on.
     """
-    if not 0 <= dev_size < number_of_examples:
+    if dev_size < 0:
+        raise DataError(f"--dev_size must be at least 0 or auto, not {dev_size}")
+    if dev_size >= number_of_examples:
         raise DataError(
-            f"--dev_size {dev_size} must be at least 0 and below the number of examples ({number_of_examples})"
+            f"--dev_size {dev_size} would take all of the {number_of_examples} examples "
+            f"({dev_size / number_of_examples:.0%} of them): pass --dev_size auto for a tenth "
+            f"({automatic_dev_size(number_of_examples)}), another number, or 0 for no dev split"
         )
     order = _generator(seed).permutation(number_of_examples).astype(np.int64)
     return order[:dev_size], order[dev_size:]

@@ -24,6 +24,8 @@ from interrupt_utils import end_with_parent, watch_launcher
 from runtime_utils import UserError, is_main, log, parse_bool, rank, together, warn, world_size
 from training_log import TENSORBOARD_FOLDER, WANDB_FILE, Recorder, draw_loss, peak_memory_gb, perplexity
 
+FAULTS_FILE = "faulty_rows.txt"  # in the output folder
+FAULTS_SHOWN = 20
 DEFAULT_EVAL_MICRO_BATCHES = 2000
 EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
@@ -37,7 +39,13 @@ EVAL_MEMORY_FLAGS = "lower --eval_batch_size, --max_seq_len or --max_gen_len"
 CHANGEABLE = {"train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_tokens", "epoch_num", "max_steps"}
 CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
-LATER_ENTRIES = {"init_checkpoint", "languages", "train_num", "max_seq_len", "max_gen_len"}
+LATER_ENTRIES = {"skip_faulty_rows", "init_checkpoint", "languages", "train_num", "max_seq_len", "max_gen_len"}
+
+
+def _dev_size(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of examples of at least 0, or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_root", default="./datas", help="folder in the released layout")
     add("--languages", help="only these, by name or code, separated by commas (default: the task's)")
     add("--train_num", type=int, default=100000, help="examples per language")
-    add("--dev_size", type=int, default=3000, help="examples kept aside to select the best mapping")
+    add("--dev_size", type=_dev_size, default=3000, help="examples kept aside to select the best mapping; auto takes "
+        "3000, or a tenth of the examples where that is less")  # fmt: skip
+    add("--skip_faulty_rows", action="store_true", help="leave out and list rows of the data files that are faulty, "
+        "where the first one otherwise ends the run")  # fmt: skip
     add("--augmentation", type=parse_bool, help="put the prompt after the mapped source (default: by stage)")
     add("--max_seq_len", type=int, default=512, help="limit of the encoder's tokens")
     add("--max_gen_len", type=int, default=512, help="limit of the prompt's and of the target's tokens")
@@ -319,7 +330,7 @@ def check_reporting(where: str) -> None:
 
 def load_data(args, plan: Plan, cache_dir=None):
     """Tokenised training set, tokenizers and the dev/train split; tokenising happens once on each machine."""
-    from data_utils import build_training_set, load_tokenizers, split_dev
+    from data_utils import automatic_dev_size, build_training_set, load_tokenizers, split_dev
 
     tokenizers = together(load_tokenizers, args.mt_path, args.llm_path)
     data = runtime_utils.first_on_each_node(
@@ -334,10 +345,29 @@ def load_data(args, plan: Plan, cache_dir=None):
         max_gen_len=args.max_gen_len,
         with_prompt=plan.with_prompt,
         cache_dir=cache_dir,
+        skip_faulty_rows=args.skip_faulty_rows,
     )
-    dev, train = together(split_dev, len(data.dataset), args.dev_size, args.seed)
+    number = len(data.dataset)
+    report_faults(args, plan, data)
+    if args.dev_size == "auto":  # the number is what a checkpoint knows
+        args.dev_size = automatic_dev_size(number)
+        log(f"--dev_size auto: {args.dev_size} of {number} examples")
+    dev, train = together(split_dev, number, args.dev_size, args.seed)
+    if len(dev) > len(train):
+        warn(f"--dev_size {len(dev)} takes {len(dev) / number:.0%} of the examples: --dev_size auto takes a tenth")
     log(f"data: {len(train)} training and {len(dev)} dev examples; " + json.dumps(data.counts, ensure_ascii=False))
     return tokenizers, data, (dev, train)
+
+
+def report_faults(args, plan: Plan, data) -> None:
+    """Warns of the rows that --skip_faulty_rows leaves out: their number, the first of them, where all are listed."""
+    if not data.faults:
+        return
+    lines = data.faults[:FAULTS_SHOWN]
+    if len(data.faults) > FAULTS_SHOWN:
+        lines.append(f"and {len(data.faults) - FAULTS_SHOWN} more")
+    where = "" if args.dry_run else f", all of them listed in {plan.output_dir / FAULTS_FILE}"
+    warn("\n".join([f"--skip_faulty_rows leaves out {len(data.faults)} faulty rows{where}:", *lines]))
 
 
 def check_lengths(args, data) -> None:
@@ -839,6 +869,7 @@ def identity(args, plan: Plan, data) -> dict:
         "encoder": plan.models[1],
         "precision": args.precision,
         "dev_size": args.dev_size,
+        "skip_faulty_rows": args.skip_faulty_rows,
         # These make other data too; before its hash, so that the difference has a name.
         "languages": [language.code for language in plan.languages] if plan.languages else None,
         "train_num": args.train_num,
@@ -858,8 +889,16 @@ def start_over(output_dir: Path) -> None:
     """
     if not is_main():
         return
-    files = ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png")
-    others = ("last", *files, TENSORBOARD_FOLDER, WANDB_FILE)
+    files = (
+        "pytorch_model.bin",
+        "mapping.safetensors",
+        "config.json",
+        "README.md",
+        "log.jsonl",
+        "loss.png",
+        FAULTS_FILE,
+    )
+    others = ("last", *files, FAULTS_FILE, TENSORBOARD_FOLDER, WANDB_FILE)
     for path in (*checkpoint_utils.list_checkpoints(output_dir), *(output_dir / name for name in others)):
         checkpoint_utils.remove(path)
         if os.path.lexists(path):
@@ -929,6 +968,9 @@ def write_settings(args, plan: Plan, data) -> None:
         "data": {"fingerprint": data.fingerprint, "counts": data.counts, "files": data.files},
     }
     runtime_utils.write_json_atomic(plan.output_dir / "args.json", settings)
+    if data.faults:
+        lines = "".join(f"{fault}\n" for fault in data.faults)
+        runtime_utils.write_text_atomic(plan.output_dir / FAULTS_FILE, lines)
     runtime_utils.write_json_atomic(plan.output_dir / "ds_config.json", plan.config)
 
 

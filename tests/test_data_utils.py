@@ -24,6 +24,7 @@ from data_utils import (
     Example,
     Language,
     Tokenizers,
+    automatic_dev_size,
     build_training_set,
     collate,
     cut_global_batch,
@@ -297,6 +298,31 @@ def build(tokenizers, cache, stage="augmentation", root=DATAS, **changes):
     return build_training_set(find_task("math"), stage, tokenizers, **arguments)
 
 
+def test_faulty_rows_are_refused_with_the_flags_name_or_left_out_counted_and_listed(tokenizers, tmp_path):
+    shutil.copytree(DATAS, tmp_path / "datas")
+    file = tmp_path / "datas/query_translation/math.json"
+    content = file.read_text(encoding="utf-8")
+    whole = build(tokenizers, tmp_path / "cache", root=tmp_path / "datas")
+    rows = json.loads(content)
+    rows[3]["query"] = ""
+    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]", encoding="utf-8")
+    line = f"{file}:5: field 'query' is empty"
+    message = error_of(lambda: build(tokenizers, tmp_path / "cache", root=tmp_path / "datas"))
+    assert message == f"{line} (--skip_faulty_rows leaves such rows out and lists them)"
+    skipped = build(tokenizers, tmp_path / "cache", root=tmp_path / "datas", skip_faulty_rows=True)
+    assert skipped.faults == [line] and skipped.counts["faulty_rows"] == 1
+    assert len(skipped.dataset) == len(whole.dataset) - 1
+    # Opened again, and from a copy elsewhere, the cached set still tells.
+    shutil.copytree(tmp_path / "datas", tmp_path / "copy")
+    again = build(tokenizers, tmp_path / "cache", root=tmp_path / "copy", skip_faulty_rows=True)
+    assert again.fingerprint == skipped.fingerprint
+    assert again.faults == [line.replace("/datas/", "/copy/")]
+    # Whole data with and without the flag are different sets: the second may be read another way.
+    file.write_text(content, encoding="utf-8")
+    clean = build(tokenizers, tmp_path / "cache", root=tmp_path / "datas", skip_faulty_rows=True)
+    assert clean.fingerprint not in (whole.fingerprint, skipped.fingerprint) and clean.faults == []
+
+
 def visible(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
@@ -507,7 +533,17 @@ def test_dev_and_train_split_every_example_once(examples, data, seed):
 @pytest.mark.parametrize("dev_size", [10, 11, -1])
 def test_dev_split_that_leaves_nothing_to_train_on_is_refused(dev_size):
     message = error_of(lambda: split_dev(10, dev_size, 0))
-    assert "--dev_size" in message and "(10)" in message
+    assert f"--dev_size {dev_size} " in message or "at least 0" in message and dev_size < 0
+
+
+def test_dev_size_larger_than_the_data_names_the_share_it_would_take_and_what_to_do():
+    message = error_of(lambda: split_dev(2000, 3000, 0))
+    assert "--dev_size 3000 would take all of the 2000 examples (150% of them)" in message
+    assert "--dev_size auto for a tenth (200)" in message
+
+
+def test_automatic_dev_size_is_a_tenth_and_at_most_3000():
+    assert [automatic_dev_size(n) for n in (9, 108, 29_999, 30_000, 10**6)] == [0, 10, 2999, 3000, 3000]
 
 
 def test_negative_seed_is_refused():

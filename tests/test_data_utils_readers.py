@@ -1,7 +1,9 @@
 """Readers: real quirks load as they are, every fault is one `file:line: what`, nothing is lost silently."""
 
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -119,10 +121,16 @@ def test_languages_are_found_by_name_and_code_in_any_case():
 
 
 @pytest.mark.parametrize(("given_name", "nearest"), [("Swahilli", "Swahili"), ("Duch", "Flemish"), ("germn", "German")])
-def test_unknown_language_gets_the_list_and_the_nearest_spelling(given_name, nearest):
+def test_unknown_language_is_answered_with_the_nearest_ten_only(given_name, nearest):
     message = error_of(lambda: find_language(given_name))
     assert f"did you mean {nearest}?" in message
-    assert all(language.name in message for language in LANGUAGES.values())
+    listed = [language.name for language in LANGUAGES.values() if f"{language.name} ({language.code})" in message]
+    assert nearest in listed and len(listed) == 10
+
+
+def test_a_code_of_no_language_is_answered_with_codes_like_it():
+    message = error_of(lambda: find_language("eb"))
+    assert all(name in message for name in ("German (de)", "Greek (el)", "English (en)", "Spanish (es)"))
 
 
 @pytest.mark.parametrize("text", ["", " , "])
@@ -205,6 +213,52 @@ def test_folder_in_a_files_place_and_an_impossible_path_are_one_line(tmp_path):
     (tmp_path / "evaluation/mgsm/mgsm_de.tsv").mkdir(parents=True)
     assert "is a folder" in error_of(lambda: evaluation_examples(find_task("math"), tmp_path, GERMAN))
     assert "cannot look for" in error_of(lambda: evaluation_examples(find_task("math"), "x" * 300, GERMAN))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0007\nsize 123456\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "read"),
+    [
+        ("bilingual_pairs/en-de/train_100k.de", lambda root: training_examples(find_task("math"), "mapping", root)),
+        ("bilingual_pairs/en-de/train_100k.en", lambda root: read_pairs(root, GERMAN)),
+        ("query_translation/math.json", lambda root: training_examples(find_task("math"), "augmentation", root)),
+        ("query_translation/x-csqa/train_de.jsonl", lambda root: find_task("x-csqa").read_augmentation(root)),
+        ("evaluation/mgsm/mgsm_de.tsv", lambda root: evaluation_examples(find_task("math"), root, GERMAN)),
+        ("evaluation/msvamp/test_German.jsonl", lambda root: find_task("math_msvamp").read_evaluation(root, GERMAN)),
+        ("evaluation/xnli/test.json", lambda root: evaluation_examples(find_task("xnli"), root, GERMAN)),
+    ],
+)
+def test_a_git_lfs_pointer_in_any_files_place_is_named_as_one(tmp_path, path, read):
+    shutil.copytree(DATAS, tmp_path, dirs_exist_ok=True)
+    (tmp_path / path).write_text(POINTER, encoding="utf-8")
+    message = error_of(lambda: list(read(tmp_path)))
+    assert message == f"{tmp_path / path} is a Git LFS pointer, not the data: run git lfs pull"
+
+
+def test_two_git_lfs_pointers_are_not_three_sentence_pairs(tmp_path):
+    pairs(tmp_path, POINTER, POINTER)
+    assert "Git LFS" in error_of(lambda: list(read_pairs(tmp_path, GERMAN)))
+
+
+@pytest.mark.parametrize("closed", ["evaluation/mgsm/mgsm_de.tsv", "evaluation/mgsm"])
+def test_a_file_that_may_not_be_read_is_said_to_lack_permission(closed):
+    with tempfile.TemporaryDirectory() as root:  # pytest's own folders are closed to other users
+        shutil.copytree(DATAS / "evaluation", Path(root) / "evaluation")
+        for path in [Path(root), *Path(root).rglob("*")]:
+            path.chmod(0o755)
+        (Path(root) / closed).chmod(0)
+        was_root = os.geteuid() == 0
+        if was_root:
+            os.seteuid(65534)  # root may read everything
+        try:
+            message = error_of(lambda: evaluation_examples(find_task("math"), root, GERMAN))
+        finally:
+            if was_root:
+                os.seteuid(0)
+            (Path(root) / closed).chmod(0o755)
+    assert "mgsm_de.tsv: Permission denied" in message
 
 
 def test_missing_file_of_a_late_language_is_found_before_any_is_read(tmp_path):
@@ -422,3 +476,58 @@ def test_any_bytes_load_or_give_one_line(tmp_path, content, suffix, cut):
             list(read_records(path))
         except DataError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faulty rows that are left out on request
+
+
+def faults_of(read) -> tuple[list[str], list[str]]:
+    """The ids that `read` gives when it takes a list of faults, and that list."""
+    faults: list[str] = []
+    return [example.id for example in read(faults)], faults
+
+
+def test_faulty_pairs_are_left_out_and_listed_by_line(tmp_path):
+    pairs(tmp_path, b"eins\nzw\xffei\ndrei\nvier\n", b"one\ntwo\nth\0ree\nfour\n")
+    ids, faults = faults_of(lambda faults: read_pairs(tmp_path, GERMAN, None, faults))
+    assert ids == ["de-1", "de-4"]
+    assert [fault.removeprefix(f"{tmp_path}/bilingual_pairs/en-de/train_100k.")[:17] for fault in faults] == [
+        "de:2: not UTF-8 (",
+        "en:3: NUL byte: t",
+    ]
+
+
+def test_faulty_rows_of_a_list_are_left_out_whatever_ails_them(tmp_path):
+    good = {"lang": "German", "query": "q", "response": "1"}
+    bad = [
+        {"lang": "Germann"},
+        {"lang": "German", "query": 7},
+        "text",
+        good | {"response": " "},
+        good | {"query": "\ud800"},
+    ]
+    math_rows(tmp_path, "[\n" + ",\n".join(map(json.dumps, [good, *bad, good])) + "\n]")
+    task = find_task("math")
+    ids, faults = faults_of(lambda faults: training_examples(task, "augmentation", tmp_path, None, 2, faults))
+    assert ids[0] == "de-1" and len(ids) == 2
+    assert [fault.split("math.json:")[1].split(":")[0] for fault in faults] == ["3", "4", "5", "6", "7"]
+
+
+def test_broken_lines_of_jsonl_are_left_out_and_do_not_count_as_given(tmp_path):
+    lines = [json.dumps(x_csqa_row()), "{broken", json.dumps(x_csqa_row(answerKey="Z")), json.dumps(x_csqa_row())]
+    write(tmp_path / "query_translation/x-csqa/train_de.jsonl", "\n".join(lines * 2))
+    task = find_task("x-csqa")
+    ids, faults = faults_of(lambda faults: training_examples(task, "augmentation", tmp_path, [GERMAN], 3, faults))
+    assert ids == ["de-1", "de-4", "de-5"]
+    assert [":".join(fault.split(":")[1:2]) for fault in faults] == ["2", "3"]
+
+
+def test_a_file_of_faulty_rows_alone_and_one_that_is_no_list_are_refused_all_the_same(tmp_path):
+    task = find_task("math")
+    for content, message in (
+        ('[{"lang": "x"}]', "every row in it is faulty"),
+        ('[{"lang": "German",', "not valid JSON"),
+    ):
+        math_rows(tmp_path, content)
+        assert message in error_of(lambda: list(training_examples(task, "augmentation", tmp_path, None, None, [])))

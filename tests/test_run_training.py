@@ -331,6 +331,43 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
     assert not (tmp_path / "outputs").exists()
 
 
+def test_dev_size_auto_and_skipped_rows_are_recorded_and_resume_exactly(run, flags, datas, tmp_path):
+    data = copy_data(datas, tmp_path / "faulty")
+    for line, text in ((2, b"\xff\n"), (5, b"a\0b\n")):
+        file = data / "bilingual_pairs/en-sw/train_100k.sw"
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join([*lines[: line - 1], text, *lines[line:]]))
+    steps = [*flags, "--data_root", str(data), "--eval_steps", "2"]
+    auto = [*steps, "--dev_size", "auto", "--skip_faulty_rows"]
+    stopped, resumed, whole, named, other, unskipped = run_many(
+        run,
+        tmp_path,
+        [
+            [*auto, "--max_steps", "2"],
+            [*auto, "--max_steps", "4", "--allow_changed", "max_steps"],
+            [*auto, "--max_steps", "4", "--save_name", "whole"],
+            [*steps, "--dev_size", "10", "--skip_faulty_rows", "--max_steps", "4"],
+            [*steps, "--dev_size", "11", "--skip_faulty_rows", "--max_steps", "4"],
+            [*steps, "--dev_size", "10", "--max_steps", "4"],
+        ],
+    )
+    assert [one["code"] for one in (stopped, resumed, whole, named)] == [0] * 4, (stopped, resumed, whole, named)
+    assert "--dev_size auto: 10 of 106 examples" in stopped["printed"]
+    for outcome in (stopped, resumed):  # from the cache as well
+        assert "--skip_faulty_rows leaves out 2 faulty rows" in outcome["printed"]
+        assert f"{file}:2: not UTF-8" in outcome["printed"] and f"{file}:5: NUL byte" in outcome["printed"]
+    assert "dev_size (10, this run has 11" in other["error"]
+    assert f"{file}:2: not UTF-8" in unskipped["error"] and "--skip_faulty_rows" in unskipped["error"]
+    first, second = (tmp_path / "outputs" / name / "math/mapping" for name in ("MindMerger", "whole"))
+    assert json.loads((first / "args.json").read_text())["arguments"]["dev_size"] == 10
+    assert [line.split(": ")[0] for line in (first / "faulty_rows.txt").read_text().splitlines()] == [
+        f"{file}:2",
+        f"{file}:5",
+    ]
+    assert read_log(first) == read_log(second) and len(read_log(first)) == 4
+    assert (first / "last/mapping.safetensors").read_bytes() == (second / "last/mapping.safetensors").read_bytes()
+
+
 @pytest.mark.slow
 def test_an_error_that_concerns_all_ranks_is_printed_once_and_all_exit_2(run, flags, tmp_path):
     done = run(ROOT / "run_training.py", *flags, "--languages", "Swahilli", ranks=2)
