@@ -9,6 +9,7 @@ what every task has and what it still lacks.
 
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data_readers import LFS_POINTER, read_records, refuse_lfs_pointer
 from data_utils import LANGUAGES, find_task
 from runtime_utils import CommandParser, UserError, log, open_new, run_main, write_text_atomic
 
@@ -39,7 +41,10 @@ def build_parser() -> CommandParser:
         help="what to fetch from the hub: mgsm, x-csqa, xnli (default: all three)",
     )
     parser.add_argument(
-        "--hub_mirror", type=Path, help="a folder with clones of the hub's repositories (FOLDER/facebook/xnli, ...)"
+        "--hub_mirror",
+        type=Path,
+        help="a folder with clones of the hub's repositories (FOLDER/facebook/xnli, ...); a "
+        "clone's loading script is never run",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser
@@ -61,7 +66,7 @@ def mgsm_line(row: dict) -> str:
     if isinstance(number, float) and number.is_integer():
         number = int(number)
     # A TSV line has no room for these; none of the published questions holds one.
-    question = question.translate({ord(character): " " for character in "\t\r\n"})
+    question = str(question).translate({ord(character): " " for character in "\t\r\n"})
     return f"{question}\t{number}"
 
 
@@ -117,8 +122,9 @@ def field(row: dict, name: str):
     Raises:
         UserError: naming the field and the fields that are there.
     """
-    if row.get(name) is None:
-        raise UserError(f"the hub's row format has changed: no {name!r} among {', '.join(map(str, row))}")
+    if not isinstance(row, dict) or row.get(name) is None:
+        found = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row!r:.60}"
+        raise UserError(f"the hub's row format has changed: no {name!r} among {found}")
     return row[name]
 
 
@@ -176,6 +182,74 @@ def hub_sources() -> dict[str, list[Source]]:
     }
 
 
+# How files say which split they hold, and the kinds of files in order of preference.
+SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test"}}
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": None}
+NAMES_OF_CODES = {"jap": {"jap", "ja"}}
+
+
+def mirror_files(source: Source, clone: Path) -> list[Path]:
+    """The files of a clone that hold one split of one config, by the words of their paths, wherever they lie in it.
+
+    Files that name no split count where none names this one: MGSM's TSV files are all test sets.
+
+    Raises:
+        UserError: where there are several such files that are no parts of one, or a Git LFS pointer among them.
+    """
+    config = re.split(r"[^a-z0-9]+", source.config.lower())
+    other_splits = set().union(*SPLITS.values()) - SPLITS[source.split]
+    found: dict[tuple, list[Path]] = {}
+    for path in sorted(clone.rglob("*")):
+        inside = path.relative_to(clone)
+        words = set(re.split(r"[^a-z0-9]+", inside.as_posix().lower()))
+        is_config = all(NAMES_OF_CODES.get(word, {word}) & words for word in config)
+        if path.suffix in KINDS and is_config and not words & other_splits and path.is_file():
+            # Parts of one file differ in their numbers alone.
+            part = re.sub(r"\d{5}-of-\d{5}", "", inside.as_posix())
+            rank = (not words & SPLITS[source.split], list(KINDS).index(path.suffix))
+            found.setdefault((*rank, part), []).append(path)
+    if not found:
+        return []
+    best, *others = sorted(found)
+    if others and others[0][:2] == best[:2]:
+        raise UserError(f"{clone} has several files for {source.config}, {source.split}: {best[2]}, {others[0][2]}")
+    for path in found[best]:
+        with open(path, "rb") as file:
+            refuse_lfs_pointer(path, file.read(len(LFS_POINTER)))
+    return found[best]
+
+
+def load_mirror_rows(source: Source, clone: Path) -> Iterable[dict]:
+    """The rows of one split of a clone: as its card says, else from the files by their names. Runs no loading script.
+
+    Raises:
+        UserError: where no file is the split's. Other errors of `datasets` for files that it cannot read.
+    """
+    import datasets
+
+    files = mirror_files(source, clone)
+    try:
+        declared = datasets.get_dataset_config_names(str(clone))
+    except Exception:  # a loading script, which `datasets` refuses, or no files that it knows
+        declared = []
+    if source.config in declared:
+        return datasets.load_dataset(str(clone), source.config, split=source.split)
+    if not files:
+        raise UserError(f"no file of {clone} is named for {source.config} and {source.split}")
+    kind = KINDS[files[0].suffix]
+    if kind is None:
+        return [row for file in files for row in tsv_rows(file)]
+    return datasets.load_dataset(kind, data_files={"rows": list(map(str, files))}, split="rows")
+
+
+def tsv_rows(path: Path) -> list[dict]:
+    """Rows of a TSV file: by the names in its first line, or of question and answer where that has none."""
+    first, *others = (record.value for record in read_records(path))
+    if "question" in first:
+        return [dict(zip(first, columns, strict=False)) for columns in others]
+    return [dict(zip(("question", "answer_number"), columns, strict=False)) for columns in (first, *others)]
+
+
 def load_rows(source: Source, mirror: Path | None):
     """The rows of one split, through `datasets`.
 
@@ -185,24 +259,28 @@ def load_rows(source: Source, mirror: Path | None):
     import datasets
     from huggingface_hub import HfApi, constants
 
-    repository = str(mirror / source.repository) if mirror else source.repository
+    repository = source.repository
     where = f"{source.repository} ({source.config}, {source.split})"
-    if mirror and not Path(repository).is_dir():
-        raise UserError(f"--hub_mirror: no folder {repository}; clone the data set {source.repository} there")
+    if mirror and not (mirror / repository).is_dir():
+        raise UserError(f"--hub_mirror: no folder {mirror / repository}; clone the data set {repository} there")
     # Whatever the client libraries raise for a missing name, a refused or broken connection or a changed repository
     # (their classes differ from version to version) means the same to the user, and is shown.
     try:
-        if not mirror and not constants.HF_HUB_OFFLINE:
+        if mirror:
+            return load_mirror_rows(source, mirror / repository)
+        if not constants.HF_HUB_OFFLINE:
             HfApi().dataset_info(source.repository, timeout=20)  # fails at once where `datasets` retries for long
         try:
             return datasets.load_dataset(repository, source.config, split=source.split)
         except RuntimeError as error:
-            if mirror or "scripts are no longer supported" not in str(error):
+            if "scripts are no longer supported" not in str(error):
                 raise
             # The hub keeps a parquet copy of data sets that are still published as a loading script.
             return datasets.load_dataset(
                 repository, data_dir=source.config, split=source.split, revision="refs/convert/parquet"
             )
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"cannot fetch {where}: {reason}") from error

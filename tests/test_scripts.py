@@ -460,6 +460,100 @@ def test_everything_the_hub_has_arrives_in_the_released_layout(tmp_path):
     assert (again.returncode, test_file.read_text()) == (0, "mine")
 
 
+def write_rows(path: Path, content: list[dict]) -> None:
+    """Writes rows in the form that the file's name says."""
+    import datasets
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_list(content)
+    match path.suffix:
+        case ".tsv":
+            lines = [f"{row['question']}\t{row['answer_number']}\n" for row in content]
+            path.write_text("".join(lines), encoding="utf-8")
+        case ".csv":
+            table.to_csv(path)
+        case ".parquet":
+            table.to_parquet(path)
+        case _:
+            table.to_json(path, force_ascii=False)
+
+
+@pytest.fixture
+def scripted_mirror(tmp_path, monkeypatch):
+    """A clone of MGSM with a loading script, which would leave a trace, and no card."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mirror/juletxara/mgsm"
+    folder.mkdir(parents=True)
+    (folder / "mgsm.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n")
+    (folder / "README.md").write_text("---\nlanguage: [en]\n---\n# MGSM\n")
+    yield folder
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "mgsm_{}.tsv",
+        "{}/test-00000-of-00001.parquet",
+        "data/mgsm/{}_test.jsonl",
+        "csv/{}/test.csv",
+    ],
+)
+def test_a_clone_with_a_loading_script_is_read_by_its_files_and_the_script_never_run(tmp_path, scripted_mirror, layout):
+    for name in task_languages("math_mgsm"):
+        code = find_language(name).code
+        write_rows(scripted_mirror / layout.format(code), rows("mgsm_en_test.jsonl"))
+        if "test" in layout:  # few-shot examples, which are no test set
+            train = scripted_mirror / layout.format(code).replace("test", "train")
+            write_rows(train, [{"question": "Train?", "answer_number": 1}])
+    assert prepare_data.fetch(tmp_path / "datas", ["mgsm"], tmp_path / "mirror", False) == []
+    for name in task_languages("math_mgsm"):
+        read = examples("math_mgsm", tmp_path / "datas", name)
+        assert [example.source for example in read] == [row["question"] for row in rows("mgsm_en_test.jsonl")]
+        assert [example.target for example in read] == ["18", "3"]
+
+
+def test_x_csqa_as_its_own_release_lays_it_out_is_read_from_a_clone(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mirror/INK-USC/xcsr"
+    for name in task_languages("x-csqa"):
+        code = find_language(name).code
+        code = "jap" if code == "ja" else code
+        for split in ("dev", "test", "train"):
+            content = [row | {"id": f"{code}-{split}"} for row in rows("x_csqa_en_validation.jsonl")]
+            write_rows(folder / f"X-CSR_datasets/X-CSQA/{code}/{split}.jsonl", content)
+            write_rows(folder / f"X-CSR_datasets/X-CODAH/{code}/{split}.jsonl", content)
+    (folder / "xcsr.py").write_text("raise SystemExit(1)\n")
+    assert prepare_data.fetch(tmp_path / "datas", ["x-csqa"], tmp_path / "mirror", False) == []
+    assert {example.question for example in examples("x-csqa", tmp_path / "datas", "Japanese")} == {"jap-dev"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no file of .*mgsm is named for te and test"),
+        ({"te/train.csv": "question,answer_number\n"}, "no file of .*mgsm is named for te and test"),
+        ({"a/te.tsv": "q\t1\n", "b/te.tsv": "q\t2\n"}, "several files for te, test: a/te.tsv, b/te.tsv"),
+        (
+            {"te/test-00000-of-00001.parquet": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"},
+            r"test-00000-of-00001\.parquet is a Git LFS pointer, not the data: run git lfs pull",
+        ),
+        ({"te/test.jsonl": '{"question": 7}\n'}, "no 'answer_number' among question"),
+    ],
+)
+def test_a_clone_whose_files_do_not_tell_is_refused_in_one_line(scripted_mirror, tmp_path, files, message, capsys):
+    for name, content in files.items():
+        (scripted_mirror / name).parent.mkdir(parents=True, exist_ok=True)
+        (scripted_mirror / name).write_text(content)
+    assert prepare_data.fetch(tmp_path / "datas", ["mgsm"], tmp_path / "mirror", False) == ["mgsm"]
+    line = capsys.readouterr().err.splitlines()[-1]  # behind bars of `datasets`
+    assert re.search(f"failed   mgsm: .*{message}$", line), line
+
+
 def test_a_hub_out_of_reach_is_one_line_per_data_set_and_no_file(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     done = run_prepare("--data_root", tmp_path / "datas", **offline)
