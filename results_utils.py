@@ -5,6 +5,7 @@ An unfinished one holds `.partial/run.json` (what is being evaluated) and `.part
 example, a file per rank). `results.json` is written last, and then `.partial` goes.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -93,6 +94,42 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
     return None, finished
 
 
+def join_results(folder: Path, identity: dict, overwrite: bool) -> dict[int, dict]:
+    """Makes a results folder ready on a rank that does not share rank 0's, after `open_results` there: what this
+    machine finishes stays for a continuation. In rank 0's own folder it changes nothing.
+
+    Args:
+        identity: rank 0's.
+        overwrite: leave out what an earlier evaluation finished.
+
+    Returns:
+        the finished records in the folder, by example index.
+
+    Raises:
+        ResultsError: when the folder cannot be used.
+    """
+    partial = folder / PARTIAL
+    run_file = partial / "run.json"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        same = run_file.is_file() and _read_json(run_file).get("identity") == identity
+        if overwrite or not same:
+            for shard in partial.glob("*.jsonl"):
+                shard.unlink(missing_ok=True)
+        if not same:
+            write_json_atomic(run_file, {"identity": identity, "versions": versions()})
+        return read_finished(partial)
+    except OSError as error:
+        raise ResultsError(f"cannot use the results folder {folder}: {error.strerror or error}") from error
+
+
+def leave_results(folder: Path) -> None:
+    """Removes what `join_results` made, once rank 0 has all answers."""
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    with contextlib.suppress(OSError):  # holds rank 0's results
+        folder.rmdir()
+
+
 def _remove_leftovers(folder: Path) -> None:
     for pattern in LEFTOVERS:
         for file in folder.glob(pattern):
@@ -161,10 +198,7 @@ def open_shard(folder: Path, rank: int):
         # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
         return open(path, "ab", buffering=0, opener=unfollowed)
     except OSError as error:
-        raise ResultsError(
-            f"cannot write {path} ({error.strerror}): --results_dir must be on a file system that all machines of the "
-            "run share"
-        ) from error
+        raise ResultsError(f"cannot write {path}: {error.strerror}") from error
 
 
 def append_records(shard, records: list[dict]) -> None:

@@ -26,9 +26,12 @@ from interrupt_utils import FolderLock, watch_launcher
 from runtime_utils import (
     CommandParser,
     UserError,
+    agree_on,
     broadcast_object,
+    broadcast_weights,
     check_save_name,
     check_seed,
+    gather_objects,
     init_distributed,
     is_main,
     log,
@@ -50,6 +53,7 @@ DEFAULT_LLM = "../LLMs/Llama-2-7b-hf"
 DEFAULT_ENCODER = "../LLMs/mt5-xl"
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_LEN = 512  # tokens, of the encoder's input and of the prompt
+START = "--init_checkpoint (sha256)"  # of an evaluation's identity; rank 0 alone reads the file
 FORM_SUFFIX = {"soft": "", "hard": "-hard", "llm_only": "-llm_only"}
 
 
@@ -206,8 +210,30 @@ class Plan:
         return empty.prediction != empty.reference_prediction
 
 
-def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
+def form_of(args: argparse.Namespace) -> str:
+    """The form that is evaluated: soft, hard or llm_only."""
+    return "llm_only" if args.llm_only else "hard" if args.augmentation is False else "soft"
+
+
+def find_models_on_rank_0(args: argparse.Namespace) -> tuple[str | None, str | None, str] | None:
+    """What `find_models` finds on rank 0, whose machine alone may have the mapping; None in a run of one process."""
+    from data_utils import find_task
+
+    if world_size() == 1:
+        return None
+
+    def find():
+        check_save_name(args.save_name)
+        return find_models(args, find_task(args.task), form_of(args)) if is_main() else None
+
+    return broadcast_object(together(find))
+
+
+def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None) -> Plan:
     """Reads data, tokenizers and configs and checks that they fit each other.
+
+    Args:
+        models: as `find_models_on_rank_0` returns them.
 
     Raises:
         UserError: for the first thing that does not.
@@ -220,17 +246,17 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
     check_seed(args.seed)
     check_save_name(args.save_name)
     warn_of_unused(args)
+    form = form_of(args)
     args.augmentation = args.augmentation is not False
     task = find_task(args.task)
     if args.task == "math":
         log(f"task math means {task.name}; the other set is --task math_msvamp")
-    form = "llm_only" if args.llm_only else "soft" if args.augmentation else "hard"
     if not task.evaluation_languages:
         known = ", ".join(name for name, one in TASKS.items() if one.evaluation_languages)
         raise UserError(f"task {task.name} has no evaluation set: choose --task {known}")
     wanted = ",".join(task.evaluation_languages) if args.languages is None else args.languages
     languages = parse_languages(wanted)
-    checkpoint, mt_path, llm_path = find_models(args, task, form)
+    checkpoint, mt_path, llm_path = models or find_models(args, task, form)
     check_roles(llm_path, mt_path)
     check_models(mt_path, llm_path, backward=False)
     examples = [e for language in languages for e in evaluation_examples(task, args.data_root, language, args.limit)]
@@ -241,13 +267,13 @@ def prepare(args: argparse.Namespace, on_gpu: bool) -> Plan:
     columns = tokenise_form(tokenizers, examples, form, args.max_seq_len, prompt_limit)
     max_new_tokens = args.max_new_tokens or args.max_gen_len or task.max_new_tokens
     precision = args.precision or ("bf16" if on_gpu else "fp32")
-    if checkpoint is not None:
+    if checkpoint is not None and is_main():
         check_mapping(checkpoint, config_of_models(mt_path, llm_path))
     check_inputs(tokenizers, columns, mt_path, llm_path, max_new_tokens)
     identity = {
         "--task": task.name,
         "form (--augmentation, --llm_only)": form,
-        "--init_checkpoint (sha256)": _sha256_of_file(checkpoint) if checkpoint else None,
+        START: _sha256_of_file(checkpoint) if checkpoint and is_main() else None,
         "--llm_path (fingerprint)": model_fingerprint(llm_path),
         "--mt_path (fingerprint)": model_fingerprint(mt_path) if mt_path else None,
         "--languages": [language.name for language in languages],
@@ -392,9 +418,9 @@ def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, 
         warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
     if config is not None and config.stage == "mapping":
         warn("this mapping comes from the mapping stage: it has not been trained on the task yet")
-    elif config is not None and config.augmentation is not None and config.augmentation != args.augmentation:
+    elif config is not None and config.augmentation not in (None, form == "soft"):
         name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
-        warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[args.augmentation]}")
+        warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[form == 'soft']}")
     return mapping_file, found["mt_path"], found["llm_path"]
 
 
@@ -540,7 +566,7 @@ def load_model(plan: Plan, device, input_side_only: bool = False):
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
     model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation)
-    if plan.checkpoint is not None:
+    if plan.checkpoint is not None and is_main():  # `evaluate` gives it to the other ranks
         model.load_mapping(plan.checkpoint)
     if input_side_only:
         keep_input_side(model)
@@ -601,8 +627,7 @@ def finish(plan: Plan, args: argparse.Namespace, generated_now: set[int], second
     missing = sum(i not in records for i in range(len(plan.examples)))
     if missing:
         raise UserError(
-            f"{missing} of {len(plan.examples)} answers are not in {partial}: --results_dir must be on a file system "
-            "that all machines of the run share"
+            f"{missing} of {len(plan.examples)} answers are not in {partial}: the same command generates them again"
         )
     items = {}
     for i, example in enumerate(plan.examples):
@@ -807,7 +832,8 @@ def main(argv: list[str] | None = None) -> int:
         from vllm_engine import check_vllm
 
         log(f"--engine vllm: version {together(check_vllm, device.type)}")
-    plan = together(prepare, args, device.type == "cuda")
+    plan = together(prepare, args, device.type == "cuda", find_models_on_rank_0(args))
+    plan.identity = agree_on(plan.identity, but=START)
     number = len(plan.examples)
     with contextlib.ExitStack() as stack:
         lock = together(lambda: FolderLock(plan.folder) if is_main() else None)
@@ -818,7 +844,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         results, finished = broadcast_object(opened)
         if results is None:
-            results = evaluate(plan, args, device, finished)
+            results = evaluate(plan, args, device, finished | join_machines(plan, args.overwrite))
         else:
             log(f"{plan.folder} holds this evaluation already, nothing is generated; --overwrite starts over")
             if "resampling" not in results and len(results["languages"]) > 1:
@@ -835,7 +861,7 @@ def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, d
     Raises:
         UserError: out of memory, or a full disk.
     """
-    from results_utils import open_shard
+    from results_utils import leave_results, open_shard
 
     remaining = [i for i in range(len(plan.examples)) if i not in finished]
     # Dealing out batches of falling length one by one gives every rank about the same work.
@@ -847,12 +873,43 @@ def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, d
         log(f"{plan.task.name}, {plan.form}: generating {len(remaining)} answers in {plan.precision} on {where}")
         with together(open_shard, plan.folder, rank()) as shard:
             model = together(load_model, plan, device, input_side_only=plan.engine == "vllm")
+            if plan.checkpoint is not None:
+                broadcast_weights(model.mapping)
             engine = together(start_engine, plan)
             start = time.perf_counter()
             generate_share(model, engine, plan, batches, shard)
-    together(lambda: None)  # the ranks may finish far apart
+    collect_answers(plan)  # the ranks may come to it far apart
     seconds = time.perf_counter() - start
-    return together(lambda: finish(plan, args, set(remaining), seconds) if is_main() else None)
+    results = together(lambda: finish(plan, args, set(remaining), seconds) if is_main() else None)
+    together(lambda: None if is_main() else leave_results(plan.folder))
+    return results
+
+
+def join_machines(plan: Plan, overwrite: bool) -> dict[int, dict]:
+    """Makes the other ranks' results folders ready, and returns the records that an earlier run finished there."""
+    from results_utils import join_results
+
+    found = together(lambda: {} if is_main() else join_results(plan.folder, plan.identity, overwrite))
+    return {index: record for one in gather_objects(found) for index, record in one.items()}
+
+
+def collect_answers(plan: Plan) -> None:
+    """Writes the answers that rank 0's results folder lacks into it: other machines may have folders of their own."""
+    from results_utils import PARTIAL, append_records, open_shard, read_finished
+
+    if world_size() == 1:
+        return
+    finished = read_finished(plan.folder / PARTIAL) if (plan.folder / PARTIAL).is_dir() else {}
+    known = set(gather_objects(set(finished))[0])
+    others = gather_objects({index: record for index, record in finished.items() if index not in known})
+    lacking = {index: record for one in others for index, record in one.items()}
+
+    def write():
+        if is_main() and lacking:
+            with open_shard(plan.folder, rank()) as shard:
+                append_records(shard, list(lacking.values()))
+
+    together(write)
 
 
 if __name__ == "__main__":

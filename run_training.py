@@ -182,7 +182,8 @@ def check_arguments(args) -> Plan:
     check_speed_options(args, zero_stage(config))
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
     check_reporting(args.report_to)
-    init_file = find_initial_mapping(args, output_dir)
+    # It may lie in an output folder that rank 0 alone has; `prepare` and `build_trainer` pass it on.
+    init_file = find_initial_mapping(args, output_dir) if is_main() else None
     if init_file is not None:
         check_mapping(init_file, config_of_models(args.mt_path, args.llm_path))
     plan = Plan(
@@ -418,7 +419,8 @@ def load_model(args, plan: Plan, device):
     model.config.stage, model.config.task = args.stage_name, plan.task.training_name
     model.config.augmentation = plan.with_prompt
     if plan.init_file is not None:
-        model.load_mapping(plan.init_file)
+        if is_main():
+            model.load_mapping(plan.init_file)
         log(f"mapping: starts from {plan.init_file}")
     else:
         log("mapping: starts fresh")
@@ -984,6 +986,8 @@ def build_trainer(args, plan: Plan, device, tokenizers, data, split, checkpoint)
 
     folder, tensors, state = checkpoint
     model = together(load_model, args, plan, device)
+    if plan.init_file is not None:
+        runtime_utils.broadcast_weights(model.mapping)
     if folder is not None:
         mapping = {name.removeprefix("mapping."): t for name, t in tensors.items() if name.startswith("mapping.")}
         model.mapping.load_state_dict(mapping, strict=True)
@@ -1027,11 +1031,14 @@ def steps_per_epoch(args, split) -> int:
 def prepare(args):
     """Checks and settles everything that needs no model: the plan, the data, the checkpoint to continue from."""
     plan = together(check_arguments, args)
+    plan.init_file, plan.init_hash = runtime_utils.broadcast_object((plan.init_file, plan.init_hash))
     cache_dir = None
     with contextlib.ExitStack() as stack:
         if args.dry_run:
             cache_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="mindmerger-dry-run-"))
         tokenizers, data, split = load_data(args, plan, cache_dir)
+        inputs = {"data": data.fingerprint, "LLM (--llm_path)": plan.models[0], "encoder (--mt_path)": plan.models[1]}
+        runtime_utils.agree_on(inputs)
         together(check_lengths, args, data)
         together(check_tokens, args, tokenizers, data)
         if args.dry_run:

@@ -497,6 +497,28 @@ def broadcast_object(value):
     return box[0]
 
 
+def agree_on(inputs: dict, but: str = "") -> dict:
+    """Returns rank 0's `inputs`, which describe by name what a run reads.
+
+    Args:
+        but: the name of what rank 0 alone reads.
+
+    Raises:
+        ReportedError: on every rank, when another rank's differ.
+    """
+    first = broadcast_object(inputs)
+
+    def compare():
+        for name, value in first.items():
+            if name != but and inputs[name] != value:
+                raise UserError(
+                    f"rank {rank()} reads another {name} than rank 0: every machine needs the same data and models"
+                )
+
+    together(compare)
+    return first
+
+
 def broadcast_weights(module) -> None:
     """Gives every rank's `module` the weights of rank 0's: the others need no access to the file they came from."""
     if _talk is not None:

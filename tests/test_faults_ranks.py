@@ -24,11 +24,11 @@ def training(name, tiny_llm, tiny_encoder, *more, zero=0):
     }
 
 
-def evaluation(name, tiny_llm):
-    """A short evaluation as a run of a scenario."""
-    flags = ["--task", "math_mgsm", "--llm_only", "--llm_path", tiny_llm, "--data_root", str(DATA / "datas")]
+def evaluation(name, tiny_llm, *more):
+    """A short evaluation as a run of a scenario: of the LLM alone unless `more` says otherwise."""
+    flags = ["--task", "math_mgsm", "--llm_path", tiny_llm, "--data_root", str(DATA / "datas")]
     flags += ["--languages", "German,Thai", "--limit", "2", "--eval_batch_size", "1", "--max_new_tokens", "4"]
-    return {"program": "evaluation", "argv": [*flags, "--save_name", name]}
+    return {"program": "evaluation", "argv": [*flags, *(more or ["--llm_only"]), "--save_name", name]}
 
 
 def run_scenarios(folder, scenarios):
@@ -50,8 +50,14 @@ def run_scenarios(folder, scenarios):
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory, tiny_llm, tiny_encoder):
-    """How the ranks ended for each error injected on one of them."""
+def folder(tmp_path_factory):
+    """Where the scenarios run."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ends(folder, tiny_llm, tiny_encoder):
+    """How the ranks ended in each scenario."""
 
     def scenario(at, rank=1, zero=0, step=0):
         name = f"{at}-{rank}-{zero}".replace(" ", "_")
@@ -63,7 +69,38 @@ def ends(tmp_path_factory, tiny_llm, tiny_encoder):
     scenarios += [scenario("load", zero=3), scenario("arguments"), scenario("step", zero=2, step=2)]
     scenarios += [scenario("fault in a step", zero=3, step=2), scenario("checkpoint", rank=0, zero=3)]
     scenarios += [scenario("generate"), scenario("fault in generate", rank=0)]
-    return run_scenarios(tmp_path_factory.mktemp("ranks"), scenarios)
+    return run_scenarios(folder, scenarios + patient(tiny_llm, tiny_encoder) + nodes(folder, tiny_llm, tiny_encoder))
+
+
+def patient(tiny_llm, tiny_encoder):
+    """A scenario in which one rank waits for the other for longer than the libraries' default time."""
+    runs = [training("patient", tiny_llm, tiny_encoder), evaluation("patient", tiny_llm)]
+    waits = [{"at": "tokenising", "rank": 0, "seconds": 8}, {"at": "reading", "rank": 1, "seconds": 8}]
+    return [{"name": "patient", "runs": runs, "waits": waits, "timeout_s": 5}]
+
+
+def nodes(folder, tiny_llm, tiny_encoder):
+    """Scenarios of two machines: with one output folder, with one each, and with an interruption."""
+    for name in ("shared", "node0", "node1"):
+        (folder / name).mkdir()
+    runs = [
+        training("two", tiny_llm, tiny_encoder),
+        training("two", tiny_llm, tiny_encoder, "--stage_name", "augmentation", zero=3),
+        evaluation("two", tiny_llm, "--mt_path", tiny_encoder, "--init_checkpoint", "outputs/two/math/augmentation"),
+    ]
+    apart, stopped = [str(folder / "node0"), str(folder / "node1")], evaluation("stopped", tiny_llm)
+    return [
+        {"name": "together", "runs": runs, "folders": [str(folder / "shared")] * 2},
+        {"name": "apart", "runs": runs, "folders": apart},
+        {
+            "name": "stopped",
+            "runs": [stopped],
+            "folders": apart,
+            "waits": [{"at": "generating", "rank": 0, "seconds": 3}],
+            "fault": {"at": "generate", "rank": 0},
+        },
+        {"name": "continued", "runs": [stopped], "folders": apart},
+    ]
 
 
 def assert_one_line(end, text):
@@ -112,3 +149,31 @@ def test_a_fault_of_ours_on_one_rank_keeps_its_traceback_and_ends_all_ranks(ends
 def test_out_of_memory_of_one_rank_in_an_evaluation_ends_all_ranks(ends):
     """The other rank generated on, and then waited."""
     assert_one_line(ends["generate-1-0"], "error: rank 1: out of GPU memory on a batch of 1 examples")
+
+
+def test_ranks_wait_for_one_that_tokenises_or_reads_longer_than_the_libraries_time_limit(ends):
+    """NCCL's ten minutes, gloo's thirty: a training whose data took longer to tokenise was ended."""
+    assert ends["patient"]["codes"] == [0, 0], ends["patient"]["err"]
+
+
+def contents(folder):
+    """What an evaluation or a training leaves, by path, but for what names times and folders."""
+    wanted = ("mapping.safetensors", "scores.tsv", "German.jsonl", "Thai.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.name in wanted}
+
+
+def test_machines_without_a_common_output_folder_train_both_stages_and_evaluate_as_with_one(ends, folder):
+    """Stage 2 ended on the second machine, which lacks stage 1's mapping, and so did the evaluation."""
+    assert [ends[name]["codes"] for name in ("together", "apart")] == [[0, 0]] * 2, ends["apart"]["err"]
+    one, two = contents(folder / "shared"), contents(folder / "node0")
+    assert len(one) == 7 and two.keys() >= one.keys() and all(two[name] == one[name] for name in one)
+    assert "mapping: starts from outputs/two/math/mapping/mapping.safetensors" in ends["apart"]["err"][0]
+    assert not [path for path in (folder / "node1").rglob("*") if path.is_file()]
+
+
+def test_an_evaluation_continues_with_the_answers_of_a_machine_that_has_a_folder_of_its_own(ends, folder):
+    assert ends["stopped"]["codes"] == [2, 2] and ends["continued"]["codes"] == [0, 0], ends["continued"]["err"]
+    assert "generating 4 answers" in ends["stopped"]["err"][0]
+    assert "generating 2 answers" in ends["continued"]["err"][0]
+    results = json.loads((folder / "node0/results/stopped/math_mgsm-llm_only/results.json").read_text())
+    assert results["counts"]["examples"] == 4 and results["timing"]["examples"] == 2

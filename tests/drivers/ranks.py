@@ -3,8 +3,8 @@
     ranks.py SCENARIOS.json OUTCOMES.json
 
 A scenario is {"name", "runs": [{"program": "training" or "evaluation", "argv": flags}, …]} and, when wanted,
-"fault": {"at", "rank", "step"}: what fails on that rank, once it stands at that place (`FAULTS`);
-"wait": {"at", "rank", "seconds"}: that rank is slow there;
+"fault": {"at", "rank", "step"}: what fails on that rank (see `arm`);
+"waits": [{"at", "rank", "seconds"}, …]: that rank is slow there;
 "folders": [a working folder for each rank]; "settings": {name in runtime_utils: value}; "timeout_s": of the libraries.
 Importing torch and DeepSpeed costs seconds; this pays it once: each rank is a fork of this process, which has no
 threads.
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-import deepspeed  # noqa: E402
+import deepspeed  # noqa: E402, F401
 import torch  # noqa: E402
 from conftest import free_port  # noqa: E402
 from torch.distributed import distributed_c10d  # noqa: E402
@@ -85,7 +85,9 @@ def arm(fault):
 
 def be_slow(wait):
     """Makes one rank wait."""
-    owner, name = {"tokenising": (data_utils, "build_training_set"), "reading": (run_evaluation, "prepare")}[wait["at"]]
+    places = {"tokenising": (data_utils, "build_training_set"), "reading": (run_evaluation, "prepare")}
+    places["generating"] = (modeling_mindmerger.MindMerger, "generate")
+    owner, name = places[wait["at"]]
     original = getattr(owner, name)
 
     def slow(*arguments, **named):
@@ -110,11 +112,10 @@ def be_rank(number, port, scenario, folder):
     if "timeout_s" in scenario:
         short = timedelta(seconds=scenario["timeout_s"])
         distributed_c10d._get_default_timeout = lambda backend: short
-        deepspeed.comm.torch.default_pg_timeout = short
     if "fault" in scenario:
         arm(scenario["fault"])
-    if "wait" in scenario:
-        be_slow(scenario["wait"])
+    for wait in scenario.get("waits", []):
+        be_slow(wait)
     runtime_utils.run_main(lambda: max(PROGRAMS[run["program"]](run["argv"]) for run in scenario["runs"]))
 
 
