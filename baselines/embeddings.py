@@ -382,4 +382,4 @@ def write_tables(folder: Path, vectors: dict, scores: dict, sentences: dict, arg
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, alone=True)

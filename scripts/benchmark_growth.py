@@ -212,4 +212,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    runtime_utils.run_main(main)
+    runtime_utils.run_main(main, alone=True)

@@ -258,4 +258,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    runtime_utils.run_main(main)
+    runtime_utils.run_main(main, alone=True)

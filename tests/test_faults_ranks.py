@@ -66,9 +66,13 @@ def ends(folder, tiny_llm, tiny_encoder):
         return {"name": name, "runs": [run], "fault": fault, "settings": {"GRACE_S": 2.0}}
 
     scenarios = [scenario("probe", zero=zero) for zero in (0, 2, 3)] + [scenario("probe", rank=0, zero=3)]
-    scenarios += [scenario("load", zero=3), scenario("arguments"), scenario("step", zero=2, step=2)]
-    scenarios += [scenario("fault in a step", zero=3, step=2), scenario("checkpoint", rank=0, zero=3)]
+    scenarios += [scenario("load", zero=3), scenario("arguments"), scenario("step", step=2)]
+    scenarios += [scenario("fault in a step", step=2), scenario("checkpoint", rank=0)]
     scenarios += [scenario("generate"), scenario("fault in generate", rank=0)]
+    # What a batch system or a launcher may have left in the shell.
+    strays = {"RANK": "", "WORLD_SIZE": "4", "LOCAL_RANK": "", "MASTER_ADDR": "nowhere", "MASTER_PORT": "words"}
+    runs = [training("alone", tiny_llm, tiny_encoder), evaluation("alone", tiny_llm)]
+    scenarios.append({"name": "alone", "runs": runs, "alone": strays})
     return run_scenarios(folder, scenarios + patient(tiny_llm, tiny_encoder) + nodes(folder, tiny_llm, tiny_encoder))
 
 
@@ -128,16 +132,16 @@ def test_an_error_of_one_rank_while_sharded_models_load_ends_all_ranks(ends):
 
 def test_an_error_that_ranks_can_agree_on_is_said_by_rank_0_without_a_number(ends):
     assert_one_line(ends["arguments-1-0"], "error: a mistake of one rank, as a test has it")
-    assert_one_line(ends["checkpoint-0-3"], "error: a mistake of one rank, as a test has it")
+    assert_one_line(ends["checkpoint-0-0"], "error: a mistake of one rank, as a test has it")
 
 
 def test_out_of_memory_of_one_rank_in_the_training_loop_ends_all_ranks(ends):
-    assert_one_line(ends["step-1-2"], "error: rank 1: out of memory on rank 1 with a micro-batch of")
-    assert ends["step-1-2"]["err"][0].splitlines()[-1].startswith("error: ")  # the bar does not follow it
+    assert_one_line(ends["step-1-0"], "error: rank 1: out of memory on rank 1 with a micro-batch of")
+    assert ends["step-1-0"]["err"][0].splitlines()[-1].startswith("error: ")  # the bar does not follow it
 
 
 def test_a_fault_of_ours_on_one_rank_keeps_its_traceback_and_ends_all_ranks(ends):
-    for name, rank in (("fault_in_a_step-1-3", 1), ("fault_in_generate-0-0", 0)):
+    for name, rank in (("fault_in_a_step-1-0", 1), ("fault_in_generate-0-0", 0)):
         end = ends[name]
         assert end["codes"] == [1, 1] and end["seconds"] < SECONDS, end
         assert [error.count("Traceback") for error in end["err"]] == [1 - rank, rank]
@@ -177,3 +181,16 @@ def test_an_evaluation_continues_with_the_answers_of_a_machine_that_has_a_folder
     assert "generating 2 answers" in ends["continued"]["err"][0]
     results = json.loads((folder / "node0/results/stopped/math_mgsm-llm_only/results.json").read_text())
     assert results["counts"]["examples"] == 4 and results["timing"]["examples"] == 2
+
+
+def test_stray_variables_of_a_launcher_leave_training_and_evaluation_alone(ends):
+    """`LOCAL_RANK=""` was a traceback of DeepSpeed's, `WORLD_SIZE` without `RANK` one of torch's."""
+    end = ends["alone"]
+    assert end["codes"] == [0] and "ZeRO 0, 1 processes" in end["err"][0], end["err"]
+    assert "generating 4 answers in fp32 on cpu" in end["err"][0]
+
+
+def test_progress_in_a_log_file_is_whole_lines_in_training_and_in_evaluation(ends):
+    """Without a terminal the training's bar wrote ten states a second, joined by carriage returns."""
+    error = ends["alone"]["err"][0]
+    assert "\r" not in error and "\nmapping: 100%|" in error and "\nrank 0 of 1: 100%|" in error, error

@@ -118,9 +118,12 @@ def test_the_processes_that_tokenise_do_not_outlive_a_rank_that_is_killed(tmp_pa
     wait_for_end(pids, 20)
 
 
-def test_a_run_without_a_launcher_outlives_the_shell_that_started_it(tmp_path):
-    """nohup python run_training.py &"""
-    pids = orphaned(tmp_path, {})
+@pytest.mark.parametrize(
+    "environment", [{}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, {"LOCAL_RANK": "x"}]
+)
+def test_a_run_without_a_launcher_outlives_the_shell_that_started_it(tmp_path, environment):
+    """nohup python run_training.py &, also where a cluster sets some variables in every shell."""
+    pids = orphaned(tmp_path, environment)
     time.sleep(4 * interrupt_utils.POLL_S)
     assert all(map(is_running, pids))
     for pid in pids:

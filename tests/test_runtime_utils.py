@@ -1,10 +1,14 @@
-"""Leaving a process group, the lock on a folder, and files that links planted in their place do not lead astray."""
+"""Meeting and leaving, stray variables, messages and bars, locks, and files that planted links do not lead astray."""
 
 import argparse
+import contextlib
+import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -56,6 +60,149 @@ def test_no_rank_leaves_before_the_slowest_has_finished_its_last_collective(slow
     printed = [float(process.communicate()[0]) for process in ranks]
     assert [process.returncode for process in ranks] == [7, 7]
     assert ends[1 - slow_rank] >= printed[slow_rank], "the quick rank was gone before the slow one was through"
+
+
+M = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets a launcher's variables, and no others, for one test."""
+
+    def call(values):
+        for name in runtime_utils.LAUNCHER_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "strays",
+    [
+        *({"RANK": "3"}, {"WORLD_SIZE": "4"}, {"WORLD_SIZE": "words"}, {"RANK": "", "WORLD_SIZE": "4", **M}),
+        *({"RANK": "words", "WORLD_SIZE": ""}, {"WORLD_SIZE": "4", "LOCAL_RANK": "2", **M}, {"LOCAL_RANK": "words"}),
+        *({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "nowhere", "MASTER_PORT": "words"}, M),
+    ],
+)
+def test_stray_variables_of_a_launcher_leave_a_process_alone(variables, strays, capsys):
+    variables(strays)
+    runtime_utils.log("heard")  # before anything is known of a group
+    device = runtime_utils.init_distributed()
+    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert (runtime_utils.rank(), runtime_utils.world_size(), runtime_utils.local_rank()) == (0, 1, 0)
+    assert capsys.readouterr().err == "heard\n"
+    assert not [name for name in runtime_utils.LAUNCHER_VARIABLES if name in os.environ]  # nor do children see them
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"RANK": "x"}, "RANK='x'"),
+        ({"RANK": "4"}, "RANK='4'"),
+        ({"RANK": "-1"}, "RANK='-1'"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE='four'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
+        ({"MASTER_PORT": "words"}, "MASTER_PORT='words'"),
+        ({"MASTER_ADDR": ""}, "no MASTER_ADDR and MASTER_PORT"),
+        ({"MASTER_PORT": " "}, "no MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_variables_that_no_launcher_sets_are_one_line_that_names_them(variables, wrong, named, capsys):
+    variables({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **M, **wrong})
+    with pytest.raises(SystemExit) as ended:
+        runtime_utils.run_main(runtime_utils.init_distributed)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and named in error
+
+
+def test_commands_that_join_no_group_speak_whatever_rank_the_environment_names():
+    """A refusal was silent with `RANK=1`: rank 0 was left to print it."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **M}
+    done = subprocess.run(
+        [sys.executable, "-m", "baselines.layer_swap", "--unknown"],
+        cwd=ROOT,
+        env={**os.environ, **place},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rank", "waits_for"), [(0, "rank 0 waits for 2 more processes"), (1, "rank 1 waits for rank 0")]
+)
+def test_a_rank_that_waits_at_the_start_says_for_whom_and_ends_in_one_line(
+    variables, rank, waits_for, capsys, monkeypatch
+):
+    """It waited for half an hour without a word, then came a traceback."""
+    monkeypatch.setattr(runtime_utils, "START_NOTICE_S", 0.3)
+    monkeypatch.setattr(runtime_utils, "START_TIMEOUT_S", 1.0)
+    port = str(free_port())
+    variables({"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", **M, "MASTER_PORT": port})
+    with pytest.raises(SystemExit) as ended:
+        runtime_utils.run_main(runtime_utils.init_distributed)
+    notice, error, end = capsys.readouterr().err.split("\n")
+    assert notice == f"{waits_for} at 127.0.0.1:{port}"
+    assert error.startswith(f"error: {notice} since 1 s") and end == "" and ended.value.code == 2
+
+
+def test_a_port_that_another_program_uses_is_named_in_one_line(variables, capsys):
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+        variables({"RANK": "0", "WORLD_SIZE": "2", **M, "MASTER_PORT": where.split(":")[1]})
+        with pytest.raises(SystemExit) as ended:
+            runtime_utils.run_main(runtime_utils.init_distributed)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1, error
+    assert f"the ranks cannot meet at {where}" in error and "--master_port" in error
+
+
+BAR = """
+import runtime_utils
+with runtime_utils.progress_bar(total=3, desc="steps") as bar:
+    for number in range(3):
+        bar.update()
+        bar.refresh()
+        runtime_utils.log(f"message {number}")
+"""
+
+
+def test_messages_stand_on_lines_of_their_own_above_a_live_progress_bar():
+    """They began where the bar's line ended."""
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", BAR], stderr=terminal, env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # so ends the reading of a terminal whose other end is closed
+        while chunk := os.read(controller, 4096):
+            shown += chunk
+    os.close(controller)
+    assert process.wait() == 0
+    for number in range(3):
+        assert f"\rmessage {number}\r\n".encode() in shown, shown
+    assert b"steps: 100%" in shown.rsplit(b"message 2", 1)[1]
+
+
+def test_a_progress_bar_in_a_log_file_is_a_line_every_30_seconds(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with runtime_utils.progress_bar(total=100, desc="steps", dynamic_ncols=False) as bar:
+        for _ in range(100):
+            now[0] += 1
+            bar.update()
+    error = capsys.readouterr().err
+    states = [int(line.split("%")[0].removeprefix("steps:")) for line in error.splitlines()]
+    assert "\r" not in error and states == [0, 30, 60, 90, 100], error
 
 
 def test_a_lock_file_removed_while_it_was_being_locked_is_not_taken_for_the_lock(tmp_path, monkeypatch):

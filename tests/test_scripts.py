@@ -198,6 +198,25 @@ def test_the_math_scripts_train_and_evaluate_with_the_real_launcher(tmp_path, ti
     assert trained["stage"] == "augmentation"
 
 
+@pytest.mark.slow
+def test_a_refusal_is_the_last_line_that_a_script_prints_and_keeps_its_exit_code(tmp_path, tiny_encoder):
+    """The launcher printed the whole command line of each process before and after it."""
+    environment = clean_environment(tmp_path) | {"LLM_PATH": str(tmp_path / "absent"), "MT_PATH": tiny_encoder}
+    environment |= {"NUM_GPUS": "2", "MASTER_PORT": str(free_port())}
+    environment["PATH"] += os.pathsep + os.environ["PATH"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/training_math.sh")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 2 and lines[-1].startswith("error: ") and str(tmp_path / "absent") in lines[-1], lines
+    assert not [line for line in lines if "[INFO]" in line or "return code" in line]
+
+
 def test_launcher_options_stand_before_the_program(run_script, tmp_path):
     hosts = tmp_path / "my hosts"
     hosts.write_text("one slots=2\n")

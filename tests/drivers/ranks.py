@@ -5,7 +5,8 @@
 A scenario is {"name", "runs": [{"program": "training" or "evaluation", "argv": flags}, …]} and, when wanted,
 "fault": {"at", "rank", "step"}: what fails on that rank (see `arm`);
 "waits": [{"at", "rank", "seconds"}, …]: that rank is slow there;
-"folders": [a working folder for each rank]; "settings": {name in runtime_utils: value}; "timeout_s": of the libraries.
+"folders": [a working folder for each rank]; "settings": {name in runtime_utils: value}; "timeout_s": of the libraries;
+"alone": the environment of a single process in place of two ranks'.
 Importing torch and DeepSpeed costs seconds; this pays it once: each rank is a fork of this process, which has no
 threads.
 """
@@ -103,7 +104,7 @@ def be_rank(number, port, scenario, folder):
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(scenario.get("alone") or {name: str(value) for name, value in place.items()})
     if "folders" in scenario:
         os.environ["LOCAL_RANK"] = "0"  # as on machines of one process each
         os.chdir(scenario["folders"][number])
@@ -122,8 +123,9 @@ def be_rank(number, port, scenario, folder):
 def outcome(scenario, folder):
     """How the ranks of one scenario ended: exit codes by rank (None: it had to be killed), output, and seconds."""
     folder.mkdir(parents=True)
-    port, pids, codes, started = free_port(), [], [None, None], time.monotonic()
-    for number in range(2):
+    numbers = range(1 if "alone" in scenario else 2)
+    port, pids, codes, started = free_port(), [], [None for _ in numbers], time.monotonic()
+    for number in numbers:
         if (pid := os.fork()) == 0:
             try:
                 be_rank(number, port, scenario, folder)
@@ -133,15 +135,15 @@ def outcome(scenario, folder):
         pids.append(pid)
     while None in codes and time.monotonic() - started < LIMIT_S:
         time.sleep(0.05)
-        for number in (0, 1):
+        for number in numbers:
             if codes[number] is None and (ended := os.waitpid(pids[number], os.WNOHANG))[0]:
                 codes[number] = os.waitstatus_to_exitcode(ended[1])
-    for number in (0, 1):
+    for number in numbers:
         if codes[number] is None:
             os.kill(pids[number], signal.SIGKILL)
             os.waitpid(pids[number], 0)
-    texts = {kind: [(folder / f"{n}.{kind}").read_text(errors="replace") for n in (0, 1)] for kind in ("out", "err")}
-    return {"codes": codes, "seconds": time.monotonic() - started, **texts}
+    errors = [(folder / f"{number}.err").read_bytes().decode(errors="replace") for number in numbers]
+    return {"codes": codes, "seconds": time.monotonic() - started, "err": errors}
 
 
 def main():
