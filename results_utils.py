@@ -198,7 +198,7 @@ def open_shard(folder: Path, rank: int):
         # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
         return open(path, "ab", buffering=0, opener=unfollowed)
     except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror}") from error
+        raise ResultsError(f"cannot write {path} ({error.strerror})") from error
 
 
 def append_records(shard, records: list[dict]) -> None:
