@@ -230,10 +230,8 @@ def find_models_on_rank_0(args: argparse.Namespace) -> tuple[str | None, str | N
 
 
 def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None) -> Plan:
-    """Reads data, tokenizers and configs and checks that they fit each other.
-
-    Args:
-        models: as `find_models_on_rank_0` returns them.
+    """Reads data, tokenizers and configs and checks that they fit each other; `models` as `find_models_on_rank_0`
+    returns them.
 
     Raises:
         UserError: for the first thing that does not.
