@@ -102,7 +102,7 @@ _RUN = {
     for blanks in (_GROUP_SPACE, f" {_GROUP_SPACE}")
 }
 # Words and forms by which a text shows that it writes numbers the English way, whatever the question's language.
-_ENGLISH_WORDS = "the|and|they|she|each|there|then|with|from|have|answer"
+_ENGLISH_WORDS = "the|and|they|she|each|there|then|this|that|which|with|from|are|for|have|makes|costs|needs|gets|answer"
 _ENGLISH = re.compile(rf"####|\b(?:{_ENGLISH_WORDS})\b|\d,\d{{3}}(?:,\d{{3}}|\.\d)", re.IGNORECASE)
 
 
@@ -168,7 +168,10 @@ _POWER = rf"(?:(?:\^|\*\*)\s?\{{?\s?([-+\u2212]?\d{{1,3}})(?!\w)|([\u207a\u207b]
 _POWER_OF_TEN = re.compile(_POWER)
 _TIMES_TEN = re.compile(r"\s?(?:[xX*\u00b7\u00d7\u22c5]|\\times|\\cdot)\s?10" + _POWER)
 _DIVISOR = re.compile(r" ?/ ?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)(?![\d/]| /)")
-_PLUS_FRACTION = re.compile(rf"(?:[ \u00a0]{{0,2}}{_PLUS}|[ \u00a0])(\d{{1,9}})/(\d{{1,9}})(?![\d/]|[.,]\d)")
+# U+53C8 and U+3068 stand in Chinese and Japanese mixed numbers.
+_PLUS_FRACTION = re.compile(
+    rf"(?:[ \u00a0]{{0,2}}{_PLUS}|[ \u00a0\u53c8\u3068])(\d{{1,9}})/(\d{{1,9}})(?![\d/]|[.,]\d)"
+)
 # Digits that belong to a unit or a variable: m^2, x^{2}, and the 2 of m2 behind a number.
 _RAISED = re.compile(r"(?:[^\W\d_]|[)}\]])\s?\^\s?\{?\s?-?$")
 _UNIT = re.compile(r"\d\s?(?:[kcdm]?m|ft|in|yd|mi|[\u043a\u0441\u0434\u043c]?\u043c)$")
@@ -191,7 +194,8 @@ def _numbers(text: str, code: str, in_english: bool) -> Iterator[_Number]:
         start, end = match.span()
         number, listed, doubtful = _read_run(match.group(), code, in_english)
         tail = text[max(0, start - 16) : start]
-        if _RAISED.search(tail) or number in "23" and _UNIT.search(tail) and not text[end : end + 1].isalnum():
+        is_unit = number in ("2", "3") and _UNIT.search(tail) and not text[end : end + 1].isalnum()
+        if is_unit or _RAISED.search(tail):
             continue
         value, end = _with_what_follows(text, number, start, end)
         yield _Number(start, end, value, listed, doubtful)
@@ -208,7 +212,8 @@ def _with_what_follows(text: str, number: str, start: int, end: int) -> tuple[fl
     if text[start - 1 : start] == "/":
         return value, end  # a date
     if (plus := _PLUS_FRACTION.match(text, end)) and "." not in number and int(plus[1]) < int(plus[2]):
-        return value + int(plus[1]) / int(plus[2]), plus.end()
+        # One rounding, so that 1 2/3 equals 5/3.
+        return (value * int(plus[2]) + int(plus[1])) / int(plus[2]), plus.end()
     if (divisor := _DIVISOR.match(text, end)) and (below := float(divisor[1].replace(",", ""))):
         return value / below, divisor.end()
     return value, end
@@ -241,9 +246,8 @@ def _is_negative(text: str, number: _Number) -> bool:
         if operand and not operand.endswith("\n"):
             return bool(_OPENING.search(operand))
         # At the start of a line it is a bullet, but for a sure minus or a number that stands alone.
-        return sign[1] == "\u2212" or not (text[: number.start - len(tail)] + operand + text[number.end :]).strip(
-            " \n.$"
-        )
+        around = text[: number.start - len(tail)] + operand + text[number.end :]
+        return sign[1] == "\u2212" or not around.strip(" \n.$")
     # Scripts with case put a hyphen between letter and number (COVID-19), the others a minus right after a word.
     hyphen = letter.lower() != letter.upper() and not _OPENING.search(before)
     return not hyphen and not _OPERAND.search(operand)
