@@ -41,6 +41,7 @@ from transformers.utils import ModelOutput, cached_file, logging
 from generation_utils import FiniteLogits, contiguous_input, decoding_attention, growing_cache
 from model_files import (
     ModelError,
+    check_quantisation,
     check_weights,
     end_token_ids,
     find_file,
@@ -58,6 +59,7 @@ FORMAT_VERSION = 1
 MAPPING_FILE = "mapping.safetensors"
 RELEASED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+CHECK_WEIGHTS = "compare the files with where they come from, fetch or train them again"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,18 +468,22 @@ class MindMerger(nn.Module):
             raise self.not_finite()
         return ids
 
-    def not_finite(self) -> ModelError:
-        """The error to raise where numbers are not finite; it reads all weights to name the first that is not."""
+    def bad_weight(self) -> str | None:
+        """The name of the first weight that is not finite, found by reading them all, with its model."""
         whole = {"encoder": f"encoder {self.config.mt_path}", "llm": f"LLM {self.config.llm_path}"}
         for name, parameter in self.named_parameters():
             # isfinite does not know the 8-bit floats
             values = parameter.float() if parameter.element_size() == 1 else parameter
             if not torch.isfinite(values).all():
                 part = name.partition(".")[0]
-                return ModelError(
-                    f"the {whole.get(part, part)} has values in its weights that are NaN or infinite (first: {name}): "
-                    "compare its files with where they come from, or fetch or train it again"
-                )
+                return f"{name} of the {whole.get(part, part)}"
+        return None
+
+    def not_finite(self) -> ModelError:
+        """The error to raise where numbers are not finite; it reads all weights to name the first that is not."""
+        weight = self.bad_weight()
+        if weight is not None:
+            return ModelError(f"{weight} has values that are NaN or infinite: {CHECK_WEIGHTS}")
         return ModelError(
             f"LLM {self.config.llm_path} computes logits that are NaN or infinite although all weights are finite: use "
             "--precision fp32, and check that encoder, mapping and LLM belong together"
@@ -586,6 +592,7 @@ def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementati
 
 
 def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **extra):
+    check_quantisation(path, config, backward=False)
     check_weights(path, config)
     previous = logging.get_verbosity()
     logging.set_verbosity_error()  # an unused decoder half is no news; what is missing is an error below

@@ -751,15 +751,19 @@ def probe_memory(trainer: Trainer) -> None:
 
 def not_finite(trainer: Trainer, loss, norm, losses, micro_batches) -> UserError:
     """The error that ends a run whose loss or gradient is not finite, naming the examples that were in it."""
+    from modeling_mindmerger import CHECK_WEIGHTS
+
     bad = [m for value, m in zip(losses, micro_batches, strict=True) if not math.isfinite(value.item())]
     rows = [i for m in (bad or micro_batches) for i in m.indices.tolist()]
     ids = trainer.data.dataset[rows]["id"]
     everywhere = runtime_utils.gather_objects((bool(bad), ids))
     chosen = [ids for is_bad, ids in everywhere if is_bad] or [ids for _, ids in everywhere]
     names = ", ".join([name for ids in chosen for name in ids][:20])
+    weight = trainer.engine.module.bad_weight()  # no lower rate helps against a damaged model
+    instead = f"{weight} is not finite: {CHECK_WEIGHTS}" if weight else "lower --lr, or use --precision fp32"
     return runtime_utils.ReportedError(
         f"loss {loss} with gradient norm {norm} at step {trainer.step + 1} is not finite: stopped before the update, "
-        f"earlier checkpoints are kept; examples: {names}; lower --lr, or use --precision fp32"
+        f"earlier checkpoints are kept; examples: {names}; {instead}"
     )
 
 

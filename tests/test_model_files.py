@@ -167,6 +167,8 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "n
 def make_multimodal(folder, family, **text):
     """Saves a tiny multimodal Gemma and returns the model."""
     vision = dict(VISION, image_size=28, patch_size=14) if family == "Gemma3" else dict(VISION, head_dim=8)
+    if family != "Gemma3":
+        text = {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0} | text
     settings = {"text_config": {**DECODER, "sliding_window": 8, **text}, "vision_config": vision}
     tokens = {"image_token_id": 119, "boi_token_id": 118, "eoi_token_id": 117}
     if family == "Gemma3":
@@ -178,16 +180,20 @@ def make_multimodal(folder, family, **text):
     return model
 
 
-@pytest.mark.parametrize("names", ["new", "hub"])
-def test_of_multimodal_gemma_3_the_text_model_is_loaded_whole(tmp_path, tiny_encoder, names):
+@pytest.mark.parametrize(
+    ("family", "names"), [("Gemma3", "hub"), ("Gemma3", "new"), ("Gemma4", "hub"), ("Gemma4Unified", "hub")]
+)
+def test_of_a_multimodal_gemma_the_text_model_is_loaded_whole(tmp_path, tiny_encoder, family, names):
     """Gemma 3 4B and larger: AutoModelForCausalLM gives a class that cannot generate from embeddings."""
-    whole, folder = make_multimodal(tmp_path / "gemma", "Gemma3"), str(tmp_path / "gemma")
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"this version of transformers has no {family}")
+    whole, folder = make_multimodal(tmp_path / "gemma", family), str(tmp_path / "gemma")
     if names == "new":
         state = load_file(tmp_path / "gemma/model.safetensors")
         state = {f"model.{name}".replace("language_model.model", "language_model"): state[name] for name in state}
         save_file(state, tmp_path / "gemma/model.safetensors", metadata={"format": "pt"})
     model = MindMerger.from_models(tiny_encoder, folder, torch.float32)
-    assert type(model.llm).__name__ == "Gemma3ForCausalLM"
+    assert type(model.llm).__name__ == f"{family}ForCausalLM"
     ids = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
     with torch.no_grad():
         assert torch.equal(model.llm(input_ids=ids).logits, whole(input_ids=ids).logits)
@@ -355,9 +361,12 @@ def loss_of(llm, encoder):
 
 @pytest.mark.parametrize("where", ["tokenizer", "config beyond", "config negative", "generation config"])
 def test_a_pad_token_without_a_row_changes_neither_loss_nor_answers(
-    evaluate, llm, encoder, tiny_llm, tiny_encoder, where
+    evaluate, llm, encoder, tiny_encoder, tmp_path, where
 ):
-    expected, answers = loss_of(tiny_llm, tiny_encoder), evaluate(tiny_llm, mt_path=tiny_encoder)
+    for name in ("config.json", "generation_config.json"):  # some rows end early, and are padded
+        edit_json(llm / name, eos_token_id=[2, *range(3, 250, 3)])
+    plain = shutil.copytree(llm, tmp_path / "plain")
+    expected, answers = loss_of(plain, tiny_encoder), evaluate(plain, mt_path=tiny_encoder)
     for folder in (llm, encoder):
         rows = json.loads((folder / "config.json").read_text())["vocab_size"]
         if where == "tokenizer":
@@ -532,6 +541,16 @@ def test_pointers_that_nothing_reads_do_no_harm(evaluate, llm, tiny_llm):
     for name in ("pytorch_model.bin", "tokenizer.model", "original.bin"):
         (llm / name).write_bytes(POINTER)
     assert evaluate(llm) == evaluate(tiny_llm)
+
+
+def test_a_pointer_is_not_taken_for_a_vocabulary_of_three_words(tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "bert/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    (tmp_path / "bert/vocab.txt").write_bytes(b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nword\n")
+    assert load_tokenizers(str(tmp_path / "bert"), None).encoder.convert_tokens_to_ids("word") == 5
+    (tmp_path / "bert/vocab.txt").write_bytes(POINTER)
+    assert "vocab.txt is a Git LFS" in refusal(load_tokenizers, str(tmp_path / "bert"), None)
 
 
 def test_a_pointer_as_mapping_or_expert_is_named(evaluate, llm, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, make_tiny_encoder, read_log, run_many
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import run_training
 from modeling_mindmerger import MindMerger
@@ -277,6 +277,10 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((endless / name).read_text())
         (endless / name).write_text(json.dumps(settings | {"eos_token_id": None}))
+    damaged = Path(shutil.copytree(tiny_llm, tmp_path / "damaged"))
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_cliping": 1.0}))
     (tmp_path / "ds_bf16.json").write_text(json.dumps({"bf16": {"enabled": True}}))
     (tmp_path / "ds_batch.json").write_text(json.dumps({"train_batch_size": 99}))
@@ -319,6 +323,10 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(run, flags, tiny_llm, 
         (["--llm_path", str(endless)], ["endless", "eos_token_id"]),
         (["--output_dir", str(tmp_path / "ds.json")], ["ds.json", "cannot write"]),
         (["--report_to", "wandb"], ["wandb", "pip install"]),
+        (
+            ["--llm_path", str(damaged), "--output_dir", str(tmp_path / "elsewhere")],
+            ["not finite", f"llm.model.norm.weight of the LLM {damaged}"],
+        ),
         (["--train_batch_size", "many"], []),
     ]
     outcomes = run_many(run, tmp_path, [[*flags, *extra] for extra, _ in cases])
