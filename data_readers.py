@@ -4,6 +4,7 @@ A leaf that knows no task: bytes in; lines, JSON values and checked fields out.
 """
 
 import codecs
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,30 @@ class DataError(UserError):
 
 class RowError(DataError):
     """A fault of one row of a data file, whose other rows can be used."""
+
+
+@contextlib.contextmanager
+def skipping_named():
+    """Context manager: names the flag that leaves a row out where a single row is faulty.
+
+    Raises:
+        DataError: for that row.
+    """
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"{error} (--skip_faulty_rows leaves such rows out and lists them)") from None
+
+
+FAULTS_SHOWN = 20
+
+
+def describe_faults(faults: list[str], where: str) -> str:
+    """The warning of the rows that --skip_faulty_rows leaves out: their number, where all are listed, the first."""
+    lines = faults[:FAULTS_SHOWN]
+    if len(faults) > FAULTS_SHOWN:
+        lines.append(f"and {len(faults) - FAULTS_SHOWN} more")
+    return "\n".join([f"--skip_faulty_rows leaves out {len(faults)} faulty rows{where}:", *lines])
 
 
 def shown(value: object) -> str:

@@ -382,15 +382,19 @@ class Task:
                 "or --stage_name mapping"
             )
 
-    def read_evaluation(self, data_root, language: Language) -> Iterator[Example]:
+    def read_evaluation(self, data_root, language: Language, faults: list[str] | None = None) -> Iterator[Example]:
         """Yields the evaluation examples of one language.
+
+        Args:
+            faults: takes the faults of single rows, which are then left out; without it the first one is raised. A
+                row of unknown language is always raised: without it, later rows might get other ids.
 
         Raises:
             DataError: for a missing or faulty file, a language without rows, a task without an evaluation set.
         """
         if self.evaluation_file is None:
             raise DataError(f"task {self.name} has no evaluation set: choose one of {', '.join(_evaluation_tasks())}")
-        return self._read(self.evaluation_file, self.parse_evaluation, data_root, [language], None)
+        return self._read(self.evaluation_file, self.parse_evaluation, data_root, [language], None, faults)
 
     def _read(self, pattern, parse, data_root, languages, limit, faults=None) -> Iterator[Example]:
         mixed = "{" not in pattern
@@ -404,14 +408,15 @@ class Task:
                 if record is None:  # a faulty line, which keeps its number
                     seen[language_of_file.name if language_of_file else ""] += 1
                     continue
+                language = language_of_file
                 try:
-                    language = language_of_file or _language_of(record, self.language_field)
+                    language = language or _language_of(record, self.language_field)
                     seen[language.name] += 1
                     if languages is not None and language not in languages or given[language.name] == limit:
                         continue
                     example = _example(parse, record, language, seen[language.name], mixed)
                 except RowError as error:
-                    if faults is None:
+                    if faults is None or language is None and parse is self.parse_evaluation:
                         raise
                     faults.append(str(error))
                     continue
@@ -718,6 +723,12 @@ def training_files(task: Task, stage: str, data_root, languages: Sequence[Langua
     return [find_file(data_root, relative) for relative in relatives]
 
 
-def evaluation_examples(task: Task, data_root, language: Language, limit: int | None = None) -> list[Example]:
-    """The evaluation examples of one language, the first `limit` of them; the whole file is checked all the same."""
-    return list(task.read_evaluation(data_root, language))[:limit]
+def evaluation_examples(
+    task: Task, data_root, language: Language, limit: int | None = None, faults: list[str] | None = None
+) -> list[Example]:
+    """The evaluation examples of one language, the first `limit` of them; the whole file is checked all the same.
+
+    Args:
+        faults: takes the faults of single rows, which are then left out; without it the first one is raised.
+    """
+    return list(task.read_evaluation(data_root, language, faults))[:limit]

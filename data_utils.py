@@ -8,7 +8,6 @@ names can be imported from here. Nothing here knows a model or a device.
 Dimension letters: B rows, S encoder tokens, P prompt tokens, T target tokens.
 """
 
-import contextlib
 import ctypes
 import hashlib
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_readers import DataError, RowError
+from data_readers import DataError, skipping_named
 from data_tasks import (
     LANGUAGES,
     TASKS,
@@ -420,10 +419,9 @@ def build_training_set(
     if skip_faulty_rows:
         settings["skip_faulty_rows"] = True
     # A template changed by the user shows in the first example.
-    with _flag_named():
-        first = next(
-            iter(training_examples(task, stage, data_root, languages, train_num, [] if skip_faulty_rows else None))
-        )
+    with skipping_named():
+        passed_over = None if faults is None else []
+        first = next(iter(training_examples(task, stage, data_root, languages, train_num, passed_over)))
     settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "cut")]
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -434,22 +432,13 @@ def build_training_set(
         with _waiting(FileLock(folder.parent / f".{fingerprint}.lock")):
             manifest = _read_manifest(folder)
             if manifest is None:
-                with _flag_named():
+                with skipping_named():
                     _build_cache(folder, examples, tokenizers, limits, num_proc, faults, data_root)
                 manifest = _read_manifest(folder)
         return _open_cache(folder, manifest, hashes, data_root)
     except OSError as error:
         where = error.filename or folder.parent
         raise DataError(f"cannot write the tokenised data to {where}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _flag_named():
-    """Names the flag that leaves out a faulty row."""
-    try:
-        yield
-    except RowError as error:
-        raise DataError(f"{error} (--skip_faulty_rows leaves such rows out and lists them)") from None
 
 
 def _cache_root(cache_dir) -> Path:

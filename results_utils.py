@@ -485,6 +485,8 @@ def format_results(results: dict) -> str:
     ):
         if counts[key]:
             lines.append(f"{counts[key]} of {counts['examples']} {text}")
+    if results.get("faulty_rows"):
+        lines.append(f"{len(results['faulty_rows'])} faulty rows were left out (--skip_faulty_rows)")
     return "\n".join(lines)
 
 

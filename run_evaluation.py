@@ -143,6 +143,11 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
         "--languages", help="only these, by name or code, with commas: Swahili,th (default: all of the task)"
     )
     data.add_argument("--limit", type=_at_least(1), help="only the first N examples of each language")
+    data.add_argument(
+        "--skip_faulty_rows",
+        action="store_true",
+        help="leave out and list rows of the test sets that are faulty, where the first one otherwise ends the run",
+    )
     generation = parser.add_argument_group("generation")
     generation.add_argument(
         "--eval_batch_size",
@@ -201,6 +206,7 @@ class Plan:
     folder: Path
     identity: dict  # everything the answers and scores depend on
     engine: str = "hf"
+    faults: list[str] | None = None  # of the rows that --skip_faulty_rows left out
     parallel_input: dict | None = None  # what results.json says of --parallel_input
 
     @property
@@ -236,7 +242,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None)
     Raises:
         UserError: for the first thing that does not.
     """
-    from data_utils import TASKS, evaluation_examples, find_task, load_tokenizers, parse_languages
+    from data_utils import TASKS, find_task, load_tokenizers, parse_languages
     from model_files import check_models
     from modeling_mindmerger import check_mapping, check_roles, config_of_models, model_fingerprint
     from results_utils import SCORER
@@ -257,7 +263,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None)
     checkpoint, mt_path, llm_path = models or find_models(args, task, form)
     check_roles(llm_path, mt_path)
     check_models(mt_path, llm_path, backward=False)
-    examples = [e for language in languages for e in evaluation_examples(task, args.data_root, language, args.limit)]
+    examples, faults = _read_examples(args, task, languages)
     examples, parallel_input, suffix = _with_parallel_input(args, task, examples)
     # A PMI prompt holds the question several times: the default limit grows with it, or its translations would be cut.
     prompt_limit = args.max_gen_len or DEFAULT_MAX_LEN * (1 + (args.parallel_input or 0))
@@ -307,6 +313,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None)
         identity=identity,
         engine=args.engine,
         parallel_input=parallel_input,
+        faults=faults,
     )
 
 
@@ -321,6 +328,20 @@ def warn_of_unused(args: argparse.Namespace) -> None:
     if unused:
         named = ", of which only the name of its LLM is taken" if args.init_checkpoint and not args.llm_path else ""
         warn(f"--llm_only evaluates without encoder and mapping: no use of {', '.join(unused)}{named}")
+
+
+def _read_examples(args: argparse.Namespace, task, languages: list) -> tuple[list, list[str] | None]:
+    """The examples of all languages, and the faults of the rows that --skip_faulty_rows leaves out of them."""
+    from data_readers import describe_faults, skipping_named
+    from data_utils import evaluation_examples
+
+    faults = [] if args.skip_faulty_rows else None
+    source = (task, args.data_root)
+    with skipping_named():
+        examples = [e for one in languages for e in evaluation_examples(*source, one, args.limit, faults)]
+    if faults:
+        warn(describe_faults(faults, ", all of them listed in results.json"))
+    return examples, faults
 
 
 def _with_parallel_input(args: argparse.Namespace, task, examples: list) -> tuple[list, dict | None, str | None]:
@@ -717,6 +738,7 @@ def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]]
         "mean": {**mean, "interval": mean_interval},
         "resampling": resampling,
         "languages": languages,
+        **({"faulty_rows": plan.faults} if plan.faults else {}),
         "counts": {"examples": number} | {mark: sum(values) for mark, values in marks.items()},
         "published": published,
         "max_new_tokens": plan.max_new_tokens,

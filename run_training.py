@@ -25,7 +25,6 @@ from runtime_utils import UserError, is_main, log, parse_bool, rank, together, w
 from training_log import TENSORBOARD_FOLDER, WANDB_FILE, Recorder, draw_loss, peak_memory_gb, perplexity
 
 FAULTS_FILE = "faulty_rows.txt"  # in the output folder
-FAULTS_SHOWN = 20
 DEFAULT_EVAL_MICRO_BATCHES = 2000
 EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
@@ -331,6 +330,7 @@ def check_reporting(where: str) -> None:
 
 def load_data(args, plan: Plan, cache_dir=None):
     """Tokenised training set, tokenizers and the dev/train split; tokenising happens once on each machine."""
+    from data_readers import describe_faults
     from data_utils import automatic_dev_size, build_training_set, load_tokenizers, split_dev
 
     tokenizers = together(load_tokenizers, args.mt_path, args.llm_path)
@@ -349,7 +349,9 @@ def load_data(args, plan: Plan, cache_dir=None):
         skip_faulty_rows=args.skip_faulty_rows,
     )
     number = len(data.dataset)
-    report_faults(args, plan, data)
+    if data.faults:
+        where = "" if args.dry_run else f", all of them listed in {plan.output_dir / FAULTS_FILE}"
+        warn(describe_faults(data.faults, where))
     if args.dev_size == "auto":  # the number is what a checkpoint knows
         args.dev_size = automatic_dev_size(number)
         log(f"--dev_size auto: {args.dev_size} of {number} examples")
@@ -358,17 +360,6 @@ def load_data(args, plan: Plan, cache_dir=None):
         warn(f"--dev_size {len(dev)} takes {len(dev) / number:.0%} of the examples: --dev_size auto takes a tenth")
     log(f"data: {len(train)} training and {len(dev)} dev examples; " + json.dumps(data.counts, ensure_ascii=False))
     return tokenizers, data, (dev, train)
-
-
-def report_faults(args, plan: Plan, data) -> None:
-    """Warns of the rows that --skip_faulty_rows leaves out: their number, the first of them, where all are listed."""
-    if not data.faults:
-        return
-    lines = data.faults[:FAULTS_SHOWN]
-    if len(data.faults) > FAULTS_SHOWN:
-        lines.append(f"and {len(data.faults) - FAULTS_SHOWN} more")
-    where = "" if args.dry_run else f", all of them listed in {plan.output_dir / FAULTS_FILE}"
-    warn("\n".join([f"--skip_faulty_rows leaves out {len(data.faults)} faulty rows{where}:", *lines]))
 
 
 def check_lengths(args, data) -> None:

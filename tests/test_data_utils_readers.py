@@ -531,3 +531,14 @@ def test_a_file_of_faulty_rows_alone_and_one_that_is_no_list_are_refused_all_the
     ):
         math_rows(tmp_path, content)
         assert message in error_of(lambda: list(training_examples(task, "augmentation", tmp_path, None, None, [])))
+
+
+def test_a_test_set_keeps_its_ids_so_that_a_row_of_unknown_language_is_never_left_out(tmp_path):
+    row = {"sentence1": "a", "sentence2": "b", "label": "neutral", "language": "German"}
+    path = tmp_path / "evaluation/xnli/test.json"
+    task = find_task("xnli")
+    write(path, json.dumps([row, row | {"label": "x"}, row]))
+    ids, faults = faults_of(lambda faults: evaluation_examples(task, tmp_path, GERMAN, None, faults))
+    assert ids == ["de-1", "de-3"] and len(faults) == 1
+    write(path, json.dumps([row, row | {"language": "?"}, row]))
+    assert "unknown language" in error_of(lambda: evaluation_examples(task, tmp_path, GERMAN, None, []))

@@ -258,6 +258,23 @@ def test_results_of_an_older_scorer_compare_but_are_not_taken_for_this_evaluatio
     assert outcome(old) == outcome(new)
 
 
+def test_faulty_rows_of_a_test_set_are_refused_or_left_out_counted_and_listed(evaluate, tmp_path, datas):
+    shutil.copytree(f"{datas}/evaluation/mgsm", tmp_path / "faulty/evaluation/mgsm")
+    file = tmp_path / "faulty/evaluation/mgsm/mgsm_th.tsv"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([lines[0], f"{lines[1]} or 4", *lines[2:]]) + "\n", encoding="utf-8")
+    flags = ("--data_root", tmp_path / "faulty", *FEW)
+    with pytest.raises(UserError, match=r"mgsm_th\.tsv:2: .*several numbers.* \(--skip_faulty_rows leaves such rows"):
+        evaluate(*flags)
+    out, err = evaluate(*flags, "--skip_faulty_rows")
+    assert f"--skip_faulty_rows leaves out 1 faulty rows, all of them listed in results.json:\n{file}:2: " in err
+    assert "1 faulty rows were left out (--skip_faulty_rows)" in out
+    folder = tmp_path / "results/MindMerger/math_mgsm"
+    (fault,) = json.loads((folder / "results.json").read_text())["faulty_rows"]
+    assert fault.startswith(f"{file}:2: ")
+    assert [row["id"] for row in read_lines(folder / "predictions/Thai.jsonl")] == ["th-1", "th-3", "th-4"]
+
+
 def test_results_hold_everything_needed_to_run_again(evaluate, tmp_path, world):
     evaluate(*FEW, "--limit", 2, "--seed", 3)
     results = json.loads((tmp_path / "results/MindMerger/math_mgsm/results.json").read_text())
