@@ -188,7 +188,7 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
             its mapping.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     folder = Path(folder)
     if folder.is_file():
@@ -209,7 +209,8 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
     if fault is not None:
         raise UserError(f"checkpoint {folder} is damaged: {fault}; pass an older one, or auto")
     try:
-        return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
+        # Not by name: the library opens no path that is not UTF-8.
+        return load((folder / TENSORS).read_bytes()), json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(
             f"checkpoint {folder}: {TENSORS} or {STATE} is not what its manifest promises: {error}"

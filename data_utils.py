@@ -42,7 +42,7 @@ from data_tasks import (
     training_examples,
     training_files,
 )
-from runtime_utils import is_main, log, progress_bar
+from runtime_utils import is_main, is_utf8, log, progress_bar
 
 __all__ = [
     "LANGUAGES",
@@ -427,6 +427,8 @@ def build_training_set(
 
     limits = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "with_prompt": with_prompt}
     folder = _cache_root(cache_dir) / fingerprint
+    if not is_utf8(folder):
+        raise DataError(f"the cache folder {folder.parent} is not UTF-8: set HF_DATASETS_CACHE to another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _waiting(FileLock(folder.parent / f".{fingerprint}.lock")):

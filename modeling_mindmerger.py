@@ -11,6 +11,7 @@ V vocabulary.
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import warnings
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path
 import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -53,7 +54,7 @@ from model_files import (
     special_token_ids,
     strip_slash,
 )
-from runtime_utils import warn, write_bytes_atomic, write_json_atomic, write_text_atomic
+from runtime_utils import is_utf8, warn, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 FORMAT_VERSION = 1
 MAPPING_FILE = "mapping.safetensors"
@@ -640,6 +641,12 @@ def check_roles(llm_path: str, mt_path: str | None) -> None:
     Raises:
         ModelError: for an encoder or an encoder-decoder as the LLM.
     """
+    for flag, path in (("llm_path", llm_path), ("mt_path", mt_path or "")):
+        if not is_utf8(path):
+            raise ModelError(
+                f"--{flag} {path}: the name is not UTF-8, and the libraries that read models open no such folder: "
+                "rename it, or pass a link to it"
+            )
     llm = load_config(llm_path)
     # Some encoders have a causal head in the library: it would attend to both sides and generate noise.
     encoder = type(llm) in MODEL_FOR_TEXT_ENCODING_MAPPING and getattr(llm, "is_decoder", None) is False
@@ -712,7 +719,7 @@ def model_fingerprint(path: str) -> str:
             if file.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt", ".py") or not file.is_file():
                 continue
             size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
+            digest.update(os.fsencode(file.name) + f" {size}\n".encode())
             with open(file, "rb") as content:
                 if size <= 64 * block:
                     digest.update(content.read())
@@ -804,7 +811,7 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
     refuse_unreadable(file)
     if file.suffix == ".safetensors":
         try:
-            return load_file(file)
+            return load(file.read_bytes())  # not by name: the library opens no path that is not UTF-8
         except (OSError, safetensors.SafetensorError) as error:
             raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
     try:

@@ -6,6 +6,8 @@ quick.
 
 import argparse
 import contextlib
+import errno
+import io
 import json
 import os
 import sys
@@ -582,6 +584,76 @@ def progress_bar(iterable=None, **options):
     return tqdm(iterable, **options)
 
 
+class SteadyStream(io.TextIOWrapper):
+    """Standard output or error that never ends a run: neither by a reader that goes away (`| head -1`), nor by a full
+    disk, nor by a character that its encoding lacks.
+
+    `error` is what kept a part of the output from a file, None where nothing did or nobody reads any longer.
+    """
+
+    error: OSError | None = None
+
+    def __init__(self, stream: io.TextIOWrapper):
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="backslashreplace",  # characters that the encoding lacks, and bytes of paths that are not UTF-8
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+
+    def write(self, text: str) -> int:
+        """Writes the text, or drops it where nothing can be written."""
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, or drops it where nothing can be written."""
+        try:
+            super().flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
+            self.error = self.error or error
+        # Whatever else writes there, C libraries too, writes nowhere from here on.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+
+
+def steady_streams() -> None:
+    """Makes standard output and error a `SteadyStream` each; where one was closed (`2>&-`), what goes there is dropped.
+
+    A closed one also leaves its number to the next file that is opened, and C libraries would write their messages into
+    that file: so the first three numbers are taken.
+    """
+    while (taken := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(taken)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            setattr(sys, name, nowhere)
+        elif isinstance(stream, io.TextIOWrapper) and not isinstance(stream, SteadyStream):
+            setattr(sys, name, SteadyStream(stream))
+
+
+def _lost_output() -> int:
+    """Says what kept standard output from being written; the exit code for that, 0 where nothing did."""
+    sys.stdout.flush()
+    error = getattr(sys.stdout, "error", None)
+    if error is None:
+        return 0
+    print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr, flush=True)
+    return 2
+
+
 def run_main(main, alone: bool = False) -> None:
     """Runs a command's `main()` and leaves the process with its exit code.
 
@@ -595,12 +667,14 @@ def run_main(main, alone: bool = False) -> None:
     """
     global _runs_alone
     _runs_alone = alone
+    steady_streams()
     # Before torch and tqdm load. Warnings of torch's C++ part concern sockets that are tried again.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", str(LOG_INTERVAL_S))
     try:
         code = main() or 0
+        code = _lost_output() or code
     except UserError as error:
         if _watch is not None and not isinstance(error, ReportedError):
             _fail(str(error), 2)
@@ -609,6 +683,8 @@ def run_main(main, alone: bool = False) -> None:
         code = 2
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as leaving:  # --help
+        sys.exit(leaving.code or _lost_output())
     except Exception as error:
         if _watch is None:
             raise
@@ -699,6 +775,11 @@ def versions() -> dict[str, str]:
 # Files
 
 
+def is_utf8(path) -> bool:
+    """Whether a path can be written in UTF-8, as the libraries that read models and data sets need it."""
+    return not any("\ud800" <= c <= "\udfff" for c in str(path))
+
+
 def open_new(path):
     """Opens a new file for writing bytes. What stands in its place, a link too, is removed and never written to.
 
@@ -736,8 +817,8 @@ def write_bytes_atomic(path, data: bytes) -> None:
 
 
 def write_text_atomic(path, text: str) -> None:
-    """`write_bytes_atomic` for UTF-8 text."""
-    write_bytes_atomic(path, text.encode("utf-8"))
+    """`write_bytes_atomic` for UTF-8 text. A byte of a path that is not UTF-8 becomes \\udcXX, JSON's own escape."""
+    write_bytes_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json_atomic(path, value) -> None:

@@ -1,5 +1,6 @@
 """Runs that are cut short and go on: what remains must equal an uninterrupted run's, bit for bit."""
 
+import argparse
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint_utils
 import run_training
 from checkpoint_utils import fault_of, list_checkpoints, newest_valid, write_checkpoint
+from modeling_mindmerger import config_of_models, mapping_shapes
 from runtime_utils import UserError, write_text_atomic
 
 STEPS = ["--epoch_num", "2", "--eval_steps", "4", "--save_steps", "3", "--logging_steps", "1"]
@@ -611,6 +613,62 @@ def test_running_out_of_memory_is_known_before_training_and_names_the_flags(run,
         for part in (*expected, "encoder ", "target "):
             assert part in result["error"], (part, result["error"])
         assert (outputs(tmp_path, place) / "log.jsonl").read_text() == ""
+
+
+@pytest.mark.slow
+def test_folders_whose_names_are_not_utf_8_hold_a_run_and_its_continuation_in_ascii(run, flags, datas, tmp_path):
+    """Settings with such a path could not be written, and safetensors opens no file below one."""
+    data, out = (os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/datas\xff", b"/out\xff"))
+    shutil.copytree(datas, data)
+    argv = [*flags, "--data_root", data, "--output_dir", out]
+    first = [[*argv, "--max_steps", "2"]]
+    second = [[*argv, "--max_steps", "3", "--allow_changed", "max_steps"]]
+    second += [[*argv, "--max_steps", "1", "--stage_name", "augmentation"]]
+    (tmp_path / "runs.json").write_text(json.dumps([*first, *second]))
+    done = run(
+        *(ROOT / "tests/drivers/many_runs.py", tmp_path / "runs.json", tmp_path / "outcomes.json"),
+        env={"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for outcome in json.loads((tmp_path / "outcomes.json").read_text()):
+        assert outcome["code"] == 0, outcome
+    stage = Path(out, "MindMerger/math/mapping")
+    assert len(read_log(stage)) == 3
+    assert json.loads((stage / "args.json").read_text(encoding="utf-8"))["arguments"]["output_dir"] == out
+
+
+@pytest.mark.slow
+def test_running_out_of_memory_while_models_are_placed_is_one_line(run, flags, tmp_path):
+    """And so is a bucket that no memory holds, which torch reports as another error on the host."""
+    config = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 4e12}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    entries = [{"argv": named(flags, "placing"), "fault": {"memory": "placing"}}]
+    entries += [{"argv": named(flags, "bucket", "--deepspeed_config", str(tmp_path / "ds.json"))}]
+    placing, bucket = run_many(run, tmp_path, entries)
+    assert placing["code"] == bucket["code"] == 2
+    assert "while the models are placed on cpu" in placing["error"] and "ds_zero3.json" in placing["error"]
+    assert bucket["error"].startswith("out of memory on rank 0") and "\n" not in bucket["error"] + placing["error"]
+
+
+def test_a_resume_from_an_output_folder_takes_its_newest_valid_checkpoint(flags, tmp_path, capsys):
+    folder = tmp_path / "stage"
+    args = run_training.build_parser().parse_args([*flags, "--resume_from_checkpoint", str(folder)])
+    plan, data = run_training.check_arguments(args), argparse.Namespace(fingerprint="data")
+    shapes = mapping_shapes(config_of_models(args.mt_path, args.llm_path))
+    kinds = ("mapping", "exp_avg", "exp_avg_sq")
+    tensors = {f"{kind}.{name}": torch.zeros(p.shape) for name, p in shapes.items() for kind in kinds}
+    state = {"epoch": 0, "examples_in_epoch": 8, "best_dev_loss": None, "evaluation_due": False}
+    state["identity"] = run_training.identity(args, plan, data)
+    for step in (1, 2, 3):
+        write_checkpoint(folder, step, tensors, state | {"step": step}, None)
+    (folder / "checkpoint-000003" / "state.json").write_text("{}")
+    found, _, state = run_training.read_resumable(args, plan, data)
+    assert (found.name, state["step"]) == ("checkpoint-000002", 2)
+    assert "skipped checkpoint-000003" in capsys.readouterr().err
+    for step in (1, 2):
+        (folder / f"checkpoint-00000{step}" / "state.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .*stage is whole"):
+        run_training.read_resumable(args, plan, data)
 
 
 def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):

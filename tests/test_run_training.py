@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,6 +466,15 @@ def test_an_encoder_as_the_llm_is_refused_and_an_llm_as_the_encoder_is_said(flag
     assert f"--mt_path {other} is a decoder-only model (llama)" in capsys.readouterr().err
     settled(flags, "--mt_path", tiny_llm)
     assert f"--mt_path and --llm_path are the same model, {tiny_llm}" in capsys.readouterr().err
+
+
+def test_a_model_folder_whose_name_is_not_utf_8_is_refused_before_anything_loads(flags, tiny_llm, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/llm\xff")
+    shutil.copytree(tiny_llm, folder)
+    with pytest.raises(UserError, match="the name is not UTF-8.*pass a link to it"):
+        settled(flags, "--llm_path", folder)
+    (tmp_path / "link").symlink_to(folder)
+    settled(flags, "--llm_path", tmp_path / "link")
 
 
 def test_positions_are_checked_as_in_evaluation(flags, tiny_llm, tmp_path, capsys):

@@ -1,8 +1,9 @@
-"""Meeting and leaving, stray variables, messages and bars, locks, and files that planted links do not lead astray."""
+"""Meeting and leaving, stray variables, messages and bars, locks, links in the place of files, and output."""
 
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import struct
@@ -324,3 +325,95 @@ def test_the_cache_of_tokenised_data_never_goes_through_a_link(tmp_path, victim,
     (cache / f".{name}.lock").unlink()
     (cache / f".{name[:16]}-planted.tmp").symlink_to(victim.parent)
     build_training_set(*inputs, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where output goes: encodings that lack a character, readers that go away, full disks, closed streams
+
+PRINTING = """
+import sys
+import runtime_utils
+
+def main():
+    for i in range(20_000):  # more than a pipe holds
+        print("line", i, "é中", "\\udcff")
+    runtime_utils.log("almost done é")
+    open(sys.argv[1], "w").write("whole")
+    return int(sys.argv[2])
+
+runtime_utils.run_main(main)
+"""
+
+
+@pytest.fixture
+def printing(tmp_path):
+    """Runs a command that prints much, by a line of bash: exit codes, output, and whether it got through."""
+
+    def call(line, encoding="utf-8", code=0):
+        command = f'set -o pipefail; prog() {{ "{sys.executable}" -c "$PROGRAM" "{tmp_path}/ran" {code}; }}; {line}'
+        command += '; echo "${PIPESTATUS[@]}" > codes'
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "PROGRAM": PRINTING}
+        done = subprocess.run(["bash", "-c", command], capture_output=True, env=environment, cwd=tmp_path, timeout=60)
+        got_through = (tmp_path / "ran").exists() and (tmp_path / "ran").read_text() == "whole"
+        return (tmp_path / "codes").read_text().split(), done, got_through
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("latin-1", b"line 0 \xe9\\u4e2d \\udcff"),
+        ("ascii", b"line 0 \\xe9\\u4e2d \\udcff"),
+        ("utf-8", "line 0 é中 \\udcff".encode()),
+    ],
+)
+def test_a_character_that_the_output_encoding_lacks_is_escaped_and_ends_nothing(printing, encoding, shown):
+    codes, done, got_through = printing("prog", encoding)
+    assert codes == ["0"] and got_through and b"Traceback" not in done.stderr
+    assert done.stdout.splitlines()[0] == shown and len(done.stdout.splitlines()) == 20_000
+
+
+@pytest.mark.parametrize(
+    "line", ["prog | head -1", "prog 2>&1 | head -1", "prog 2> >(exit 0) | head -1", "prog 2>&- | head -1"]
+)
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_reader_that_goes_away_ends_nothing_and_changes_no_exit_code(printing, line, code):
+    codes, done, got_through = printing(line, code=code)
+    assert codes == [str(code), "0"] and got_through
+    assert done.stdout.decode().splitlines() == ["line 0 é中 \\udcff"]
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+
+
+def test_output_that_a_full_disk_refuses_is_one_line_and_exit_code_2_once_the_work_is_done(printing):
+    codes, done, got_through = printing("prog > /dev/full")
+    assert codes == ["2"] and got_through
+    said = done.stderr.decode().splitlines()
+    assert said == ["almost done é", "error: cannot write to standard output: No space left on device"]
+
+
+def test_closed_streams_are_dropped_and_no_file_takes_their_place(printing):
+    """Messages for a closed standard error came out on standard output, or in the next file that was opened."""
+    codes, done, got_through = printing("prog 2>&-")
+    assert codes == ["0"] and got_through and b"almost done" not in done.stdout
+    codes, done, got_through = printing("prog <&- >&- 2>&-")
+    assert codes == ["0"] and got_through and done.stdout == done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    "module", ["run_training.py", "run_evaluation.py", "scripts/prepare_data.py", "scripts/compare_table.py"]
+)
+def test_help_can_be_read_in_ascii_and_cut_short(module):
+    line = f'"{sys.executable}" "{ROOT / module}" --help'
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for tail, codes in (("> /dev/null", "0"), ("| head -1", "0 0")):
+        shell = ["bash", "-c", f'exec 3>&1; {line} {tail} ; echo "${{PIPESTATUS[@]}}" >&3']
+        done = subprocess.run(shell, capture_output=True, text=True, env=environment, timeout=60)
+        assert done.stderr == "" and done.stdout.splitlines()[-1] == codes, done
+
+
+def test_json_keeps_a_path_that_is_not_utf_8(tmp_path):
+    folder = os.fsdecode(b"out\xff")
+    runtime_utils.write_json_atomic(tmp_path / folder / "args.json", {folder: "é中"})
+    written = (tmp_path / folder / "args.json").read_bytes()
+    assert json.loads(written.decode("utf-8")) == {folder: "é中"} and "é中".encode() in written

@@ -6,7 +6,7 @@ An entry is a list of flags, or {"argv": flags, "fault": {...}} with a fault tha
 step (1-based "step", on "rank", default every rank): "signal" sends a real signal to this process; "nan" makes the
 loss of that step not a number; "dev_nan" does that to the dev loss after that step; "infinite_gradient" leaves the
 loss of that step as it is but not its gradient; "memory" makes memory run out: in the first "forward" pass, in the
-first one without gradients ("dev"), or in the first "update".
+first one without gradients ("dev"), in the first "update", or while the model is put on its device ("placing").
 Importing torch and DeepSpeed costs seconds; this pays it once for many short runs.
 """
 
@@ -63,6 +63,12 @@ def fault_injected(fault):
             raise torch.OutOfMemoryError("out of memory, as a test has it")
         return clip(*arguments, **named)
 
+    def damaged_placing(self, *arguments, **named):
+        if fault.get("memory") == "placing" and isinstance(self, MindMerger):
+            raise torch.OutOfMemoryError("out of memory, as a test has it")
+        return to(self, *arguments, **named)
+
+    to, torch.nn.Module.to = torch.nn.Module.to, damaged_placing
     run_training.train_step, MindMerger.forward = train_step, damaged_forward
     torch.nn.utils.clip_grad_norm_ = damaged_clipping
     try:
@@ -70,6 +76,7 @@ def fault_injected(fault):
     finally:
         run_training.train_step, MindMerger.forward = step_function, forward
         torch.nn.utils.clip_grad_norm_ = clip
+        torch.nn.Module.to = to
 
 
 def outcome(argv, fault):
