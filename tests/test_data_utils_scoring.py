@@ -213,6 +213,8 @@ def test_notations_of_any_script_and_of_latex_are_read_as_a_reader_would(text, v
         ("#### 2,125", "fr", 2125),
         ("Sie zahlt 1,200 $", "de", 1200),  # no third decimal of 0
         ("1 450 000 рублей", "ru", 1450000),
+        ("una pensión anual de $50 000/año", "es", 50000),
+        ("1 234,56 €", "de", 1234.56),
         ("1 234", "en", 234),
         ("7 8 9", "ru", 9),
         ("3,5,8", "de", 8),
