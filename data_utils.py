@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -123,6 +124,7 @@ def _load_tokenizer(path: str, flag: str):
     except ModelError as error:
         raise DataError(f"{error} ({flag})") from error
     tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = sys.maxsize  # the limits are ours; the folder's may be anything
     return tokenizer
 
 

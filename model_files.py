@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import AutoHfQuantizer
@@ -355,11 +356,21 @@ def load_tokenizer(path: str):
 
 
 def _check_tokenizer_files(path: str) -> None:
-    for file in [Path(path) / name for name in TOKENIZER_FILES] if is_folder(path) else []:
+    """Raises for the first file of a tokenizer that is the reason why it does not load, where one is."""
+    files = [Path(path) / name for name in TOKENIZER_FILES] if is_folder(path) else []
+    for file in files:
         if os.path.lexists(file):
             values = read_json_object(file) if file.suffix == ".json" else refuse_unreadable(file)
             if file.name == "tokenizer_config.json":
                 _refuse_own_code(path, values, needed=True)
+            if file.name == "tokenizer.json":
+                try:
+                    Tokenizer.from_file(str(file))
+                except Exception as error:  # its own bare type
+                    raise ModelError(f"{file} is not a tokenizer: {first_line(error)}") from error
+    vocabularies = (*VOCABULARY_FILES, "vocab.txt")
+    if files and not any(os.path.lexists(file) for file in files if file.name in vocabularies):
+        raise ModelError(f"it holds none of {', '.join(vocabularies)}")
 
 
 def special_token_ids(llm_path: str, config) -> tuple[int | None, int | None]:

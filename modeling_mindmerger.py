@@ -10,7 +10,6 @@ V vocabulary.
 
 import dataclasses
 import hashlib
-import json
 import os
 import pickle
 import warnings
@@ -768,15 +767,15 @@ def read_config(path: str) -> MindMergerConfig | None:
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
-    if not isinstance(values, dict) or values.get("model_type") != "mindmerger":
+    values = read_json_object(file)
+    if values.get("model_type") != "mindmerger":
         return None
+    known = {field.name: field.type for field in dataclasses.fields(MindMergerConfig)}
+    for name, value in values.items():
+        if name in known and not isinstance(value, known[name]):
+            raise ModelError(f"{file}: {name} cannot be {str(value)[:80]!r}")
     if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ModelError(f"{file} has format version {values['format_version']}, this program knows {FORMAT_VERSION}")
-    known = {field.name for field in dataclasses.fields(MindMergerConfig)}
     try:
         return MindMergerConfig(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:

@@ -518,6 +518,20 @@ def test_a_damaged_file_of_a_model_folder_is_named_with_its_cause_before_data_lo
         assert str(llm / name) in refusal(MindMerger.from_models, None, str(llm))
 
 
+def test_a_tokenizer_or_mapping_config_of_the_wrong_form_is_named(evaluate, llm, mapping, tmp_path):
+    edit_json(llm / "tokenizer.json", model=[1])
+    assert f"{llm / 'tokenizer.json'} is not a tokenizer" in refusal(evaluate, llm)
+    (llm / "tokenizer.json").unlink()
+    assert f"tokenizer of {llm}: it holds none of tokenizer.json" in refusal(evaluate, llm)
+    saved = Path(shutil.copytree(mapping, tmp_path / "saved"))
+    for name, value in (("llm_path", [1]), ("format_version", "1"), ("augmentation", {})):
+        edit_json(saved / "config.json", **{name: value})
+        assert f"{saved / 'config.json'}: {name} cannot be" in refusal(evaluate, llm, checkpoint=saved)
+        shutil.copy(Path(mapping) / "config.json", saved)
+    (saved / "config.json").write_bytes(POINTER)
+    assert "config.json is a Git LFS pointer" in refusal(evaluate, llm, checkpoint=saved)
+
+
 def test_missing_shards_and_damaged_older_weights_are_named(evaluate, llm, encoder):
     for damage, part in (
         ({"model.safetensors.index.json": INDEX}, "lacks 1 of the 1 weight files"),
