@@ -55,6 +55,30 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def hub_advice(name: str, error: BaseException) -> str | None:
+    """What to do about a hub name whose files cannot be fetched; None for another kind of error."""
+    from huggingface_hub import constants, errors
+
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    statuses = {getattr(getattr(one, "response", None), "status_code", None) for one in chain}
+    log_in = "log in with 'hf auth login' or set HF_TOKEN"
+    if any(isinstance(one, errors.GatedRepoError) for one in chain):
+        return f"it is gated: accept its licence at https://huggingface.co/{name}, then {log_in}"
+    if any(isinstance(one, errors.RepositoryNotFoundError) for one in chain):
+        return f"the hub shows no such model: check the name, and for a private model {log_in}"
+    if statuses & {401, 403}:
+        return f"the hub refuses access (HTTP {max(statuses & {401, 403})}): {log_in}, with a token that may read it"
+    if not any(isinstance(one, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) for one in chain):
+        return None
+    fetch = f"fetch it where there is network with 'hf download {name}' and keep that cache (HF_HOME)"
+    lacking = f"the cache {constants.HF_HUB_CACHE} lacks it"
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set and {lacking}: {fetch}, or unset HF_HUB_OFFLINE"
+    return f"the hub cannot be reached and {lacking}: {fetch}; HF_HUB_OFFLINE=1 then asks the hub for nothing"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -185,6 +209,8 @@ def load_config(path: str):
         if os.path.lexists(file):
             values = read_json_object(file)
             _refuse_own_code(path, values, values.get("model_type") not in CONFIG_MAPPING)
+        if not is_folder(path) and (advice := hub_advice(path, error)) is not None:
+            raise ModelError(f"cannot fetch {path} from the Hugging Face hub: {advice}") from error
         raise ModelError(
             f"cannot load a model config from {path}: neither a folder with a usable config.json here nor a reachable "
             f"hub name ({first_line(error)})"
@@ -342,6 +368,8 @@ def load_tokenizer(path: str):
         except ModelError as cause:
             reason = str(cause)
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
+        if not is_folder(path):
+            reason = hub_advice(path, error) or reason
         raise ModelError(f"cannot load the tokenizer of {path}: {reason}") from error
     if is_folder(path):
         names = set(tokenizer.vocab_files_names.values()) - {"tokenizer_config.json"} | set(VOCABULARY_FILES)

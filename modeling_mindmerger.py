@@ -46,6 +46,8 @@ from model_files import (
     end_token_ids,
     find_file,
     first_line,
+    hub_advice,
+    is_folder,
     llm_config,
     load_config,
     read_json_object,
@@ -53,7 +55,7 @@ from model_files import (
     special_token_ids,
     strip_slash,
 )
-from runtime_utils import is_utf8, warn, write_bytes_atomic, write_json_atomic, write_text_atomic
+from runtime_utils import is_out_of_memory, is_utf8, warn, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 FORMAT_VERSION = 1
 MAPPING_FILE = "mapping.safetensors"
@@ -613,7 +615,10 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
             "you trust their origin, load them where that is safe and save them as safetensors with save_pretrained"
         ) from error
     except Exception as error:  # a damaged config may bring about nearly every type
-        raise ModelError(f"cannot load the model in {path}: {first_line(error)}") from error
+        if is_out_of_memory(error):
+            raise
+        reason = None if is_folder(path) else hub_advice(strip_slash(path), error)
+        raise ModelError(f"cannot load the model in {path}: {reason or first_line(error)}") from error
     finally:
         logging.set_verbosity(previous)
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())

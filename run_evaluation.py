@@ -34,6 +34,7 @@ from runtime_utils import (
     gather_objects,
     init_distributed,
     is_main,
+    is_out_of_memory,
     log,
     parse_bool,
     progress_bar,
@@ -584,16 +585,18 @@ def load_model(plan: Plan, device, input_side_only: bool = False):
     from vllm_engine import keep_input_side
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
-    model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation)
-    if plan.checkpoint is not None and is_main():  # `evaluate` gives it to the other ranks
-        model.load_mapping(plan.checkpoint)
-    if input_side_only:
-        keep_input_side(model)
     try:
+        model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation)
+        if plan.checkpoint is not None and is_main():  # `evaluate` gives it to the other ranks
+            model.load_mapping(plan.checkpoint)
+        if input_side_only:
+            keep_input_side(model)
         return model.to(device).eval()
-    except torch.cuda.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
-            f"out of GPU memory while placing the models on {device}: use a larger GPU or --precision bf16"
+            f"out of memory while placing the models on {device}: use a larger GPU or --precision bf16"
         ) from error
 
 

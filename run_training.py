@@ -34,6 +34,9 @@ STEP_MEMORY_FLAGS += "use --gradient_checkpointing"
 UPDATE_MEMORY_FLAGS = "Adam's moments come on top: share or offload them (--deepspeed_config), or "
 UPDATE_MEMORY_FLAGS += STEP_MEMORY_FLAGS
 EVAL_MEMORY_FLAGS = "lower --eval_batch_size, --max_seq_len or --max_gen_len"
+# What the hours of a dry run assume: a GPU by its data sheet (dense), and how much of its peak a training step reaches.
+ASSUMED_GPU, ASSUMED_SHARE = "A100", 0.4
+PEAK_FLOPS = {"bf16": 312e12, "fp32": 19.5e12}
 # Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
 CHANGEABLE = {"train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_tokens", "epoch_num", "max_steps"}
 CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
@@ -104,8 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoint, or a folder that holds some, of which it takes the newest valid one")  # fmt: skip
     add("--allow_changed", action="append", default=[], metavar="NAME", choices=sorted(CHANGEABLE),
         help="let a resumed run go on with another value of this flag; may be given more than once")  # fmt: skip
-    add("--dry_run", action="store_true", help="load the data, print the effective settings, steps and a memory "
-        "estimate, write nothing")  # fmt: skip
+    add("--dry_run", action="store_true", help="load the data, print the effective settings, steps and estimates of "
+        "memory and hours, write nothing")  # fmt: skip
     add("--eval_steps", type=int, help="optimizer steps between dev evaluations (default: 2000 micro-batches' worth)")
     add("--save_steps", type=int, help="optimizer steps between checkpoints (default: as eval_steps)")
     add("--save_total_limit", type=int, default=2, help="how many checkpoints to keep")
@@ -1042,6 +1045,29 @@ def prepare(args):
     return plan, tokenizers, data, split
 
 
+def training_flop(args, data, rows, llm, encoder) -> float:
+    """Estimates the arithmetic of one pass over training rows from their real lengths, without padding and attention.
+
+    Each weight of the LLM's layers takes 4 FLOP for a position (forward, and backward to the inputs alone; 6 where
+    gradient checkpointing computes the forward pass again), each of its output head the same for a target token, each
+    of the encoder's 2 for a source token. Embeddings are looked up, and the mapping is small beside all this.
+
+    Args:
+        rows: (n,) row numbers.
+        llm, encoder: the models, which may be without storage.
+    """
+    head = llm.get_output_embeddings().weight
+    tables = {id(table): table.numel() for table in (llm.get_input_embeddings().weight, head)}
+    layers = sum(p.numel() for p in llm.parameters()) - sum(tables.values())
+    encoding = sum(p.numel() for p in encoder.parameters()) - encoder.get_input_embeddings().weight.numel()
+    positions, targets, sources = (
+        int(lengths[rows].sum(dtype="int64"))
+        for lengths in (data.merged_lengths, data.target_lengths, data.encoder_lengths)
+    )
+    passes = 6 if args.gradient_checkpointing else 4
+    return float(passes * layers * positions + 4 * head.numel() * targets + 2 * encoding * sources)
+
+
 def print_estimate(args, plan: Plan, data, split) -> None:
     """Prints the effective settings, the steps and the memory that weights and optimizer take on each GPU."""
     import torch
@@ -1085,6 +1111,14 @@ def print_estimate(args, plan: Plan, data, split) -> None:
             f"offloaded, for each GPU: {sum(host_gb.values()):.3f} GB {', '.join(host_gb)}; of offloaded weights, the "
             "layers at work come on top of the GPU's memory too"
         )
+    total = min(args.max_steps or math.inf, steps * args.epoch_num)
+    flop = training_flop(args, data, split[1], llm, encoder) * total / steps
+    rate = PEAK_FLOPS[args.precision]
+    print(
+        f"arithmetic: {flop:.3g} FLOP in all; at an assumed {ASSUMED_SHARE:.0%} of the {rate / 1e12:g} TFLOP/s in "
+        f"{args.precision} of an {ASSUMED_GPU}, {flop / (size * rate * ASSUMED_SHARE) / 3600:.3g} h on {size} of them "
+        "(an estimate, not measured; loading, evaluations and checkpoints come on top)"
+    )
     print("dry run: nothing was written")
 
 

@@ -680,7 +680,13 @@ def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):
         f"{ROOT}/scripts/ds_zero3.json",
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for part in ("steps per epoch: 13; in all: 26", "1,632 trained in fp32", "at ZeRO 3", "nothing was written"):
+    for part in (
+        "steps per epoch: 13; in all: 26",
+        "1,632 trained in fp32",
+        "at ZeRO 3",
+        "nothing was written",
+        "% of the 19.5 TFLOP/s",
+    ):
         assert part in done.stdout, (part, done.stdout)
     assert not (tmp_path / "outputs").exists()
 

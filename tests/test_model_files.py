@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +23,7 @@ import run_training
 from baselines.embeddings import main as embeddings_main
 from baselines.model_folders import open_model
 from data_utils import load_tokenizers
-from model_files import check_models, check_quantisation, load_config, takes_embeddings
+from model_files import check_models, check_quantisation, load_config, load_tokenizer, takes_embeddings
 from modeling_mindmerger import MindMerger, load_encoder, load_llm, save_released
 from run_evaluation import answer
 from runtime_utils import UserError
@@ -650,3 +653,76 @@ for module, argv, name in json.loads({json.dumps(commands)!r}):
     for name, message in refused:
         assert own[name] in message and "needs code of its own" in message and "\n" not in message
     assert not trace.exists() and "[y/N]" not in done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hub names that cannot be fetched
+
+ASKING = """
+import sys
+from model_files import load_config
+from runtime_utils import UserError
+
+for name in sys.argv[1:]:
+    try:
+        load_config(name)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """What is said of hub names that a server refuses in several ways, by name."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            status, code = {"gated": (401, "GatedRepo"), "private": (401, "RepoNotFound")}.get(
+                self.path.split("/")[1], (403, "")
+            )
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = str(tmp_path_factory.mktemp("hub"))
+    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": home}
+    names = ["gated/llm", "private/llm", "other/llm"]
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING, *names],
+        env={**os.environ, **place, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    server.shutdown()
+    said = done.stdout.splitlines()
+    assert len(said) == len(names), done
+    return dict(zip(names, said, strict=True))
+
+
+def test_a_gated_model_is_told_to_need_its_licence_accepted_and_a_log_in(refusals):
+    assert refusals["gated/llm"] == (
+        "cannot fetch gated/llm from the Hugging Face hub: it is gated: accept its licence at "
+        "https://huggingface.co/gated/llm, then log in with 'hf auth login' or set HF_TOKEN"
+    )
+
+
+def test_a_model_that_the_hub_hides_or_refuses_is_told_to_need_a_log_in(refusals):
+    assert "the hub shows no such model: check the name" in refusals["private/llm"]
+    assert "refuses access (HTTP 403)" in refusals["other/llm"]
+    assert all("'hf auth login' or set HF_TOKEN" in line for line in refusals.values())
+
+
+def test_a_model_that_an_offline_cache_lacks_is_told_how_to_fetch_it():
+    """The tests run with HF_HUB_OFFLINE=1."""
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE is set and the cache .* lacks it: .*'hf download org/llm'"):
+            load("org/llm")

@@ -495,6 +495,33 @@ def test_positions_are_checked_as_in_evaluation(flags, tiny_llm, tmp_path, capsy
         run_training.check_lengths(args, data)
 
 
+# Checkpointing recomputes a layer only as far as its backward pass needs.
+@pytest.mark.parametrize(("checkpointing", "tolerance"), [(False, 0.02), (True, 0.1)])
+def test_the_estimated_arithmetic_is_what_torch_counts_in_the_matrix_products(
+    tiny_encoder, tiny_llm, checkpointing, tolerance
+):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    shapes = {"encoder_input_ids": (2, 30), "prompt_ids": (2, 20), "target_ids": (2, 10)}
+    batch = {name: torch.full(shape, 7) for name, shape in shapes.items()}
+    batch |= {"encoder_attention_mask": torch.ones(2, 30, dtype=torch.long)}
+    batch |= {f"{part}_mask": torch.ones(shapes[f"{part}_ids"], dtype=torch.long) for part in ("prompt", "target")}
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    products = {str(op): flop for op, flop in counter.get_flop_counts()["Global"].items() if "mm" in str(op)}
+    counted = sum(flop for op, flop in products.items() if "bmm" not in op)  # those are of attention
+    first, second = (layer.weight.numel() for layer in (model.mapping.mlp.linear1, model.mapping.mlp.linear2))
+    mapping = 60 * (4 * first + 6 * second)  # no gradient reaches the encoder
+    lengths = {"merged": 62, "encoder": 30, "target": 10}
+    data = SimpleNamespace(**{f"{name}_lengths": np.array([n, n]) for name, n in lengths.items()})
+    args = run_training.build_parser().parse_args(["--gradient_checkpointing"] * checkpointing)
+    estimate = run_training.training_flop(args, data, np.arange(2), model.llm, model.encoder)
+    assert counted - mapping == pytest.approx(estimate, rel=tolerance)
+
+
 def test_flags_without_effect_are_said(flags, capsys):
     settled(flags, "--dev_size", 0, "--eval_steps", 2)
     assert "--eval_steps is ignored: with --dev_size 0 nothing is evaluated" in capsys.readouterr().err

@@ -808,3 +808,15 @@ def test_versions_of_the_package_agree():
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_links_to_data_and_outputs_elsewhere_are_ignored_by_git(tmp_path):
+    """A pattern that ends in a slash matches folders alone: `git add .` took a link named datas along."""
+    names = ("datas", "outputs", "results", "quickstart", ".venv")
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    for name in names:
+        (tmp_path / name).symlink_to(tmp_path.parent)
+    done = subprocess.run(["git", "status", "--short"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "?? .gitignore\n"
