@@ -250,6 +250,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None)
 
     check_seed(args.seed)
     check_save_name(args.save_name)
+    _check_parallel_input(args)
     warn_of_unused(args)
     form = form_of(args)
     args.augmentation = args.augmentation is not False
@@ -345,6 +346,13 @@ def _read_examples(args: argparse.Namespace, task, languages: list) -> tuple[lis
     return examples, faults
 
 
+def _check_parallel_input(args: argparse.Namespace) -> None:
+    from baselines.parallel_input import options_of
+
+    if options_of(args) is not None and not args.llm_only:
+        raise UserError("--parallel_input is for the LLM alone: pass --llm_only too")
+
+
 def _with_parallel_input(args: argparse.Namespace, task, examples: list) -> tuple[list, dict | None, str | None]:
     """The examples with --parallel_input's prompts, its record for results.json, and the results folder's suffix."""
     from baselines.parallel_input import apply_parallel_input, options_of
@@ -352,8 +360,6 @@ def _with_parallel_input(args: argparse.Namespace, task, examples: list) -> tupl
     options = options_of(args)
     if options is None:
         return examples, None, None
-    if not args.llm_only:
-        raise UserError("--parallel_input is for the LLM alone: pass --llm_only too")
     examples, languages = apply_parallel_input(task, args.data_root, examples, options)
     record = {"k": options.size, "translations": options.label, "source": options.translations, "order": options.order}
     return examples, {"name": options.name, **record, "languages": languages}, options.suffix
