@@ -23,6 +23,7 @@ import runtime_utils
 from runtime_utils import UserError
 from training_log import Recorder
 
+M = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
 PROGRAM = """
 import sys, time
 import runtime_utils
@@ -63,7 +64,51 @@ def test_no_rank_leaves_before_the_slowest_has_finished_its_last_collective(slow
     assert ends[1 - slow_rank] >= printed[slow_rank], "the quick rank was gone before the slow one was through"
 
 
-M = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
+# The main thread of rank 0 or 1 waits in a call that does not notice what becomes of the other, as NCCL's do not.
+LOST = """
+import os, signal, sys, time
+import runtime_utils
+
+runtime_utils.BEAT_S, runtime_utils.LOST_S, runtime_utils.PATIENCE_S = 0.2, 2.0, 1.0
+
+def main():
+    runtime_utils.init_distributed()
+    runtime_utils.together(lambda: None)
+    if runtime_utils.rank() == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGSTOP if sys.argv[2] == "stops" else signal.SIGKILL)
+    time.sleep(60)
+
+runtime_utils.run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("lost", "how", "says"),
+    [
+        (1, "stops", "error: rank 1 gave no sign of life for 2 s"),
+        (0, "dies", "error: rank 1: lost contact with rank 0"),
+    ],
+)
+def test_a_rank_that_is_lost_without_a_word_ends_the_others_whatever_they_wait_in(lost, how, says):
+    """A machine without power; gloo notices a closed connection, NCCL nothing at all."""
+    place = {"WORLD_SIZE": "2", **M, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOST, str(lost), how],
+            env={**os.environ, **place, "RANK": str(number), "LOCAL_RANK": str(number)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        error = ranks[1 - lost].communicate(timeout=40)[1]
+        assert ranks[1 - lost].returncode == 1 and error.splitlines() == [says]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+            process.stderr.close()
 
 
 @pytest.fixture
