@@ -26,11 +26,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
+import runtime_utils
 from checkpoint_utils import sync_folder
 from model_files import refuse_unreadable
-from runtime_utils import UserError, is_main, versions, warn, write_json_atomic
+from runtime_utils import UserError, versions, warn, write_json_atomic
 
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB in fp32: large enough for the disk, small enough to hold a dozen at once
 # Pages of a memory-mapped file stay in the process until it is unmapped: a file is reopened after this many bytes.
@@ -697,14 +697,7 @@ def _copy_settings(source: Path, target: Path, dtype: str) -> None:
     write_json_atomic(target / "config.json", config)
 
 
-def progress_bar(total_bytes: int, what: str) -> tqdm:
+def progress_bar(total_bytes: int, what: str):
     """A bar over bytes on standard error."""
-    return tqdm(
-        total=total_bytes,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1000,
-        dynamic_ncols=True,
-        disable=not is_main(),
-    )
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "dynamic_ncols": True}
+    return runtime_utils.progress_bar(total=total_bytes, desc=what, **options)

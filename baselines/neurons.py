@@ -27,6 +27,7 @@ from runtime_utils import (
     CommandParser,
     UserError,
     log,
+    progress_bar,
     run_main,
     versions,
     warn,
@@ -223,7 +224,6 @@ def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]
         CPU; and one record per example, in order, for proportion.jsonl.
     """
     import torch
-    from tqdm import tqdm
 
     from data_utils import find_language
     from run_evaluation import batch_inputs, cut_evaluation
@@ -233,7 +233,7 @@ def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]
     by_language: dict[str, list[int]] = {}
     for i, example in enumerate(plan.examples):
         by_language.setdefault(example.language, []).append(i)
-    with tqdm(total=len(plan.examples), unit="example", desc="counting") as progress:
+    with progress_bar(total=len(plan.examples), unit="example", desc="counting") as progress:
         for language, indices in by_language.items():
             code = find_language(language).code
             for batch in cut_evaluation(indices, plan, args):
