@@ -1143,9 +1143,10 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
         together(probe_memory, trainer)
         trainer.signals = Signals()
         code = train(trainer, record)
-        together(record.flush)
-        if is_main():
-            draw_loss(record.path, plan.output_dir / "loss.png")
+        with trainer.signals.saving():
+            together(record.flush)
+            if is_main():
+                draw_loss(record.path, plan.output_dir / "loss.png")
         # Not after an error: a launcher's SIGTERM must not end this rank before it has said what happened.
         trainer.signals.close()
     end = "ended by a signal" if code else "finished"
