@@ -333,7 +333,8 @@ class _Watch:
         self._stopped = threading.Event()
         self._impatient = False
         self.ending = False
-        threading.Thread(target=self._run, name="other ranks", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="other ranks", daemon=True)
+        self._thread.start()
 
     @contextlib.contextmanager
     def call(self):
@@ -357,8 +358,14 @@ class _Watch:
         return False
 
     def stop(self) -> None:
-        """Ends the watching: the rank that holds the store may leave."""
+        """Ends the watching: the rank that holds the store may leave.
+
+        Waits for the thread: one that is inside the store's C++ code while the interpreter ends would abort the process
+        ("terminate called without an active exception") and replace its exit code.
+        """
         self._stopped.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
 
     def count_out(self, key: str, patience: float) -> None:
         """Waits until every rank has come here, but no longer than `patience` seconds."""
@@ -682,9 +689,9 @@ def run_main(main, alone: bool = False) -> None:
             say_error(str(error))
         code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        _exit_watched(130)
     except SystemExit as leaving:  # --help
-        sys.exit(leaving.code or _lost_output())
+        _exit_watched(leaving.code or _lost_output())
     except Exception as error:
         if _watch is None:
             raise
@@ -692,6 +699,12 @@ def run_main(main, alone: bool = False) -> None:
     if _group_is_up():
         leave_together()
         sys.modules["torch"].distributed.destroy_process_group()
+    _exit_watched(code)
+
+
+def _exit_watched(code) -> None:
+    if _watch is not None:
+        _watch.stop()
     sys.exit(code)
 
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
@@ -38,6 +39,14 @@ def main():
 
 runtime_utils.run_main(main)
 """
+
+
+def test_the_thread_that_watches_other_ranks_has_ended_before_its_process_does():
+    """Inside the store's C++ code at the interpreter's end it aborted the process, once in some hundred runs."""
+    watch = runtime_utils._Watch(runtime_utils.Place(0, 2, 0, "localhost", 1), torch.distributed.HashStore())
+    assert "other ranks" in {thread.name for thread in threading.enumerate()}
+    watch.stop()
+    assert "other ranks" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("slow_rank", [0, 1])
