@@ -31,13 +31,39 @@ def options(**given):
 # -- torch.compile
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param([], marks=pytest.mark.slow),
-        pytest.param(["--gradient_checkpointing"], marks=pytest.mark.soak),  # another minute, for the rarer case
-    ],
-)
+def test_compiled_layers_have_the_same_losses_and_gradients(tiny_llm, tiny_encoder, monkeypatch):
+    """Many lengths, batches of one row, with and without gradient: all that the layers are traced for, without the
+    minutes of a C++ compiler."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **way: compile_module(self, backend="aot_eager", **way)
+    )
+    outcomes = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
+        if compiled:
+            speed_options.compile_layers(model)
+        found = []
+        for rows, length in ((3, 9), (1, 5), (2, 17), (1, 30)):
+            ids, mask = (
+                torch.arange(rows * length).view(rows, length) % 200 + 5,
+                torch.ones(rows, length, dtype=torch.long),
+            )
+            batch = {"encoder_input_ids": ids, "encoder_attention_mask": mask, "target_ids": ids, "target_mask": mask}
+            with torch.no_grad():
+                found.append(model(**batch).loss.item())
+            model.zero_grad()
+            model(**batch).loss.backward()
+            found.append(model.mapping.mlp.linear1.weight.grad.norm().item())
+        outcomes.append(found)
+    traced = torch._dynamo.utils.counters["frames"]["ok"]
+    torch._dynamo.reset()
+    assert traced and outcomes[1] == pytest.approx(outcomes[0], rel=1e-5)
+
+
+@pytest.mark.soak  # a minute of g++ each
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]])
 @pytest.mark.skipif(which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_training_has_the_same_losses(run, flags, tmp_path, more):
     """Batches of one row, evaluation without gradient and many lengths must all stay compiled and right."""
