@@ -106,14 +106,14 @@ merge_row() {
         local again=()
         if [[ -e $output ]]; then again=(--overwrite); fi
         attempt "$label" "$results_dir/logs/merge-$slug.log" \
-            python -m "baselines.$module" "$@" --output "$output" ${again[@]+"${again[@]}"} || return 0
+            python -m "mindmerger.baselines.$module" "$@" --output "$output" ${again[@]+"${again[@]}"} || return 0
         printf '%s' "$module $*" >"$made"
     fi
     evaluate_row "$label" "$slug" -llm_only --llm_only --llm_path "$output"
 }
 
 extra=("$@")
-folder=$(python -c 'import sys; from data_tasks import find_task; print(find_task(sys.argv[1]).name)' "$task" 2>/dev/null) ||
+folder=$(python -c 'import sys; from mindmerger.tasks import find_task; print(find_task(sys.argv[1]).name)' "$task" 2>/dev/null) ||
     fail "TASK is '$task', which is no task with an evaluation set: see python run_evaluation.py --help"
 
 evaluate_row "task LLM alone" task-llm -llm_only --llm_only --llm_path "$llm"
@@ -179,4 +179,4 @@ for form in Hard Soft; do
 done
 
 printf '=== Table\n'
-python scripts/compare_table.py "${table[@]}" --against "$against" --output_dir "$results_dir"
+python -m mindmerger.evaluation.comparison_table "${table[@]}" --against "$against" --output_dir "$results_dir"

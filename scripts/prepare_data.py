@@ -11,18 +11,19 @@ import json
 import os
 import re
 import shutil
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data_readers import LFS_POINTER, read_records, refuse_lfs_pointer
-from data_utils import LANGUAGES, find_task
-from runtime_utils import CommandParser, UserError, log, open_new, run_main, write_text_atomic
+from mindmerger.runtime.command import CommandParser, run_main
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import open_new, write_text_atomic
+from mindmerger.runtime.processes import log
+from mindmerger.tasks import find_task
+from mindmerger.tasks.languages import LANGUAGES
+from mindmerger.tasks.readers import LFS_POINTER, read_records, refuse_lfs_pointer
 
 DATA_FOLDERS = ("bilingual_pairs", "query_translation", "evaluation")
 XNLI_LABELS = ("entailment", "neutral", "contradiction")  # the hub's integers, in order

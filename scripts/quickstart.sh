@@ -54,7 +54,7 @@ mapping=$folder/outputs/quickstart/math/mapping
 
 # The extra arguments are words on purpose.
 # shellcheck disable=SC2086
-step "Small world" python scripts/make_tiny_world.py --output_dir "$folder" --seed "$seed" ${QUICKSTART_WORLD_ARGS:-}
+step "Small world" python -m scripts.tiny_world --output_dir "$folder" --seed "$seed" ${QUICKSTART_WORLD_ARGS:-}
 step "Stage 1, mapping" "${training[@]}" --save_name quickstart --stage_name mapping \
     --languages Swahili,German,Spanish,Russian,Chinese --lr 2e-3
 step "Stage 2, augmentation, Soft" "${training[@]}" --save_name quickstart --stage_name augmentation --lr 1e-3
@@ -68,6 +68,6 @@ step "Evaluation of MindMerger-Soft" "${evaluation[@]}" --augmentation True \
 
 printf '\n=== The LLM alone, MindMerger-Hard and MindMerger-Soft on the same unseen problems\n'
 results=$folder/results/quickstart/math_mgsm
-python scripts/compare_table.py --output_dir "$folder/results" --row "LLM alone=$results-llm_only" \
+python -m mindmerger.evaluation.comparison_table --output_dir "$folder/results" --row "LLM alone=$results-llm_only" \
     --row "MindMerger-Hard=$results-hard" --row "MindMerger-Soft=$results"
 printf '=== All steps: %d s\n' "$SECONDS"

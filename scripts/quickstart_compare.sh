@@ -40,7 +40,7 @@ if [[ -d $folder/math_expert && -d $folder/language_expert ]]; then
 else
     printf '\n=== Experts\n'
     # Only one of the two is there when something stopped an earlier attempt between them.
-    python scripts/make_tiny_world.py --output_dir "$folder" --seed "$seed" --experts --overwrite
+    python -m scripts.tiny_world --output_dir "$folder" --seed "$seed" --experts --overwrite
     printf '=== Experts: %d s\n' "$SECONDS"
 fi
 

@@ -4,17 +4,15 @@ import csv
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, clean_environment
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from compare_table import build_cells, keep_common, main, make_figure, read_row
-
-from results_utils import SCORER, bootstrap_intervals, holm, mcnemar_exact, mean_difference_test
-from runtime_utils import UserError
+from mindmerger.evaluation.comparison import build_cells, keep_common, read_row
+from mindmerger.evaluation.comparison_table import main, make_figure
+from mindmerger.evaluation.results import SCORER
+from mindmerger.evaluation.statistics import bootstrap_intervals, holm, mcnemar_exact, mean_difference_test
+from mindmerger.runtime.errors import UserError
 
 
 def write_results(folder, correct, task="math_mgsm", parallel=None, source="question"):

@@ -5,10 +5,20 @@ import tracemalloc
 
 import pytest
 
-from baselines import contamination
-from baselines.contamination import TestIndex, build_table, check, main, normalise, stream_json_list, stream_texts
-from data_utils import evaluation_examples, find_language, find_task
-from runtime_utils import UserError
+from mindmerger.analysis import contamination as analysis_contamination
+from mindmerger.analysis.contamination import (
+    TestIndex,
+    build_table,
+    check,
+    main,
+    normalise,
+    stream_json_list,
+    stream_texts,
+)
+from mindmerger.runtime.errors import UserError
+from mindmerger.tasks import find_task
+from mindmerger.tasks.examples import evaluation_examples
+from mindmerger.tasks.languages import find_language
 
 # 21 words: 9 n-grams of 13.
 ENGLISH = "Anna has twelve red apples and gives five of them to her brother, who eats two. How many are left? Explain"
@@ -149,7 +159,7 @@ def test_elements_cut_by_a_chunk_are_whole_and_memory_stays_flat(tmp_path, monke
     rows = [{"query": f'{i} é漢 \\ " ],' + "x" * (i % 7)} for i in range(50)]
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     for chunk in (1, 2, 7, 100):
-        monkeypatch.setattr(contamination, "_CHUNK", chunk)
+        monkeypatch.setattr(analysis_contamination, "_CHUNK", chunk)
         assert [record.value for record, _ in stream_json_list(tmp_path / "a.json")] == rows
     monkeypatch.undo()
     big = tmp_path / "big.json"

@@ -15,29 +15,22 @@ from conftest import SHIPPED, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data_tasks
-import data_utils
-from data_utils import (
-    LANGUAGES,
+from mindmerger.data import tokenising, training_set
+from mindmerger.data.batches import (
     MICRO_BATCH_COST,
-    DataError,
-    Example,
-    Language,
-    Tokenizers,
     automatic_dev_size,
-    build_training_set,
     collate,
     cut_global_batch,
     epoch_batches,
-    find_language,
-    find_task,
-    load_tokenizers,
-    parse_languages,
-    source_language_code,
     split_dev,
-    tokenise,
-    training_examples,
 )
+from mindmerger.data.tokenising import Tokenizers, load_tokenizers, source_language_code, tokenise
+from mindmerger.data.training_set import build_training_set
+from mindmerger.tasks import find_task, math
+from mindmerger.tasks.base import Example
+from mindmerger.tasks.examples import training_examples
+from mindmerger.tasks.languages import LANGUAGES, Language, find_language, parse_languages
+from mindmerger.tasks.readers import DataError
 
 DATAS = Path(__file__).parent / "data" / "datas"
 END = "\n\n### Response: Let's think step by step."
@@ -370,7 +363,7 @@ def test_cache_holds_one_folder_with_exactly_these_files(tokenizers, tmp_path):
 
 def test_second_build_only_opens_the_first(tokenizers, tmp_path, monkeypatch):
     first = build(tokenizers, tmp_path)
-    monkeypatch.setattr(data_utils, "tokenise", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr(training_set, "tokenise", lambda *_, **__: pytest.fail("tokenised again"))
     second = build(tokenizers, tmp_path)
     assert second.fingerprint == first.fingerprint and second.counts == first.counts
     assert second.dataset[:] == first.dataset[:]
@@ -410,7 +403,7 @@ def test_fingerprint_changes_with_everything_that_changes_the_ids(tokenizers, tm
     path = tmp_path / "datas/query_translation/math.json"
     path.write_text(path.read_text("utf-8").replace("mangoes", "guavas"), "utf-8")
     found.append(fingerprint())
-    monkeypatch.setattr(data_tasks, "math_prompt", lambda query: (f"Q: {query}", (3, 3 + len(query))))
+    monkeypatch.setattr(math, "math_prompt", lambda query: (f"Q: {query}", (3, 3 + len(query))))
     found.append(fingerprint())
     assert len(set(found)) == len(found)
 
@@ -431,17 +424,17 @@ def test_damaged_cache_is_built_again(tokenizers, tmp_path, damage):
 
 
 def test_interrupted_build_leaves_nothing_that_is_taken_for_a_cache(tokenizers, tmp_path, monkeypatch):
-    real, calls = data_utils.tokenise, []
+    real, calls = tokenising.tokenise, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data_utils, "tokenise", interrupted)
+    monkeypatch.setattr(training_set, "tokenise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(tokenizers, tmp_path)
     assert calls and visible(tmp_path) == set()
-    monkeypatch.setattr(data_utils, "tokenise", real)
+    monkeypatch.setattr(training_set, "tokenise", real)
     killed = tmp_path / f".{build(tokenizers, tmp_path / 'other').fingerprint[:16]}-killed.tmp"
     killed.mkdir()
     (killed / "texts.arrow").write_bytes(b"half")

@@ -11,19 +11,12 @@ from conftest import SHIPPED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data_tasks
-from data_readers import read_lines, read_records
-from data_utils import (
-    LANGUAGES,
-    DataError,
-    Language,
-    evaluation_examples,
-    find_language,
-    find_task,
-    parse_languages,
-    read_pairs,
-    training_examples,
-)
+from mindmerger.tasks import find_task
+from mindmerger.tasks import languages as tasks_languages
+from mindmerger.tasks.examples import evaluation_examples, training_examples
+from mindmerger.tasks.languages import LANGUAGES, Language, find_language, parse_languages
+from mindmerger.tasks.readers import DataError, read_lines, read_records
+from mindmerger.tasks.translation import read_pairs
 
 DATAS = Path(__file__).parent / "data" / "datas"
 GERMAN, SWAHILI, THAI = (LANGUAGES[name] for name in ("German", "Swahili", "Thai"))
@@ -168,7 +161,7 @@ def test_language_codes_are_those_of_the_installed_tokenizers():
 
 
 def test_own_language_needs_one_row_and_its_files(tmp_path, monkeypatch):
-    monkeypatch.setitem(data_tasks.LANGUAGES, "Amharic", Language("Amharic", "am", "amh_Ethi", "am", None))
+    monkeypatch.setitem(tasks_languages.LANGUAGES, "Amharic", Language("Amharic", "am", "amh_Ethi", "am", None))
     write(tmp_path / "bilingual_pairs/en-am/train_100k.am", "ሰላም\n")
     write(tmp_path / "bilingual_pairs/en-am/train_100k.en", "Peace\n")
     write(tmp_path / "evaluation/mgsm/mgsm_am.tsv", "ስንት?\t3\n")

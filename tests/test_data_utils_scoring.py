@@ -8,8 +8,15 @@ from babel.numbers import format_decimal, format_scientific
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tasks import TASKS, translation_prompt, x_csqa_prompt, xnli_prompt
-from data_utils import LANGUAGES, DataError, corrected_number, evaluation_examples, find_task, reference_number
+from mindmerger.tasks import TASKS, find_task
+from mindmerger.tasks.examples import evaluation_examples
+from mindmerger.tasks.languages import LANGUAGES
+from mindmerger.tasks.numbers import reference_number
+from mindmerger.tasks.readers import DataError
+from mindmerger.tasks.scoring import corrected_number
+from mindmerger.tasks.translation import translation_prompt
+from mindmerger.tasks.x_csqa import x_csqa_prompt
+from mindmerger.tasks.xnli import xnli_prompt
 
 PARITY = json.loads((Path(__file__).parent / "data" / "parity" / "text.json").read_text("utf-8"))
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 from conftest import ROOT, free_port
 
-from deepspeed_utils import effective_config, gradient_clipping, read_deepspeed_config
-from runtime_utils import UserError
+from mindmerger.runtime.errors import UserError
+from mindmerger.training.deepspeed_config import effective_config, gradient_clipping, read_deepspeed_config
 
 DTYPES_UNDER_ZERO_3 = """
 import os, sys
@@ -15,7 +15,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
-from deepspeed_utils import keeping_explicit_dtypes, quiet_start
+from mindmerger.training.deepspeed_engine import keeping_explicit_dtypes, quiet_start
 
 quiet_start()
 import deepspeed

@@ -8,11 +8,20 @@ import pytest
 import torch
 from conftest import make_tiny_encoder, make_tiny_llm
 
-from baselines import embeddings
-from baselines.embeddings import encode_sentences, mean_mapped, principal_components, read_sentences, retrieval
-from data_utils import find_language, find_task, load_tokenizers
-from modeling_mindmerger import MindMerger, load_encoder
-from runtime_utils import UserError
+from mindmerger.analysis import embeddings as analysis_embeddings
+from mindmerger.analysis.embeddings import (
+    encode_sentences,
+    mean_mapped,
+    principal_components,
+    read_sentences,
+    retrieval,
+)
+from mindmerger.data.tokenising import load_tokenizers
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.model.towers import load_encoder
+from mindmerger.runtime.errors import UserError
+from mindmerger.tasks import find_task
+from mindmerger.tasks.languages import find_language
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +101,7 @@ def test_only_items_that_all_languages_have_are_compared(datas, tmp_path):
 
 def test_the_command_leaves_tables_and_pictures_of_both_mappings(mapping, datas, tmp_path, capsys):
     flags = ["--data_root", datas, "--languages", "sw,ja,en", "--names", "after", "--output_dir", str(tmp_path)]
-    assert embeddings.main(["--init_checkpoint", mapping, *flags]) == 0
+    assert analysis_embeddings.main(["--init_checkpoint", mapping, *flags]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         "points.csv",
         "retrieval.csv",
@@ -115,13 +124,13 @@ def test_the_command_leaves_tables_and_pictures_of_both_mappings(mapping, datas,
     assert all(float(row["retrieval_percent"]) == recorded[row["mapping"]][row["language"]] for row in scores)
     assert "before: retrieval " in capsys.readouterr().out
     first = (tmp_path / "points.csv").read_bytes()
-    assert embeddings.main(["--init_checkpoint", mapping, *flags]) == 0
+    assert analysis_embeddings.main(["--init_checkpoint", mapping, *flags]) == 0
     assert (tmp_path / "points.csv").read_bytes() == first, "the fresh mapping must not change between two calls"
 
 
 def test_a_saved_mapping_can_stand_for_before(mapping, datas, tmp_path):
     flags = ["--data_root", datas, "--languages", "sw", "--names", "same", "--output_dir", str(tmp_path)]
-    assert embeddings.main(["--init_checkpoint", mapping, "--before", mapping, *flags]) == 0
+    assert analysis_embeddings.main(["--init_checkpoint", mapping, "--before", mapping, *flags]) == 0
     points = list(csv.DictReader((tmp_path / "points.csv").read_text().splitlines()))
     before, after = points[:8], points[8:]
     assert [(row["x"], row["y"]) for row in before] == [(row["x"], row["y"]) for row in after]
@@ -149,13 +158,13 @@ def test_wrong_input_is_one_line(mapping, datas, tmp_path):
         cases.append((["--init_checkpoint", mapping, "--tsne"], "pip install scikit-learn"))
     for arguments, message in cases:
         with pytest.raises(UserError, match=message) as caught:
-            embeddings.main([*arguments, *flags])
+            analysis_embeddings.main([*arguments, *flags])
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_names_of_mappings_are_the_shortest_ends_that_tell_them_apart():
-    short = embeddings.short_names
+    short = analysis_embeddings.short_names
     assert short(["outputs/a/math/mapping"]) == ["math/mapping"]
     assert short(["outputs/a/math/mapping", "outputs/a/math/augmentation"]) == ["math/mapping", "math/augmentation"]
     assert short(["outputs/a/math/mapping", "outputs/b/math/mapping"]) == ["a/math/mapping", "b/math/mapping"]

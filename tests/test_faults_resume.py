@@ -17,11 +17,14 @@ import torch
 from conftest import ROOT, read_log, run_many
 from safetensors.torch import load_file, save_file
 
-import checkpoint_utils
-import run_training
-from checkpoint_utils import fault_of, list_checkpoints, newest_valid, write_checkpoint
-from modeling_mindmerger import config_of_models, mapping_shapes
-from runtime_utils import UserError, write_text_atomic
+from mindmerger.model.mapping_files import config_of_models, mapping_shapes
+from mindmerger.runtime import files as runtime_files
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import write_text_atomic
+from mindmerger.training import checkpoints
+from mindmerger.training import outputs as training_outputs
+from mindmerger.training import settings as training_settings
+from mindmerger.training.checkpoints import fault_of, list_checkpoints, newest_valid, write_checkpoint
 
 STEPS = ["--epoch_num", "2", "--eval_steps", "4", "--save_steps", "3", "--logging_steps", "1"]
 # Everything of a log line but how fast it went.
@@ -245,10 +248,10 @@ def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one
         found, skipped = newest_valid(folder)
         assert skipped == []
         step = int(found.name[-6:])
-        assert checkpoint_utils.read_checkpoint(found)[0]["mapping.w"].tolist() == [float(step)] * 50
+        assert checkpoints.read_checkpoint(found)[0]["mapping.w"].tolist() == [float(step)] * 50
         # Step 7 is of a course that was abandoned for step 1: it never outlives the first checkpoint of the new one.
         assert step != 7 or not (folder / "checkpoint-000002").exists()
-        checkpoint_utils.remove_leftovers(folder)
+        checkpoints.remove_leftovers(folder)
         assert all(fault_of(entry) is None for entry in folder.iterdir())
         # A restart writes the same step again over whatever is there.
         small_checkpoint(folder, 2, keep=1)
@@ -303,7 +306,7 @@ def flip_a_byte(file):
 
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_byte, nest_too_deep, Path.unlink])
-@pytest.mark.parametrize("name", [checkpoint_utils.TENSORS, checkpoint_utils.STATE, checkpoint_utils.MANIFEST])
+@pytest.mark.parametrize("name", [checkpoints.TENSORS, checkpoints.STATE, checkpoints.MANIFEST])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, damage):
     """safetensors loads a flipped data byte in silence; only the manifest's sha256 sees it."""
     older, newer = small_checkpoint(tmp_path, 1), small_checkpoint(tmp_path, 2)
@@ -312,7 +315,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, d
     assert found == older
     assert len(skipped) == 1 and "checkpoint-000002" in skipped[0] and name in skipped[0]
     with pytest.raises(UserError, match=rf"checkpoint-000002 is damaged.*{name}"):
-        checkpoint_utils.read_checkpoint(newer)
+        checkpoints.read_checkpoint(newer)
     small_checkpoint(tmp_path, 3, keep=2)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == [
         "checkpoint-000003",
@@ -340,18 +343,18 @@ def test_linked_checkpoint_folders_are_unlinked_where_folders_would_be_removed(t
     small_checkpoint(folder, 2, keep=1)
     link("checkpoint-000003", 9)  # dangling
     small_checkpoint(folder, 3, keep=1)
-    checkpoint_utils.remove_leftovers(folder)
+    checkpoints.remove_leftovers(folder)
     assert [entry.name for entry in folder.iterdir()] == ["checkpoint-000003"]
     link("checkpoint-000004")
     (folder / "last").symlink_to(elsewhere)
-    run_training.start_over(folder)
+    training_outputs.start_over(folder)
     assert list(folder.iterdir()) == [] and files_of(elsewhere) == before
 
 
 def test_a_damaged_later_checkpoint_outlives_a_new_one(tmp_path):
     """What is damaged is never resumed from; after a file system failed for a while it may be the only work left."""
     small_checkpoint(tmp_path, 7)
-    cut_short(tmp_path / "checkpoint-000007" / checkpoint_utils.TENSORS)
+    cut_short(tmp_path / "checkpoint-000007" / checkpoints.TENSORS)
     small_checkpoint(tmp_path, 2, keep=1)
     assert [entry.name for entry in list_checkpoints(tmp_path)] == ["checkpoint-000007", "checkpoint-000002"]
 
@@ -362,7 +365,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_warned_of_and_the_new_one_s
     def refuse(folder):
         raise OSError(30, "Read-only file system", str(folder))
 
-    monkeypatch.setattr(checkpoint_utils, "discard", refuse)
+    monkeypatch.setattr(checkpoints, "discard", refuse)
     new = small_checkpoint(tmp_path, 2, keep=1)
     assert fault_of(new) is None and newest_valid(tmp_path)[0] == new
     assert "cannot remove an old checkpoint" in capsys.readouterr().err
@@ -372,7 +375,7 @@ def test_starting_over_ends_when_a_checkpoint_cannot_be_removed(tmp_path, monkey
     folder = small_checkpoint(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(UserError, match=f"cannot remove {folder}"):
-        run_training.start_over(tmp_path)
+        training_outputs.start_over(tmp_path)
 
 
 @pytest.mark.slow
@@ -381,7 +384,7 @@ def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(r
     results = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "7"), stopped_at(argv, 5)])
     assert [r["code"] for r in results] == [0, 143]
     newest = outputs(tmp_path, "cut") / "checkpoint-000005"
-    flip_a_byte(newest / checkpoint_utils.TENSORS)
+    flip_a_byte(newest / checkpoints.TENSORS)
     named_one = [*argv, "--resume_from_checkpoint", str(newest)]
     refused, resumed = run_many(run, tmp_path, [named_one, argv])
     assert refused["code"] == 2 and "sha256" in refused["error"]
@@ -397,19 +400,19 @@ def remade(original, folder, change=None, tensors=None, text=None):
     `change` gets the state and may change it in place; `text` replaces the state file, `tensors` the tensors.
     """
     shutil.copytree(original, folder)
-    state = json.loads((folder / checkpoint_utils.STATE).read_text())
+    state = json.loads((folder / checkpoints.STATE).read_text())
     if change is not None:
         change(state)
-    write_text_atomic(folder / checkpoint_utils.STATE, json.dumps(state) if text is None else text)
+    write_text_atomic(folder / checkpoints.STATE, json.dumps(state) if text is None else text)
     if tensors is not None:
-        save_file(tensors, folder / checkpoint_utils.TENSORS)
+        save_file(tensors, folder / checkpoints.TENSORS)
     return vouched_for(folder)
 
 
 def vouched_for(folder):
     """The folder, with a new manifest for what its two files now hold."""
-    files = {name: checkpoint_utils.describe_file(folder / name) for name in ("training.safetensors", "state.json")}
-    write_text_atomic(folder / checkpoint_utils.MANIFEST, json.dumps({"files": files}) + "\n")
+    files = {name: runtime_files.describe_file(folder / name) for name in ("training.safetensors", "state.json")}
+    write_text_atomic(folder / checkpoints.MANIFEST, json.dumps({"files": files}) + "\n")
     return folder
 
 
@@ -421,7 +424,7 @@ def test_checkpoints_of_foreign_content_are_refused_in_one_line_and_those_of_old
     argv = named(flags, "real", "--max_steps", "4")
     assert run_many(run, tmp_path, [stopped_at(argv, 3)])[0]["code"] == 143
     original = outputs(tmp_path, "real") / "checkpoint-000003"
-    tensors = load_file(original / checkpoint_utils.TENSORS)
+    tensors = load_file(original / checkpoints.TENSORS)
     moment = "exp_avg_sq.end_boundary"
     states = {
         "empty": ("{}", "step in state.json is missing"),
@@ -446,7 +449,7 @@ def test_checkpoints_of_foreign_content_are_refused_in_one_line_and_those_of_old
     cases += [(remade(original, tmp_path / name, tensors=other), part) for name, (other, part) in contents.items()]
 
     def as_before(state):
-        for name in run_training.LATER_ENTRIES:
+        for name in training_outputs.LATER_ENTRIES:
             del state["identity"][name]
 
     older = remade(original, tmp_path / "older", change=as_before)
@@ -472,14 +475,14 @@ class Payload:
 def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, tiny_llm, tmp_path):
     witness = tmp_path / "executed"
     folder = small_checkpoint(tmp_path / "checkpoints", 1)
-    (folder / checkpoint_utils.TENSORS).write_bytes(pickle.dumps(Payload(witness)))
+    (folder / checkpoints.TENSORS).write_bytes(pickle.dumps(Payload(witness)))
     (folder / "optimizer.bin").write_bytes(pickle.dumps(Payload(witness)))
     vouched_for(folder)
     deepspeed = tmp_path / "deepspeed/global_step5/mp_rank_00_model_states.pt"
     deepspeed.parent.mkdir(parents=True)
     torch.save({"module": Payload(witness)}, deepspeed)
     as_zip = Path(shutil.copytree(folder, tmp_path / "zip"))
-    shutil.copy(deepspeed, as_zip / checkpoint_utils.TENSORS)
+    shutil.copy(deepspeed, as_zip / checkpoints.TENSORS)
     for path, refused in (
         (folder, folder / "training.safetensors"),
         (vouched_for(as_zip), as_zip / "training.safetensors"),
@@ -487,9 +490,9 @@ def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, t
         (deepspeed.parent, deepspeed),
     ):
         with pytest.raises(UserError, match=rf"{refused} is a pickle.*safetensors.torch.save_file.*--init_checkpoint"):
-            checkpoint_utils.read_checkpoint(path)
+            checkpoints.read_checkpoint(path)
     with pytest.raises(UserError, match=rf"{deepspeed} is a file, .* --init_checkpoint"):
-        checkpoint_utils.read_checkpoint(deepspeed)
+        checkpoints.read_checkpoint(deepspeed)
     llm = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
     (llm / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Payload(witness)}, llm / "pytorch_model.bin")
@@ -652,23 +655,23 @@ def test_running_out_of_memory_while_models_are_placed_is_one_line(run, flags, t
 
 def test_a_resume_from_an_output_folder_takes_its_newest_valid_checkpoint(flags, tmp_path, capsys):
     folder = tmp_path / "stage"
-    args = run_training.build_parser().parse_args([*flags, "--resume_from_checkpoint", str(folder)])
-    plan, data = run_training.check_arguments(args), argparse.Namespace(fingerprint="data")
+    args = training_settings.build_parser().parse_args([*flags, "--resume_from_checkpoint", str(folder)])
+    plan, data = training_settings.check_arguments(args), argparse.Namespace(fingerprint="data")
     shapes = mapping_shapes(config_of_models(args.mt_path, args.llm_path))
     kinds = ("mapping", "exp_avg", "exp_avg_sq")
     tensors = {f"{kind}.{name}": torch.zeros(p.shape) for name, p in shapes.items() for kind in kinds}
     state = {"epoch": 0, "examples_in_epoch": 8, "best_dev_loss": None, "evaluation_due": False}
-    state["identity"] = run_training.identity(args, plan, data)
+    state["identity"] = training_outputs.identity(args, plan, data)
     for step in (1, 2, 3):
         write_checkpoint(folder, step, tensors, state | {"step": step}, None)
     (folder / "checkpoint-000003" / "state.json").write_text("{}")
-    found, _, state = run_training.read_resumable(args, plan, data)
+    found, _, state = training_outputs.read_resumable(args, plan, data)
     assert (found.name, state["step"]) == ("checkpoint-000002", 2)
     assert "skipped checkpoint-000003" in capsys.readouterr().err
     for step in (1, 2):
         (folder / f"checkpoint-00000{step}" / "state.json").unlink()
     with pytest.raises(UserError, match="no checkpoint in .*stage is whole"):
-        run_training.read_resumable(args, plan, data)
+        training_outputs.read_resumable(args, plan, data)
 
 
 def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):
@@ -707,8 +710,8 @@ def test_the_memory_estimate_of_a_dry_run_leaves_out_what_is_offloaded(run, flag
 
 
 def test_no_code_loads_pickles_without_weights_only():
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("baselines/*.py")]
-    assert len(sources) > 8
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("mindmerger/**/*.py")]
+    assert len(sources) > 50
     for path in sources:
         for call in re.findall(r"torch\.load\([^)]*\)", path.read_text(encoding="utf-8")):
             assert "weights_only=True" in call, (path, call)

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, clean_environment, free_port
 from safetensors.torch import load_file
 
-from checkpoint_utils import list_checkpoints, newest_valid
+from mindmerger.training.checkpoints import list_checkpoints, newest_valid
 
 pytestmark = pytest.mark.slow
 
@@ -144,10 +144,14 @@ def test_sigusr1_writes_a_checkpoint_and_goes_on_then_a_stop_on_one_rank_ends_al
 
 SLOW_DISK = """
 import os, signal, sys, time
-import checkpoint_utils, interrupt_utils, run_training, runtime_utils
+from mindmerger.runtime import files
+from mindmerger.training import checkpoints
+from mindmerger.runtime import signals
+import run_training
+from mindmerger.runtime import command
 
-interrupt_utils.PATIENCE_S = 2.0
-sync, train_step = checkpoint_utils.sync_folder, run_training.train_step
+signals.PATIENCE_S = 2.0
+sync, train_step = files.sync_folder, run_training.train_step
 
 def slow(path):
     time.sleep(3)
@@ -155,13 +159,13 @@ def slow(path):
 
 def stopped(trainer, *rest):
     if trainer.step == 2:
-        checkpoint_utils.sync_folder = slow
+        checkpoints.sync_folder = slow
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
     return train_step(trainer, *rest)
 
 run_training.train_step = stopped
-runtime_utils.run_main(lambda: run_training.main(sys.argv[1:]))
+command.run_main(lambda: run_training.main(sys.argv[1:]))
 """
 
 

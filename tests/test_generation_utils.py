@@ -7,8 +7,15 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from generation_utils import ONE_QUERY, ROOM, GrowingLayer, contiguous_input, growing_cache, one_query_attention
-from modeling_mindmerger import MindMerger
+from mindmerger.model.decoding import (
+    ONE_QUERY,
+    ROOM,
+    GrowingLayer,
+    contiguous_input,
+    growing_cache,
+    one_query_attention,
+)
+from mindmerger.model.mindmerger import MindMerger
 
 
 def states(tokens, rows=3, seed=0):
@@ -20,7 +27,7 @@ def states(tokens, rows=3, seed=0):
 @pytest.mark.parametrize("llm", LLMS)
 def test_generation_equals_that_with_the_library_s_own_cache(tmp_path, llm, monkeypatch):
     """Seven tokens of room and 30 new ones: the buffers are outgrown several times."""
-    monkeypatch.setattr("generation_utils.ROOM", 7)
+    monkeypatch.setattr("mindmerger.model.decoding.ROOM", 7)
     model = make_pair(tmp_path, "mt5", llm)
     model.llm.generation_config.eos_token_id = None
     arguments = batch(rows(), "left", with_target=False)

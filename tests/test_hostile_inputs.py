@@ -27,9 +27,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_readers import DataError, shown
-from data_tasks import LANGUAGES, corrected_number, find_task, read_pairs
-from runtime_utils import UserError
+from mindmerger.runtime.errors import UserError
+from mindmerger.tasks import find_task
+from mindmerger.tasks.languages import LANGUAGES
+from mindmerger.tasks.readers import DataError, shown
+from mindmerger.tasks.scoring import corrected_number
+from mindmerger.tasks.translation import read_pairs
 
 GERMAN = LANGUAGES["German"]
 BOM = b"\xef\xbb\xbf"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_environment
 
-import interrupt_utils
-from interrupt_utils import FolderLock
-from runtime_utils import UserError
+from mindmerger.runtime import files, signals
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import FolderLock
 
 # A stand-in for DeepSpeed's node launcher: the file's name makes its command line look like it.
 LAUNCHER = """
@@ -27,9 +27,9 @@ time.sleep(60)
 WATCHED = """
 import time
 import multiprocess
-import interrupt_utils
+from mindmerger.runtime import signals
 
-interrupt_utils.watch_launcher()
+signals.watch_launcher()
 multiprocess.set_start_method("spawn", force=True)
 pool = multiprocess.Pool(2)
 manager = pool._ctx.Manager()
@@ -93,9 +93,9 @@ def wait_for_end(pids, seconds=10):
 # Training as from the command line, but with processes for a few rows already.
 TOKENISING = """
 import runpy, sys
-import data_utils
-data_utils.ROWS_PER_PROCESS = 10
-data_utils._cpus = lambda: 2
+from mindmerger.data import training_set
+training_set.ROWS_PER_PROCESS = 10
+training_set._cpus = lambda: 2
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -124,7 +124,7 @@ def test_the_processes_that_tokenise_do_not_outlive_a_rank_that_is_killed(tmp_pa
 def test_a_run_without_a_launcher_outlives_the_shell_that_started_it(tmp_path, environment):
     """nohup python run_training.py &, also where a cluster sets some variables in every shell."""
     pids = orphaned(tmp_path, environment)
-    time.sleep(4 * interrupt_utils.POLL_S)
+    time.sleep(4 * signals.POLL_S)
     assert all(map(is_running, pids))
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -133,18 +133,18 @@ def test_a_run_without_a_launcher_outlives_the_shell_that_started_it(tmp_path, e
 def test_a_launcher_that_was_gone_before_the_first_look_is_gone(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    watch = interrupt_utils.LauncherWatch()
+    watch = signals.LauncherWatch()
     watch.hand_over()
     assert not watch.is_gone()  # in a container the launcher may be process 1
     monkeypatch.setenv("CROSS_RANK", "0")  # but DeepSpeed's is known by its command line
-    watch = interrupt_utils.LauncherWatch()
+    watch = signals.LauncherWatch()
     watch.hand_over()
     assert watch.is_gone()
 
 
 def with_signals(code, patience=20.0):
     """Runs code in a process that listens, with a watchdog of so many seconds."""
-    head = f"import os, signal, time, interrupt_utils as i; i.PATIENCE_S = {patience}; s = i.Signals()\n"
+    head = f"import os, signal, time, mindmerger.runtime.signals as i; i.PATIENCE_S = {patience}; s = i.Signals()\n"
     return subprocess.run(
         [sys.executable, "-c", head + code],
         env=clean_environment() | {"PYTHONPATH": str(ROOT)},
@@ -178,7 +178,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(interrupt_utils.fcntl, "lockf", refuse)
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
     with pytest.raises(UserError, match=r"cannot lock .*/\.lock: No locks available: use a folder on a file system"):
         FolderLock(tmp_path)
 

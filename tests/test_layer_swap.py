@@ -11,9 +11,9 @@ import pytest
 import torch
 from expert_folders import base_state, load_state, same_bits, save_expert, tiny_config, tuned
 
-from baselines import layer_swap
-from baselines.layer_swap import plan_layers, plan_middle, suggest_ends
-from runtime_utils import UserError
+from mindmerger.baselines import layer_swap as baselines_layer_swap
+from mindmerger.baselines.layer_swap import plan_layers, plan_middle, suggest_ends
+from mindmerger.runtime.errors import UserError
 
 LAYERS = 6
 
@@ -31,7 +31,7 @@ def experts(tmp_path_factory):
 def swap(experts, output, *flags):
     """Runs the command and returns the merged tensors."""
     arguments = ["--math_expert", experts["math"], "--language_expert", experts["language"], "--output", str(output)]
-    assert layer_swap.main([*arguments, *map(str, flags)]) == 0
+    assert baselines_layer_swap.main([*arguments, *map(str, flags)]) == 0
     return load_state(output)
 
 
@@ -87,7 +87,7 @@ def test_every_tensor_equals_its_planned_source_bit_for_bit(experts, tmp_path):
 
 def test_each_merge_is_to_be_evaluated_into_results_of_its_own(experts, tmp_path, capsys):
     """Results of two merges under one name are refused, so a hint without a name would fail at the second."""
-    from run_evaluation import build_parser
+    from mindmerger.evaluation.settings import build_parser
 
     places = set()
     for name in ("first", "second one"):
@@ -207,7 +207,9 @@ def test_result_equals_mergekits(experts, tmp_path):
 
 def test_analysis_equals_norms_worked_out_on_whole_matrices(experts, tmp_path):
     command = ["analyse", "--base", experts["base"], "--math_expert", experts["math"]]
-    layer_swap.main([*command, "--language_expert", experts["language"], "--output", str(tmp_path / "analysis")])
+    baselines_layer_swap.main(
+        [*command, "--language_expert", experts["language"], "--output", str(tmp_path / "analysis")]
+    )
     assert sorted(file.name for file in (tmp_path / "analysis").iterdir()) == [
         "changes.csv",
         "changes.png",
@@ -244,7 +246,9 @@ def test_analysis_suggests_the_ends_that_the_language_expert_moved_more(tmp_path
         "language": save_expert(tmp_path / "language", config, moved(lambda layer: language_moved.get(layer, 0.01), 2)),
     }
     command = ["analyse", "--base", folders["base"], "--math_expert", folders["math"]]
-    layer_swap.main([*command, "--language_expert", folders["language"], "--output", str(tmp_path / "analysis")])
+    baselines_layer_swap.main(
+        [*command, "--language_expert", folders["language"], "--output", str(tmp_path / "analysis")]
+    )
     suggestion = json.loads((tmp_path / "analysis" / "suggestion.json").read_text())
     assert (suggestion["bottom"], suggestion["top"]) == (2, 1)
     assert sum(suggestion["share_of_change"]["language"]) == pytest.approx(1)
@@ -258,5 +262,7 @@ def test_suggested_ends_stop_at_the_first_layer_that_fails():
 def test_analysis_of_an_expert_that_equals_its_base_is_refused(experts, tmp_path):
     command = ["analyse", "--base", experts["base"], "--math_expert", experts["base"]]
     with pytest.raises(UserError, match="math expert .* does not differ from the base"):
-        layer_swap.main([*command, "--language_expert", experts["language"], "--output", str(tmp_path / "analysis")])
+        baselines_layer_swap.main(
+            [*command, "--language_expert", experts["language"], "--output", str(tmp_path / "analysis")]
+        )
     assert not list(tmp_path.iterdir())

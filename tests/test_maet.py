@@ -9,10 +9,11 @@ import pytest
 import torch
 from expert_folders import base_state, load_state, same_bits, save_expert, tiny_config, tuned
 
-from baselines import maet, model_folders
-from baselines.merge_flags import ratio
-from baselines.model_folders import place_of
-from runtime_utils import UserError
+from mindmerger.baselines import maet as baselines_maet
+from mindmerger.baselines import model_folder
+from mindmerger.baselines.merge_flags import ratio
+from mindmerger.baselines.model_folder import place_of
+from mindmerger.runtime.errors import UserError
 
 IDENTITY = ["--key_ratio", "1", "--tensor_ratio", "1", "--include_nonlayer"]
 
@@ -45,7 +46,7 @@ def merge(folders, output, *flags, languages=("l1",), base=True):
     """Runs the command; returns the merged tensors and merge.json's plan."""
     command = ["--task_expert", folders["task"], "--language_experts", *(folders[name] for name in languages)]
     command += ["--base", folders["base"]] if base else []
-    assert maet.main([*command, "--output", str(output), *map(str, flags)]) == 0
+    assert baselines_maet.main([*command, "--output", str(output), *map(str, flags)]) == 0
     return load_state(output), json.loads((output / "merge.json").read_text())["plan"]
 
 
@@ -95,9 +96,9 @@ def test_norms_and_embeddings_stay_the_bases_unless_asked(bf16, tmp_path):
     merged, plan = merge(bf16, tmp_path / "m")
     base = load_state(bf16["base"])
     for name, tensor in merged.items():
-        projection = place_of(name).kind in model_folders.KINDS
+        projection = place_of(name).kind in model_folder.KINDS
         assert torch.equal(tensor, base[name]) != projection
-    assert plan["scalars"] == sum(t.numel() for name, t in base.items() if place_of(name).kind in model_folders.KINDS)
+    assert plan["scalars"] == sum(t.numel() for name, t in base.items() if place_of(name).kind in model_folder.KINDS)
 
 
 # -- K
@@ -112,7 +113,7 @@ def differences(folders, names):
 def test_mask_size_is_the_floor_of_ratio_times_scalars(fp32, tmp_path, share):
     _, plan = merge(fp32, tmp_path / "m", "--key_ratio", share)
     wanted = math.floor(Fraction(share) * plan["scalars"])
-    names = [name for name in load_state(fp32["base"]) if place_of(name).kind in model_folders.KINDS]
+    names = [name for name in load_state(fp32["base"]) if place_of(name).kind in model_folder.KINDS]
     values = differences(fp32, names)
     if wanted in (0, len(values)):
         assert plan["key_scalars"] == wanted
@@ -127,7 +128,7 @@ def test_mask_size_is_the_floor_of_ratio_times_scalars(fp32, tmp_path, share):
 def test_ties_at_the_threshold_are_all_in_the_mask(bf16, tmp_path):
     """Differences of bf16 weights take few values, so that the threshold is shared by many."""
     _, plan = merge(bf16, tmp_path / "m", "--key_ratio", "0.05")
-    names = [name for name in load_state(bf16["base"]) if place_of(name).kind in model_folders.KINDS]
+    names = [name for name in load_state(bf16["base"]) if place_of(name).kind in model_folder.KINDS]
     values = differences(bf16, names)
     wanted = len(values) // 20
     threshold = values.sort(descending=True).values[wanted - 1]
@@ -163,7 +164,7 @@ def in_memory(folders, *, languages, mu, alpha=1.0, beta=0.0, gamma=1.0, eta=1.0
     """The help text's formula on whole models: (K, s_t, T, merged in fp64)."""
     models = {name: load_state(folder) for name, folder in folders.items()}
     base = models["base"]
-    names = [name for name in base if place_of(name).kind in model_folders.KINDS]
+    names = [name for name in base if place_of(name).kind in model_folder.KINDS]
     delta = {
         model: {name: state[name].double() - base[name].double() for name in names} for model, state in models.items()
     }
@@ -193,8 +194,8 @@ def test_streamed_equals_in_memory(kind, order, request, tmp_path, monkeypatch):
         tensors=Fraction("0.6"), order=1 if order == "lowest" else -1,
     )  # fmt: skip
     mask, cosines, chosen, reference = expected
-    monkeypatch.setattr(model_folders, "BLOCK_ELEMENTS", 100)
-    monkeypatch.setattr(model_folders, "REOPEN_BYTES", 1000)
+    monkeypatch.setattr(model_folder, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(model_folder, "REOPEN_BYTES", 1000)
     flags = ["--mu", 0.7, 0.2, "--alpha", 0.9, "--beta", 0.4, "--gamma", 0.8, "--eta", 1.1, "--key_ratio", "0.07"]
     flags += ["--tensor_ratio", "0.6", "--tensor_order", order, "--english_expert", folders["english"]]
     merged, plan = merge(folders, tmp_path / "m", *flags, "--dtype", "float32", languages=("l1", "l2"))
@@ -210,7 +211,7 @@ def test_streamed_equals_in_memory(kind, order, request, tmp_path, monkeypatch):
 def test_block_size_changes_no_bit(kind, request, tmp_path, monkeypatch):
     folders = request.getfixturevalue(kind)
     whole, first = merge(folders, tmp_path / "whole", languages=("l1", "l2"))
-    monkeypatch.setattr(model_folders, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(model_folder, "BLOCK_ELEMENTS", 64)
     blocks, second = merge(folders, tmp_path / "blocks", languages=("l1", "l2"))
     assert same_bits(whole, blocks)
     assert first["task_tensors"] == second["task_tensors"] and first["key_scalars"] == second["key_scalars"]
@@ -226,7 +227,7 @@ def test_shard_layout_changes_nothing(bf16, tmp_path):
 
 def test_probe_chooses_the_key_scalars(bf16, tmp_path):
     _, plan = merge(bf16, tmp_path / "m", "--probe", bf16["english"])
-    names = [name for name in load_state(bf16["base"]) if place_of(name).kind in model_folders.KINDS]
+    names = [name for name in load_state(bf16["base"]) if place_of(name).kind in model_folder.KINDS]
     values = differences({"base": bf16["base"], "task": bf16["english"]}, names)
     assert plan["key_threshold"] == values.sort(descending=True).values[math.floor(0.05 * len(values)) - 1].item()
 
@@ -299,7 +300,7 @@ def test_missing_base_is_refused(bf16, tmp_path):
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "x", "1/0"])
 def test_share_outside_zero_to_one_is_refused(flag, value):
     with pytest.raises(UserError, match=re.escape(f"expected a share from 0 to 1, got '{value}'")):
-        maet.main(["--task_expert", "a", "--language_experts", "b", "--output", "c", f"{flag}={value}"])
+        baselines_maet.main(["--task_expert", "a", "--language_experts", "b", "--output", "c", f"{flag}={value}"])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -20,13 +20,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_evaluation
 import run_training
-from baselines.embeddings import main as embeddings_main
-from baselines.model_folders import open_model
-from data_utils import load_tokenizers
-from model_files import check_models, check_quantisation, load_config, load_tokenizer, takes_embeddings
-from modeling_mindmerger import MindMerger, load_encoder, load_llm, save_released
-from run_evaluation import answer
-from runtime_utils import UserError
+from mindmerger.analysis.embeddings import main as embeddings_main
+from mindmerger.baselines.model_folder import open_model
+from mindmerger.data.tokenising import load_tokenizers
+from mindmerger.evaluation import settings as evaluation_settings
+from mindmerger.generation import answers as generation_answers
+from mindmerger.generation.answers import answer
+from mindmerger.hub.model_files import check_models, check_quantisation, load_config, load_tokenizer, takes_embeddings
+from mindmerger.model.mapping_files import save_released
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.model.towers import load_encoder, load_llm
+from mindmerger.runtime.errors import UserError
+from mindmerger.training import settings as training_settings
 
 FEW = ["--languages", "Swahili,English", "--limit", "2", "--max_new_tokens", "3"]
 
@@ -81,7 +86,7 @@ def check_training(flags, tmp_path, monkeypatch):
 
     def call(*extra):
         argv = [*flags, "--languages", "Swahili", *(str(part) for part in extra)]
-        return run_training.prepare(run_training.build_parser().parse_args(argv))
+        return run_training.prepare(training_settings.build_parser().parse_args(argv))
 
     return call
 
@@ -352,7 +357,7 @@ def add_token(folder, token, **role):
 
 def loss_of(llm, encoder):
     """Loss of one batch of examples of different lengths, by the tokenizers' own padding."""
-    from data_utils import collate
+    from mindmerger.data.batches import collate
 
     tokenizers = load_tokenizers(str(encoder), str(llm))
     lengths = {"encoder_ids": ([5, 6, 2], [7, 2]), "prompt_ids": ([8, 9], [10]), "target_ids": ([11, 12, 2], [2])}
@@ -480,9 +485,9 @@ def test_logits_of_minus_infinity_are_legal_unless_no_token_is_left(tiny_llm):
 def test_merged_embeddings_for_another_engine_are_checked(evaluate, llm, encoder, mapping, datas):
     spoil(encoder, "encoder.final_layer_norm.weight", torch.inf)
     flags = ["--llm_path", str(llm), "--mt_path", str(encoder), "--init_checkpoint", mapping, "--data_root", datas]
-    plan = run_evaluation.prepare(run_evaluation.build_parser().parse_args([*flags, *FEW]), on_gpu=False)
-    model = run_evaluation.load_model(plan, torch.device("cpu"), input_side_only=True)
-    assert "encoder.final_layer_norm.weight" in refusal(run_evaluation.merge_batch, model, plan, [0, 1])
+    plan = evaluation_settings.prepare(evaluation_settings.build_parser().parse_args([*flags, *FEW]), on_gpu=False)
+    model = generation_answers.load_model(plan, torch.device("cpu"), input_side_only=True)
+    assert "encoder.final_layer_norm.weight" in refusal(generation_answers.merge_batch, model, plan, [0, 1])
 
 
 # -- damaged files
@@ -630,8 +635,8 @@ def test_code_of_a_model_folder_is_never_asked_about_and_never_run(
         ("run_evaluation", [*common, "--mt_path", own["mt"]], "mt"),
         ("run_evaluation", [*common, "--llm_path", own["words"]], "words"),
         ("run_evaluation", [*common, "--llm_only", "--llm_path", own["words"]], "words"),
-        ("baselines.embeddings", [*common, "--mt_path", own["mt"]], "mt"),
-        ("baselines.layer_swap", experts, "llm"),
+        ("mindmerger.analysis.embeddings", [*common, "--mt_path", own["mt"]], "mt"),
+        ("mindmerger.baselines.layer_swap", experts, "llm"),
         ("run_training", [*flags, "--llm_path", own["llm"]], "llm"),
         ("run_training", [*flags, "--mt_path", own["mt"]], "mt"),
         ("run_training", [*flags, "--llm_path", own["words"]], "words"),
@@ -661,8 +666,8 @@ for module, argv, name in json.loads({json.dumps(commands)!r}):
 
 ASKING = """
 import sys
-from model_files import load_config
-from runtime_utils import UserError
+from mindmerger.hub.model_files import load_config
+from mindmerger.runtime.errors import UserError
 
 for name in sys.argv[1:]:
     try:

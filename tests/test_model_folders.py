@@ -16,9 +16,11 @@ from conftest import ROOT
 from expert_folders import VOCABULARY, base_state, copy_folder, load_state, same_bits, save_expert, tiny_config, tuned
 from safetensors.torch import load_file, save_file
 
-from baselines import layer_swap, model_folders
-from baselines.model_folders import MergeError, open_model, place_of, plan_shards, row_blocks
-from runtime_utils import UserError
+from mindmerger.baselines import layer_swap as baselines_layer_swap
+from mindmerger.baselines import merged_folder, model_folder
+from mindmerger.baselines.merged_folder import plan_shards
+from mindmerger.baselines.model_folder import MergeError, open_model, place_of, row_blocks
+from mindmerger.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def flags_of(pair, output):
 
 
 def swap(pair, output, *flags):
-    assert layer_swap.main([*flags_of(pair, output), "--bottom", "1", "--top", "0", *map(str, flags)]) == 0
+    assert baselines_layer_swap.main([*flags_of(pair, output), "--bottom", "1", "--top", "0", *map(str, flags)]) == 0
     return load_state(output)
 
 
@@ -149,7 +151,7 @@ def test_merged_folder_is_evaluated_like_any_llm(tmp_path, datas, run):
 def test_one_read_never_exceeds_a_block(pair, tmp_path, monkeypatch):
     """A whole tensor at once is what makes memory grow with the model."""
     sizes = []
-    read = model_folders.ModelFolder.read
+    read = model_folder.ModelFolder.read
 
     def counted(self, name, start, stop):
         block = read(self, name, start, stop)
@@ -157,15 +159,15 @@ def test_one_read_never_exceeds_a_block(pair, tmp_path, monkeypatch):
         return block
 
     whole = swap(pair, tmp_path / "whole")
-    monkeypatch.setattr(model_folders, "BLOCK_ELEMENTS", 96)
-    monkeypatch.setattr(model_folders.ModelFolder, "read", counted)
+    monkeypatch.setattr(model_folder, "BLOCK_ELEMENTS", 96)
+    monkeypatch.setattr(model_folder.ModelFolder, "read", counted)
     assert same_bits(swap(pair, tmp_path / "blocks"), whole)
     assert max(sizes) <= 96
 
 
 def test_row_blocks_cover_every_row_once():
-    assert list(row_blocks((10, model_folders.BLOCK_ELEMENTS // 4))) == [(0, 4), (4, 8), (8, 10)]
-    assert list(row_blocks((3, 2 * model_folders.BLOCK_ELEMENTS))) == [(0, 1), (1, 2), (2, 3)]
+    assert list(row_blocks((10, model_folder.BLOCK_ELEMENTS // 4))) == [(0, 4), (4, 8), (8, 10)]
+    assert list(row_blocks((3, 2 * model_folder.BLOCK_ELEMENTS))) == [(0, 1), (1, 2), (2, 3)]
     assert list(row_blocks((10, 2), 8)) == [(8, 10)] and list(row_blocks((10, 2), 10)) == []
 
 
@@ -376,8 +378,8 @@ def test_old_rotary_buffers_are_ignored_and_unknown_tensors_warned_of(pair, tmp_
 
 
 def test_too_little_free_disk_is_refused_before_anything_is_written(pair, tmp_path, monkeypatch):
-    usage = model_folders.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(model_folders.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    usage = merged_folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(merged_folder.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     refuse(pair, tmp_path, r"needs 0\.02 GB, but .* has 0\.00 GB free")
 
 
@@ -392,7 +394,14 @@ def test_disk_that_fills_up_meanwhile_leaves_nothing(pair, tmp_path):
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(pair, tmp_path):
-    command = [sys.executable, "-m", "baselines.layer_swap", *flags_of(pair, tmp_path / "merged"), "--middle", "2:99"]
+    command = [
+        sys.executable,
+        "-m",
+        "mindmerger.baselines.layer_swap",
+        *flags_of(pair, tmp_path / "merged"),
+        "--middle",
+        "2:99",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip() == (
@@ -403,13 +412,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(pair, tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_killed_merge_leaves_nothing(pair, tmp_path, monkeypatch, sent):
-    put = model_folders._write_shard
+    put = merged_folder._write_shard
 
     def write_then_die(*args):
         put(*args)
         os.kill(os.getpid(), sent)
 
-    monkeypatch.setattr(model_folders, "_write_shard", write_then_die)
+    monkeypatch.setattr(merged_folder, "_write_shard", write_then_die)
     # A shell's background job starts with SIGINT ignored, and a test run may be one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -437,7 +446,7 @@ def test_overwriting_that_fails_keeps_the_older_folder(pair, tmp_path, monkeypat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_folders, "_write_shard", full)
+    monkeypatch.setattr(merged_folder, "_write_shard", full)
     with pytest.raises(MergeError, match="cannot write .*merged: No space left on device"):
         swap(pair, tmp_path / "merged", "--overwrite")
     assert same_bits(load_state(tmp_path / "merged"), first)
@@ -479,9 +488,8 @@ def test_hub_name_in_the_local_cache_is_a_model_folder(pair, tmp_path, monkeypat
 def test_help_states_the_formula_and_what_is_ours_without_loading_torch(module):
     import importlib
 
-    code = (
-        f"import sys, baselines.{module} as m; print(m.build_parser().format_help()); assert 'torch' not in sys.modules"
-    )
+    code = f"import sys, mindmerger.baselines.{module} as m; print(m.build_parser().format_help()); "
+    code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "*(ours)*" in done.stdout and "arXiv" in done.stdout
@@ -490,4 +498,4 @@ def test_help_states_the_formula_and_what_is_ours_without_loading_torch(module):
         "maet": "merged  = t0 + eta * R_L + gamma * R_A * 1[t in T]",
     }
     assert formula[module] in done.stdout
-    assert importlib.util.find_spec(f"baselines.{module}") is not None
+    assert importlib.util.find_spec(f"mindmerger.baselines.{module}") is not None

@@ -8,19 +8,13 @@ import torch
 from conftest import DATA
 from safetensors.torch import load_file, save_file
 
-from modeling_mindmerger import (
-    ChunkedCrossEntropy,
-    Mapping,
-    MindMerger,
-    ModelError,
-    head_on_positions,
-    load_encoder,
-    plan_packing,
-    read_config,
-    save_released,
-    take_rows,
-    usable_positions,
-)
+from mindmerger.bridges.mapping import Mapping
+from mindmerger.hub.model_files import ModelError
+from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
+from mindmerger.model.mapping_files import read_config, save_released
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.model.packing import plan_packing, take_rows
+from mindmerger.model.towers import load_encoder, usable_positions
 
 CASES = {"mt5-llama": "mt5-tiny", "m2m100-llama-gqa": "nllb-tiny"}
 
@@ -481,7 +475,7 @@ def test_an_encoder_without_flash_attention_leaves_it_to_the_llm(tiny_encoder, t
     name, settings = ENCODERS["m2m100"]
     folder, _ = make_folder(tmp_path / "encoder", name, settings, SAVED_AS[name])
     asked = []
-    monkeypatch.setattr("modeling_mindmerger._from_pretrained", lambda *given, **more: asked.append(given[4]))
+    monkeypatch.setattr("mindmerger.model.towers._from_pretrained", lambda *given, **more: asked.append(given[4]))
     load_encoder(folder, attn_implementation="flash_attention_2")
     assert asked == ["flash_attention_2"]
 

@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from conftest import make_tiny_llm
 from safetensors.numpy import load_file
 
-from baselines import neurons
-from baselines.neurons import (
+from mindmerger.analysis import neurons as analysis_neurons
+from mindmerger.analysis.activations import (
     find_activations,
     generated_mask,
     observe,
     observe_answers,
     observe_encoder,
-    peak_neurons,
     predicting_positions,
 )
-from modeling_mindmerger import MindMerger
-from runtime_utils import UserError
+from mindmerger.analysis.neurons import peak_neurons
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime.errors import UserError
 
 WIDTH = 12
 
@@ -261,7 +261,7 @@ def counted(merged, datas, tmp_path_factory):
         ["--llm_only", "--parallel_input", "1", "--translations", "aligned"],
         [*mapping, "--tower", "encoder"],
     ):
-        assert neurons.main(common + flags) == 0
+        assert analysis_neurons.main(common + flags) == 0
     return root / "MindMerger"
 
 
@@ -281,14 +281,14 @@ def test_sum_of_counts_is_active_share_times_width_times_tokens(counted):
         for layer in range(layers):
             active = sum(round(item["active_share_per_layer"][layer] * width * item["tokens"]) for item in items)
             assert tensors["counts"][layer].sum() == active
-        run = neurons.read_counts(folder)
+        run = analysis_neurons.read_counts(folder)
         assert np.array_equal(run.shares() * width * run.tokens["all"], tensors["counts"].sum(1))
         assert np.array_equal(tensors["counts"], tensors["counts.sw"] + tensors["counts.th"])
         assert tensors["counts"].max() <= tensors["tokens"][0]
 
 
 def test_the_encoder_is_counted_on_every_token_of_the_questions(counted, datas):
-    run = neurons.read_counts(counted / "math_mgsm/neurons-encoder")
+    run = analysis_neurons.read_counts(counted / "math_mgsm/neurons-encoder")
     assert run.tower == "encoder" and run.counts["all"].shape == (2, 32)
     questions = [
         line.split("\t")[0]
@@ -300,7 +300,7 @@ def test_the_encoder_is_counted_on_every_token_of_the_questions(counted, datas):
 
 def test_several_runs_come_into_one_plot_and_one_table(counted, tmp_path, capsys):
     folders = [str(counted / name / "neurons") for name in FORMS]
-    assert neurons.main(["analyse", *folders, "--peak", "0.1", "--output_dir", str(tmp_path)]) == 0
+    assert analysis_neurons.main(["analyse", *folders, "--peak", "0.1", "--output_dir", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         "active_share.csv",
         "active_share.png",
@@ -330,8 +330,8 @@ def test_peak_orders_by_count_then_layer_then_neuron():
 def test_a_border_among_equal_counts_is_announced(counted, tmp_path, capsys):
     """Ties go to the lower layers: a plot of kept neurons per layer would then show the rule and not the model."""
     alone = str(counted / FORMS[0])
-    assert neurons.main(["analyse", alone, "--peak", "0.02", "--output_dir", str(tmp_path)]) == 0
-    run = neurons.read_counts(alone)
+    assert analysis_neurons.main(["analyse", alone, "--peak", "0.02", "--output_dir", str(tmp_path)]) == 0
+    run = analysis_neurons.read_counts(alone)
     flat = np.sort(run.counts["all"].reshape(-1))[::-1]
     assert flat[1] == flat[2], "the two kept neurons are not tied with a third one here"
     assert f"have the count {flat[1]} at which --peak 0.02 ends" in capsys.readouterr().err
@@ -339,9 +339,9 @@ def test_a_border_among_equal_counts_is_announced(counted, tmp_path, capsys):
 
 def test_a_heatmap_of_more_neurons_than_columns_shows_means(tmp_path):
     rng = np.random.default_rng(0)
-    counts = rng.integers(0, 10, size=(3, 2 * neurons._HEATMAP_COLUMNS + 7))
-    run = neurons.Counts("wide", "llm", {"all": counts}, {"all": 10}, [])
-    neurons.draw_heatmap(run, tmp_path / "wide.png")
+    counts = rng.integers(0, 10, size=(3, 2 * analysis_neurons._HEATMAP_COLUMNS + 7))
+    run = analysis_neurons.Counts("wide", "llm", {"all": counts}, {"all": 10}, [])
+    analysis_neurons.draw_heatmap(run, tmp_path / "wide.png")
     assert (tmp_path / "wide.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -349,7 +349,7 @@ def test_wrong_input_of_the_commands_is_one_line(counted, merged, datas, tmp_pat
     alone, hard = (str(counted / name / "neurons") for name in FORMS[:2])
     few = ["count", "--llm_only", "--llm_path", merged.config.llm_path, "--data_root", datas, "--languages", "sw"]
     few += ["--limit", "1", "--max_new_tokens", "2", "--output_dir", str(tmp_path / "few")]
-    assert neurons.main(few) == 0
+    assert analysis_neurons.main(few) == 0
     for arguments, message in (
         ([], "say what to do"),
         (few, "few holds counts already: pass --overwrite"),
@@ -361,7 +361,7 @@ def test_wrong_input_of_the_commands_is_one_line(counted, merged, datas, tmp_pat
         (["analyse", alone, hard, "--names", "x"], "1 names for 2 folders"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            neurons.main(arguments)
+            analysis_neurons.main(arguments)
         assert "\n" not in str(caught.value)
 
 
@@ -369,6 +369,9 @@ def test_half_precision_models_are_counted_too(tmp_path, datas):
     llm = make_tiny_llm(tmp_path / "llm")
     flags = ["--llm_path", llm, "--data_root", datas, "--languages", "sw", "--limit", "1", "--max_new_tokens", "2"]
     assert (
-        neurons.main(["count", "--llm_only", "--precision", "bf16", "--output_dir", str(tmp_path / "n"), *flags]) == 0
+        analysis_neurons.main(
+            ["count", "--llm_only", "--precision", "bf16", "--output_dir", str(tmp_path / "n"), *flags]
+        )
+        == 0
     )
-    assert neurons.read_counts(tmp_path / "n").tokens["all"] in (1, 2)
+    assert analysis_neurons.read_counts(tmp_path / "n").tokens["all"] in (1, 2)

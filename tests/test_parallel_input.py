@@ -6,19 +6,22 @@ from dataclasses import replace
 import pytest
 
 import run_evaluation
-from baselines import parallel_input
-from baselines.parallel_input import (
+from mindmerger.baselines import parallel_input as baselines_parallel_input
+from mindmerger.evaluation import parallel_input as evaluation_parallel_input
+from mindmerger.evaluation.comparison import compare_results
+from mindmerger.evaluation.parallel_input import (
     ORDERS,
     ParallelInput,
     apply_parallel_input,
     choose_languages,
     default_languages,
-    read_parallel,
 )
-from data_utils import evaluation_examples, find_language, find_task
-from results_utils import compare_results
-from run_evaluation import build_parser, main, prepare
-from runtime_utils import UserError
+from mindmerger.evaluation.settings import build_parser, prepare
+from mindmerger.runtime.errors import UserError
+from mindmerger.tasks import find_task
+from mindmerger.tasks.examples import evaluation_examples, read_parallel
+from mindmerger.tasks.languages import find_language
+from run_evaluation import main
 
 MGSM = find_task("math")
 
@@ -65,7 +68,7 @@ def test_math_prompt_is_the_task_s_own_with_one_line_per_language(datas):
     ]
     start, end = built.cut
     assert built.prompt[start:end] == "\n".join(lines)
-    preamble = parallel_input.MATH_PREAMBLE.format(number=4)
+    preamble = evaluation_parallel_input.MATH_PREAMBLE.format(number=4)
     assert built.prompt == example.prompt.replace(example.source, preamble + "\n".join(lines))
     assert built.prompt.endswith("### Response: Let's think step by step.")
     # Everything that scoring and pairing use stays.
@@ -123,7 +126,7 @@ def test_line_breaks_inside_a_text_do_not_make_a_new_line(datas, tmp_path):
 
 
 def test_a_prompt_over_the_limit_loses_translations_and_never_the_template(datas, tiny_llm):
-    from data_utils import load_tokenizers, tokenise
+    from mindmerger.data.tokenising import load_tokenizers, tokenise
 
     [example] = examples_of(MGSM, datas, "sw", 1)
     [built], _ = apply_parallel_input(MGSM, datas, [example], ParallelInput(6))
@@ -327,11 +330,11 @@ def test_prompt_limit_grows_with_the_number_of_texts_unless_given(datas, tiny_ll
 def test_a_filled_translation_list_is_a_translation_file(datas, tmp_path, capsys):
     file = tmp_path / "list.jsonl"
     flags = ["--data_root", datas, "--languages", "sw,th", "--parallel_input", "3"]
-    assert parallel_input.main([*flags, "--to_translate", str(file)]) == 0
+    assert baselines_parallel_input.main([*flags, "--to_translate", str(file)]) == 0
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 2 * 4 * 3 and all(row["text"] == "" and row["source"] for row in rows)
     file.write_text("".join(json.dumps(row | {"text": "T" + row["language"]}) + "\n" for row in rows))
     capsys.readouterr()
-    assert parallel_input.main([*flags, "--translations", str(file), "--show", "2"]) == 0
+    assert baselines_parallel_input.main([*flags, "--translations", str(file), "--show", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count("[Spanish] Tes\n[Russian] Tru\n[French] Tfr") == 4 and out.count("PMI-3 (machine)") == 4

@@ -4,23 +4,20 @@ import importlib
 import re
 import shlex
 import shutil
-import sys
 
 import pytest
 import torch
 from conftest import DATA, ROOT, make_tiny_encoder, make_tiny_llm
 from expert_folders import base_state, save_expert, tiny_config, tuned
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
 FEW = ["--languages", "sw,th", "--limit", "2"]
 # What keeps each program short; given after the page's own flags, so that these count.
 SHORTER = {
     "run_evaluation": [*FEW, "--max_new_tokens", "2"],
-    "baselines.neurons count": [*FEW, "--max_new_tokens", "2"],
-    "baselines.parallel_input": FEW,
-    "baselines.contamination": FEW[:2],
-    "baselines.embeddings": ["--languages", "sw,en", "--limit", "3"],
+    "mindmerger.analysis.neurons count": [*FEW, "--max_new_tokens", "2"],
+    "mindmerger.baselines.parallel_input": FEW,
+    "mindmerger.analysis.contamination": FEW[:2],
+    "mindmerger.analysis.embeddings": ["--languages", "sw,en", "--limit", "3"],
 }
 # The reproduction scripts as the commands that they start.
 SCRIPTS = {
@@ -44,7 +41,8 @@ def commands_of(page: str, first: str = "", last: str = "") -> list[str]:
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory):
     """A folder with the models, mappings and data that the pages name, all tiny."""
-    from modeling_mindmerger import MindMerger, save_released
+    from mindmerger.model.mapping_files import save_released
+    from mindmerger.model.mindmerger import MindMerger
 
     root = tmp_path_factory.mktemp("newcomer")
     (root / "datas").symlink_to(DATA / "datas")
@@ -72,7 +70,7 @@ def run(command: str) -> None:
         words = ["python", *words[1:]]
     if words[:2] == ["python", "-m"]:
         program, arguments = words[2], words[3:]
-        name = f"{program} {arguments[0]}" if program == "baselines.neurons" else program
+        name = f"{program} {arguments[0]}" if program == "mindmerger.analysis.neurons" else program
     else:
         program = name = words[1].removeprefix("scripts/").removesuffix(".py")
         arguments = words[2:]

@@ -11,23 +11,19 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-import results_utils
-from data_tasks import PUBLISHED_LLMS, TASKS
-from results_utils import (
-    ResultsError,
-    append_records,
+from mindmerger.evaluation import results as evaluation_results
+from mindmerger.evaluation.comparison import compare_results
+from mindmerger.evaluation.results import ResultsError, append_records, open_results, open_shard, read_finished
+from mindmerger.evaluation.statistics import (
     bootstrap_intervals,
-    compare_results,
     describe_questions,
-    format_results,
     mcnemar_exact,
     mean_difference_test,
-    open_results,
-    open_shard,
-    published_scores,
     questions_of,
-    read_finished,
 )
+from mindmerger.evaluation.tables import format_results, published_scores
+from mindmerger.tasks import TASKS
+from mindmerger.tasks.base import PUBLISHED_LLMS
 
 # -- statistics
 
@@ -493,8 +489,8 @@ def append(partial, rank, *batches):
 @pytest.fixture
 def partial(tmp_path):
     """The folder of an unfinished evaluation's records."""
-    (tmp_path / results_utils.PARTIAL).mkdir()
-    return tmp_path / results_utils.PARTIAL
+    (tmp_path / evaluation_results.PARTIAL).mkdir()
+    return tmp_path / evaluation_results.PARTIAL
 
 
 def test_only_whole_batches_count_as_finished_wherever_the_crash_cut(partial):
@@ -532,7 +528,7 @@ def test_a_rank_that_outlives_its_run_writes_nothing_into_the_next_ones_folder(t
     with open_shard(tmp_path, 1) as of_the_dead_run:
         open_results(tmp_path, {"--limit": 2}, 9, overwrite=True)
         append_records(of_the_dead_run, batch(1))
-    assert read_finished(tmp_path / results_utils.PARTIAL) == {}
+    assert read_finished(tmp_path / evaluation_results.PARTIAL) == {}
 
 
 def test_a_full_disk_names_file_and_bytes(partial, tmp_path):
@@ -546,7 +542,7 @@ def test_a_full_disk_names_file_and_bytes(partial, tmp_path):
 def test_reopening_leaves_no_cut_line_for_new_ones_to_follow(tmp_path):
     """A line appended to one without its end would be lost, and then be generated for ever."""
     assert open_results(tmp_path, {"--limit": 1}, 9, overwrite=False) == (None, {})
-    partial = tmp_path / results_utils.PARTIAL
+    partial = tmp_path / evaluation_results.PARTIAL
     append(partial, 0, batch(5, 2))
     with open(partial / "rank0.jsonl", "a") as file:
         file.write('{"index": 7, "outp')
@@ -579,7 +575,7 @@ def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path, state):
         (tmp_path / "results.json").write_text('{"identity": {}}')
         expected |= {"results.json"}
     else:
-        expected |= {results_utils.PARTIAL}
+        expected |= {evaluation_results.PARTIAL}
     names = (".results.json.1.tmp", ".scores.tsv.1.tmp", "predictions/.Thai.jsonl.1.tmp", ".partial/.run.json.1.tmp")
     for name in (*names, ".notes.tmp"):
         (tmp_path / name).write_text("{")
@@ -590,12 +586,12 @@ def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path, state):
 
 def test_overwrite_leaves_what_is_not_an_evaluations(tmp_path):
     open_results(tmp_path, {}, 9, overwrite=False)
-    append(tmp_path / results_utils.PARTIAL, 0, batch(1))
+    append(tmp_path / evaluation_results.PARTIAL, 0, batch(1))
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "Thai.jsonl").write_text("{}\n")
     (tmp_path / "notes.txt").write_text("mine")
     assert open_results(tmp_path, {}, 9, overwrite=True) == (None, {})
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", results_utils.PARTIAL}
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", evaluation_results.PARTIAL}
 
 
 def test_unreadable_state_is_one_line(tmp_path):

@@ -18,9 +18,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import run_evaluation
-from modeling_mindmerger import MindMerger, check_positions, model_fingerprint, save_released
-from run_evaluation import Generation, answer, build_parser, cut_batches, generate_batch, main, prepare
-from runtime_utils import UserError
+from mindmerger.evaluation import settings as evaluation_settings
+from mindmerger.evaluation import summary
+from mindmerger.evaluation.settings import build_parser, prepare
+from mindmerger.generation import answers
+from mindmerger.generation.answers import Generation, answer, cut_batches, generate_batch
+from mindmerger.model.mapping_files import save_released
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.model.towers import check_positions, model_fingerprint
+from mindmerger.runtime.errors import UserError
+from run_evaluation import main
 
 FEW = ("--languages", "Swahili,th,English", "--max_new_tokens", "4", "--eval_batch_size", "4")  # 12 examples, 3 batches
 
@@ -111,9 +118,9 @@ def test_scores_file_and_results_agree_with_the_predictions(evaluate, tmp_path, 
         return [Generation(texts[e.id[:2]].format(e.target), 3, e.language == "Thai") for e in chosen]
 
     examples = []
-    real = run_evaluation.tokenise_form
-    monkeypatch.setattr(run_evaluation, "generate_batch", fixed)
-    monkeypatch.setattr(run_evaluation, "tokenise_form", lambda *a: (examples.extend(a[1]), real(*a))[1])
+    real = answers.tokenise_form
+    monkeypatch.setattr(answers, "generate_batch", fixed)
+    monkeypatch.setattr(evaluation_settings, "tokenise_form", lambda *a: (examples.extend(a[1]), real(*a))[1])
     out, _ = evaluate(*FEW)
     folder = tmp_path / "results/MindMerger/math_mgsm"
     results = json.loads((folder / "results.json").read_text())
@@ -157,9 +164,9 @@ def test_the_mean_s_interval_takes_questions_together_and_says_so(evaluate, tmp_
         return [Generation(e.target if e.id[-1] in "12" else "x", 3, False) for e in chosen]
 
     examples = []
-    real = run_evaluation.tokenise_form
-    monkeypatch.setattr(run_evaluation, "generate_batch", fixed)
-    monkeypatch.setattr(run_evaluation, "tokenise_form", lambda *a: (examples.extend(a[1]), real(*a))[1])
+    real = answers.tokenise_form
+    monkeypatch.setattr(answers, "generate_batch", fixed)
+    monkeypatch.setattr(evaluation_settings, "tokenise_form", lambda *a: (examples.extend(a[1]), real(*a))[1])
     out, _ = evaluate(*FEW)
     results = json.loads((tmp_path / "results/MindMerger/math_mgsm/results.json").read_text())
     assert results["mean"]["interval"] == results["languages"]["Thai"]["interval"] == [0, 100]
@@ -188,7 +195,7 @@ def test_x_csqa_questions_are_known_by_their_own_id_in_whatever_order_they_stand
         return [Generation("AB"[i // 20] if int(text.split("?")[0]) < 10 else "", 1, False)
                 for i, text in zip(batch, texts, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(run_evaluation, "generate_batch", fixed)
+    monkeypatch.setattr(answers, "generate_batch", fixed)
     evaluate("--task", "x-csqa", "--languages", "en,de", "--data_root", tmp_path / "csqa")
     folder = tmp_path / "results/MindMerger/x-csqa"
     results = json.loads((folder / "results.json").read_text())
@@ -226,7 +233,7 @@ def test_a_finished_folder_of_an_earlier_version_is_said_to_have_a_too_narrow_in
 
 def test_the_same_answer_is_read_by_the_language_of_its_question(evaluate, tmp_path, monkeypatch):
     fixed = [Generation("= 12.345", 3, False)]
-    monkeypatch.setattr(run_evaluation, "generate_batch", lambda m, t, c, batch, limit: fixed * len(batch))
+    monkeypatch.setattr(answers, "generate_batch", lambda m, t, c, batch, limit: fixed * len(batch))
     evaluate("--languages", "de,en,ru", "--limit", 1)
     folder = tmp_path / "results/MindMerger/math_mgsm/predictions"
     read = {name: read_lines(folder / f"{name}.jsonl")[0] for name in ("German", "English", "Russian")}
@@ -314,7 +321,7 @@ def test_every_task_runs_into_the_folder_of_its_canonical_name(
 ):
     limits = []
     monkeypatch.setattr(
-        run_evaluation,
+        answers,
         "generate_batch",
         lambda m, t, c, b, limit: limits.append(limit) or [Generation("A", 1, False)] * len(b),
     )
@@ -387,7 +394,7 @@ def test_older_flags_are_accepted_and_change_nothing(evaluate, tmp_path, monkeyp
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import sys, run_evaluation; run_evaluation.build_parser().format_help(); "
+        "import sys, mindmerger.evaluation.settings as r, run_evaluation; r.build_parser().format_help(); "
         "assert not {'torch', 'transformers', 'datasets', 'deepspeed', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -477,7 +484,7 @@ def interrupt_after(monkeypatch, batches):
             raise KeyboardInterrupt
         return real(model, tokenizers, columns, batch, max_new_tokens)
 
-    monkeypatch.setattr(run_evaluation, "generate_batch", counted)
+    monkeypatch.setattr(answers, "generate_batch", counted)
     return begun
 
 
@@ -527,7 +534,8 @@ def test_a_finished_run_only_prints_its_table_again(evaluate, tmp_path, monkeypa
 
 def test_a_second_run_into_the_same_results_is_refused_and_a_dead_ones_lock_is_taken_over(evaluate, tmp_path):
     folder = tmp_path / "results/MindMerger/math_mgsm"
-    code = f"from interrupt_utils import FolderLock as F; lock = F({str(folder)!r}); print(1, flush=True); input()"
+    code = "from mindmerger.runtime.files import FolderLock\n"
+    code += f"lock = FolderLock({str(folder)!r}); print(1, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as owner:
@@ -542,7 +550,7 @@ def test_a_second_run_into_the_same_results_is_refused_and_a_dead_ones_lock_is_t
 
 def test_a_crash_while_merging_loses_no_answer(evaluate, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_evaluation, "write_json_atomic", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(summary, "write_json_atomic", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         evaluate(*FEW)
     monkeypatch.setattr(run_evaluation, "load_model", None)
     out, _ = evaluate(*FEW)
@@ -551,9 +559,11 @@ def test_a_crash_while_merging_loses_no_answer(evaluate, tmp_path, monkeypatch):
 
 KILLED_MERGE = """
 import os, signal, sys
-import run_evaluation, runtime_utils
+from mindmerger.evaluation import summary
+import run_evaluation
+from mindmerger.runtime import command
 
-name, number, finish = sys.argv[1], int(sys.argv[2]), run_evaluation.finish
+name, number, finish = sys.argv[1], int(sys.argv[2]), summary.finish
 call, calls = getattr(os, name), []
 
 def counted(*arguments, **named):
@@ -567,7 +577,7 @@ def armed(*arguments):
     return finish(*arguments)
 
 run_evaluation.finish = armed
-runtime_utils.run_main(lambda: run_evaluation.main(sys.argv[3:]))
+command.run_main(lambda: run_evaluation.main(sys.argv[3:]))
 """
 
 
@@ -734,7 +744,7 @@ def test_answer_refuses_wrong_lists_in_one_line(world):
 def test_answer_asks_for_languages_where_the_encoder_reads_a_tag(world, monkeypatch):
     """An NLLB-like encoder silently told that Swahili is English answers worse, and nobody sees why."""
     tagged = SimpleNamespace(encoder=SimpleNamespace(src_lang="eng_Latn"))
-    monkeypatch.setattr(run_evaluation, "_cached_tokenizers", lambda mt_path, llm_path: tagged)
+    monkeypatch.setattr(answers, "_cached_tokenizers", lambda mt_path, llm_path: tagged)
     with pytest.raises(UserError, match="needs the texts' languages"):
         answer(world.model, ["a"])
 

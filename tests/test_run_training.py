@@ -14,9 +14,11 @@ import torch
 from conftest import ROOT, byte_tokenizer, make_tiny_encoder, read_log, run_many
 from safetensors.torch import load_file, save_file
 
-import run_training
-from modeling_mindmerger import MindMerger
-from runtime_utils import UserError
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime.errors import UserError
+from mindmerger.training import dry_run, guards
+from mindmerger.training import settings as training_settings
+from mindmerger.training import trainer as training_trainer
 
 OUTPUTS = {"pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"}
 OUTPUTS |= {"ds_config.json", "args.json", "last"}
@@ -407,15 +409,15 @@ def test_a_mapping_of_other_models_is_warned_of(flags, tiny_encoder, tiny_llm, t
     MindMerger.from_models(tiny_encoder, tiny_llm).save_pretrained(str(tmp_path / "mapping"))
     other = shutil.copytree(tiny_llm, tmp_path / "other")
     given = [*flags, "--init_checkpoint", str(tmp_path / "mapping"), "--llm_path", str(other)]
-    args = run_training.build_parser().parse_args([str(flag) for flag in given])
-    assert run_training.find_initial_mapping(args, tmp_path).endswith("mapping.safetensors")
+    args = training_settings.build_parser().parse_args([str(flag) for flag in given])
+    assert training_settings.find_initial_mapping(args, tmp_path).endswith("mapping.safetensors")
     errors = capsys.readouterr().err
     assert errors.count("was trained with --") == 1 and f"--llm_path {tiny_llm}, not {other}" in errors
 
 
 def settled(flags, *more):
     """What `check_arguments` makes of the flags, in this process."""
-    return run_training.check_arguments(run_training.build_parser().parse_args([*flags, *map(str, more)]))
+    return training_settings.check_arguments(training_settings.build_parser().parse_args([*flags, *map(str, more)]))
 
 
 def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, tmp_path, capsys):
@@ -487,12 +489,12 @@ def test_positions_are_checked_as_in_evaluation(flags, tiny_llm, tmp_path, capsy
     GPT2Config(n_positions=20, n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path / "gpt2")
     lengths = {"merged_lengths": np.array([9, 21]), "encoder_lengths": np.array([4, 5])}
     data = SimpleNamespace(**lengths)
-    args = run_training.build_parser().parse_args([*flags, "--llm_path", str(short)])
-    run_training.check_lengths(args, data)
+    args = training_settings.build_parser().parse_args([*flags, "--llm_path", str(short)])
+    training_settings.check_lengths(args, data)
     assert f"the longest row needs 21 positions but {short} has 20: lower" in capsys.readouterr().err
     args.llm_path = str(tmp_path / "gpt2")
     with pytest.raises(UserError, match="the longest row needs 21 positions but .*gpt2 has 20: lower --max_gen_len"):
-        run_training.check_lengths(args, data)
+        training_settings.check_lengths(args, data)
 
 
 # Checkpointing recomputes a layer only as far as its backward pass needs.
@@ -517,8 +519,8 @@ def test_the_estimated_arithmetic_is_what_torch_counts_in_the_matrix_products(
     mapping = 60 * (4 * first + 6 * second)  # no gradient reaches the encoder
     lengths = {"merged": 62, "encoder": 30, "target": 10}
     data = SimpleNamespace(**{f"{name}_lengths": np.array([n, n]) for name, n in lengths.items()})
-    args = run_training.build_parser().parse_args(["--gradient_checkpointing"] * checkpointing)
-    estimate = run_training.training_flop(args, data, np.arange(2), model.llm, model.encoder)
+    args = training_settings.build_parser().parse_args(["--gradient_checkpointing"] * checkpointing)
+    estimate = dry_run.training_flop(args, data, np.arange(2), model.llm, model.encoder)
     assert counted - mapping == pytest.approx(estimate, rel=tolerance)
 
 
@@ -562,12 +564,12 @@ def test_the_memory_probe_takes_the_most_targets_and_sources_as_well_as_the_long
         **{f"{name}_lengths": lengths[:, i] for i, name in enumerate(("encoder", "prompt", "target"))},
         merged_lengths=2 + lengths.sum(1),
     )
-    args = run_training.build_parser().parse_args(
+    args = training_settings.build_parser().parse_args(
         ["--train_micro_batch_size_per_gpu", "2", "--eval_batch_size", "1", "--num_workers", "0"]
     )
     ids = SimpleNamespace(encoder_pad_id=0, llm_pad_id=0)
     places = {"plan": None, "tokenizers": ids, "device": torch.device("cpu"), "steps_per_epoch": 1, "save_steps": 1}
-    trainer = run_training.Trainer(
+    trainer = training_trainer.Trainer(
         args=args, data=data, engine=None, train=np.arange(6), dev=np.arange(6, 8), eval_steps=1, **places
     )
     trainer.engine = Engine(kind, limit)
@@ -576,9 +578,9 @@ def test_the_memory_probe_takes_the_most_targets_and_sources_as_well_as_the_long
     with pytest.raises(
         UserError, match=f"out of memory on rank 0 with a micro-batch of {rows}".replace(", target", ".*target")
     ):
-        run_training.probe_memory(trainer)
+        guards.probe_memory(trainer)
     trainer.engine.limit = 10**6
-    run_training.probe_memory(trainer)
+    guards.probe_memory(trainer)
 
 
 def test_without_a_dev_split_the_last_mapping_is_also_the_best(run, flags, tmp_path):
@@ -590,12 +592,12 @@ def test_without_a_dev_split_the_last_mapping_is_also_the_best(run, flags, tmp_p
 
 
 def test_help_names_a_default_once():
-    text = " ".join(run_training.build_parser().format_help().split())
+    text = " ".join(training_settings.build_parser().format_help().split())
     assert "(default: None)" not in text and ") (default" not in text and "(default: 2e-05)" in text
 
 
 def test_stage_form_and_defaults_follow_the_published_flags():
-    args = run_training.build_parser().parse_args([])
+    args = training_settings.build_parser().parse_args([])
     published = {
         **{"llm_path": "../LLMs/Llama-2-7b-hf/", "mt_path": "../LLMs/mt5-xl/", "save_name": "MindMerger"},
         **{"stage_name": "mapping", "lr": 2e-5, "epoch_num": 3, "train_num": 100000, "train_batch_size": 24},
@@ -603,8 +605,8 @@ def test_stage_form_and_defaults_follow_the_published_flags():
         **{"dev_size": 3000, "augmentation": None, "task": "translation", "seed": 0, "logging_steps": 10},
     }
     assert {name: getattr(args, name) for name in published} == published
-    described = [a for a in run_training.build_parser()._actions if a.help]
-    assert len(described) == len(run_training.build_parser()._actions)
+    described = [a for a in training_settings.build_parser()._actions if a.help]
+    assert len(described) == len(training_settings.build_parser()._actions)
 
 
 @pytest.mark.parametrize(
@@ -616,7 +618,11 @@ def test_stage_form_and_defaults_follow_the_published_flags():
     ],
 )
 def test_learning_rate_warms_up_and_decays(scheduler, expected):
-    args = run_training.build_parser().parse_args(["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"])
+    args = training_settings.build_parser().parse_args(
+        ["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"]
+    )
     fields = dict.fromkeys(("plan", "engine", "data", "tokenizers", "dev", "train", "device"))
-    trainer = run_training.Trainer(args=args, **fields, steps_per_epoch=5, total_steps=10, eval_steps=1, save_steps=1)
+    trainer = training_trainer.Trainer(
+        args=args, **fields, steps_per_epoch=5, total_steps=10, eval_steps=1, save_steps=1
+    )
     assert [trainer.learning_rate(step) / 2 for step in range(10)] == pytest.approx(expected)

@@ -17,33 +17,36 @@ import pytest
 import torch
 from conftest import ROOT, free_port
 
-import checkpoint_utils
-import interrupt_utils
-import results_utils
-import runtime_utils
-from runtime_utils import UserError
-from training_log import Recorder
+from mindmerger.evaluation import results
+from mindmerger.runtime import command as runtime_command
+from mindmerger.runtime import files, processes
+from mindmerger.runtime import place as runtime_place
+from mindmerger.runtime import watch as runtime_watch
+from mindmerger.runtime.errors import UserError
+from mindmerger.training import checkpoints
+from mindmerger.training.record import Recorder
 
 M = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
 PROGRAM = """
 import sys, time
-import runtime_utils
+from mindmerger.runtime import command
+from mindmerger.runtime import processes
 
 def main():
-    runtime_utils.init_distributed()
-    runtime_utils.together(lambda: None)
-    if runtime_utils.rank() == int(sys.argv[1]):
+    processes.init_distributed()
+    processes.together(lambda: None)
+    if processes.rank() == int(sys.argv[1]):
         time.sleep(3)
     print(time.time(), flush=True)
     return 7
 
-runtime_utils.run_main(main)
+command.run_main(main)
 """
 
 
 def test_the_thread_that_watches_other_ranks_has_ended_before_its_process_does():
     """Inside the store's C++ code at the interpreter's end it aborted the process, once in some hundred runs."""
-    watch = runtime_utils._Watch(runtime_utils.Place(0, 2, 0, "localhost", 1), torch.distributed.HashStore())
+    watch = runtime_watch._Watch(runtime_place.Place(0, 2, 0, "localhost", 1), torch.distributed.HashStore())
     assert "other ranks" in {thread.name for thread in threading.enumerate()}
     watch.stop()
     assert "other ranks" not in {thread.name for thread in threading.enumerate()}
@@ -76,18 +79,20 @@ def test_no_rank_leaves_before_the_slowest_has_finished_its_last_collective(slow
 # The main thread of rank 0 or 1 waits in a call that does not notice what becomes of the other, as NCCL's do not.
 LOST = """
 import os, signal, sys, time
-import runtime_utils
+from mindmerger.runtime import command
+from mindmerger.runtime import processes
+from mindmerger.runtime import watch
 
-runtime_utils.BEAT_S, runtime_utils.LOST_S, runtime_utils.PATIENCE_S = 0.2, 2.0, 1.0
+watch.BEAT_S, watch.LOST_S, watch.PATIENCE_S = 0.2, 2.0, 1.0
 
 def main():
-    runtime_utils.init_distributed()
-    runtime_utils.together(lambda: None)
-    if runtime_utils.rank() == int(sys.argv[1]):
+    processes.init_distributed()
+    processes.together(lambda: None)
+    if processes.rank() == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGSTOP if sys.argv[2] == "stops" else signal.SIGKILL)
     time.sleep(60)
 
-runtime_utils.run_main(main)
+command.run_main(main)
 """
 
 
@@ -125,7 +130,7 @@ def variables(monkeypatch):
     """Sets a launcher's variables, and no others, for one test."""
 
     def call(values):
-        for name in runtime_utils.LAUNCHER_VARIABLES:
+        for name in runtime_place.LAUNCHER_VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -143,12 +148,12 @@ def variables(monkeypatch):
 )
 def test_stray_variables_of_a_launcher_leave_a_process_alone(variables, strays, capsys):
     variables(strays)
-    runtime_utils.log("heard")  # before anything is known of a group
-    device = runtime_utils.init_distributed()
+    processes.log("heard")  # before anything is known of a group
+    device = processes.init_distributed()
     assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert (runtime_utils.rank(), runtime_utils.world_size(), runtime_utils.local_rank()) == (0, 1, 0)
+    assert (processes.rank(), processes.world_size(), processes.local_rank()) == (0, 1, 0)
     assert capsys.readouterr().err == "heard\n"
-    assert not [name for name in runtime_utils.LAUNCHER_VARIABLES if name in os.environ]  # nor do children see them
+    assert not [name for name in runtime_place.LAUNCHER_VARIABLES if name in os.environ]  # nor do children see them
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,7 @@ def test_stray_variables_of_a_launcher_leave_a_process_alone(variables, strays, 
 def test_variables_that_no_launcher_sets_are_one_line_that_names_them(variables, wrong, named, capsys):
     variables({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **M, **wrong})
     with pytest.raises(SystemExit) as ended:
-        runtime_utils.run_main(runtime_utils.init_distributed)
+        runtime_command.run_main(processes.init_distributed)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and named in error
 
@@ -177,7 +182,7 @@ def test_commands_that_join_no_group_speak_whatever_rank_the_environment_names()
     """A refusal was silent with `RANK=1`: rank 0 was left to print it."""
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **M}
     done = subprocess.run(
-        [sys.executable, "-m", "baselines.layer_swap", "--unknown"],
+        [sys.executable, "-m", "mindmerger.baselines.layer_swap", "--unknown"],
         cwd=ROOT,
         env={**os.environ, **place},
         capture_output=True,
@@ -193,12 +198,12 @@ def test_a_rank_that_waits_at_the_start_says_for_whom_and_ends_in_one_line(
     variables, rank, waits_for, capsys, monkeypatch
 ):
     """It waited for half an hour without a word, then came a traceback."""
-    monkeypatch.setattr(runtime_utils, "START_NOTICE_S", 0.3)
-    monkeypatch.setattr(runtime_utils, "START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(processes, "START_NOTICE_S", 0.3)
+    monkeypatch.setattr(processes, "START_TIMEOUT_S", 1.0)
     port = str(free_port())
     variables({"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", **M, "MASTER_PORT": port})
     with pytest.raises(SystemExit) as ended:
-        runtime_utils.run_main(runtime_utils.init_distributed)
+        runtime_command.run_main(processes.init_distributed)
     notice, error, end = capsys.readouterr().err.split("\n")
     assert notice == f"{waits_for} at 127.0.0.1:{port}"
     assert error.startswith(f"error: {notice} since 1 s") and end == "" and ended.value.code == 2
@@ -213,19 +218,19 @@ def test_a_port_that_another_program_uses_is_named_in_one_line(variables, capsys
         where = f"127.0.0.1:{other.getsockname()[1]}"
         variables({"RANK": "0", "WORLD_SIZE": "2", **M, "MASTER_PORT": where.split(":")[1]})
         with pytest.raises(SystemExit) as ended:
-            runtime_utils.run_main(runtime_utils.init_distributed)
+            runtime_command.run_main(processes.init_distributed)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1, error
     assert f"the ranks cannot meet at {where}" in error and "--master_port" in error
 
 
 BAR = """
-import runtime_utils
-with runtime_utils.progress_bar(total=3, desc="steps") as bar:
+from mindmerger.runtime import processes
+with processes.progress_bar(total=3, desc="steps") as bar:
     for number in range(3):
         bar.update()
         bar.refresh()
-        runtime_utils.log(f"message {number}")
+        processes.log(f"message {number}")
 """
 
 
@@ -251,7 +256,7 @@ def test_messages_stand_on_lines_of_their_own_above_a_live_progress_bar():
 def test_a_progress_bar_in_a_log_file_is_a_line_every_30_seconds(monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    with runtime_utils.progress_bar(total=100, desc="steps", dynamic_ncols=False) as bar:
+    with processes.progress_bar(total=100, desc="steps", dynamic_ncols=False) as bar:
         for _ in range(100):
             now[0] += 1
             bar.update()
@@ -262,7 +267,7 @@ def test_a_progress_bar_in_a_log_file_is_a_line_every_30_seconds(monkeypatch, ca
 
 def test_a_lock_file_removed_while_it_was_being_locked_is_not_taken_for_the_lock(tmp_path, monkeypatch):
     """The run that held the folder removes the file when it ends, maybe after the next run has opened it."""
-    lockf, calls = interrupt_utils.fcntl.lockf, []
+    lockf, calls = files.fcntl.lockf, []
 
     def lock_late(file, how):
         calls.append(how)
@@ -270,8 +275,8 @@ def test_a_lock_file_removed_while_it_was_being_locked_is_not_taken_for_the_lock
             (tmp_path / ".lock").unlink()
         return lockf(file, how)
 
-    monkeypatch.setattr(interrupt_utils.fcntl, "lockf", lock_late)
-    lock = interrupt_utils.FolderLock(tmp_path)
+    monkeypatch.setattr(files.fcntl, "lockf", lock_late)
+    lock = files.FolderLock(tmp_path)
     assert len(calls) == 2 and str(os.getpid()) in (tmp_path / ".lock").read_text()
     lock.release()
     assert not (tmp_path / ".lock").exists()
@@ -307,38 +312,38 @@ def test_a_lock_never_writes_through_a_link(tmp_path, plant):
     path = tmp_path / "outputs" / ".lock"
     plant(path)
     with pytest.raises(UserError, match=r"outputs/\.lock is .*: remove it$"):
-        interrupt_utils.FolderLock(path.parent)
+        files.FolderLock(path.parent)
     path.unlink()
-    interrupt_utils.FolderLock(path.parent).release()
+    files.FolderLock(path.parent).release()
 
 
 def test_a_lock_that_is_a_pipe_is_refused_in_one_line(tmp_path):
     os.mkfifo(tmp_path / ".lock")
     with pytest.raises(UserError, match=r"\.lock"):
-        interrupt_utils.FolderLock(tmp_path)
+        files.FolderLock(tmp_path)
 
 
 def test_an_atomic_write_never_writes_through_a_link_in_place_of_its_temporary_file(tmp_path, plant, victim):
     path = tmp_path / "outputs" / "args.json"
     plant(path.with_name(f".args.json.{os.getpid()}.tmp"))
     plant(path)
-    runtime_utils.write_json_atomic(path, {"a": 1})
+    files.write_json_atomic(path, {"a": 1})
     assert path.read_text() == '{\n  "a": 1\n}\n' and not path.is_symlink()
     assert [entry.name for entry in path.parent.iterdir()] == ["args.json"]
     assert victim.stat().st_nlink == 1
     path.with_name(f".args.json.{os.getpid()}.tmp").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*args\.json \(13 bytes\)"):
-        runtime_utils.write_json_atomic(path, {"a": 1})
+        files.write_json_atomic(path, {"a": 1})
 
 
 def test_a_checkpoint_never_writes_into_the_folder_a_link_leads_to(tmp_path, victim):
     outputs = tmp_path / "outputs"
     outputs.mkdir()
     (outputs / "checkpoint-000001.tmp").symlink_to(victim.parent)
-    checkpoint_utils.write_checkpoint(outputs, 1, {"x": torch.zeros(1)}, {}, None)
-    assert checkpoint_utils.fault_of(outputs / "checkpoint-000001") is None
+    checkpoints.write_checkpoint(outputs, 1, {"x": torch.zeros(1)}, {}, None)
+    assert checkpoints.fault_of(outputs / "checkpoint-000001") is None
     (outputs / ".args.json.1.tmp").mkdir()  # a folder where a temporary file would be
-    checkpoint_utils.remove_leftovers(outputs)
+    checkpoints.remove_leftovers(outputs)
     assert [entry.name for entry in victim.parent.iterdir()] == ["victim"]
 
 
@@ -347,13 +352,13 @@ def test_unfinished_answers_and_logs_never_go_through_a_link(tmp_path, victim):
     (folder / ".partial").mkdir(parents=True)
     (folder / ".partial" / "rank0.jsonl").symlink_to(victim)
     with pytest.raises(UserError, match=r"rank0\.jsonl"):
-        results_utils.open_shard(folder, 0)
-    results_utils.open_results(folder, {}, 1, False)
-    results_utils.open_shard(folder, 0).close()
+        results.open_shard(folder, 0)
+    results.open_results(folder, {}, 1, False)
+    results.open_shard(folder, 0).close()
     other = tmp_path / "others"
     other.mkdir()
     (other / ".partial").symlink_to(victim.parent)
-    results_utils.open_results(other, {}, 1, False)
+    results.open_results(other, {}, 1, False)
     assert [entry.name for entry in victim.parent.iterdir()] == ["victim"]
     (tmp_path / "log.jsonl").symlink_to(victim)
     record = Recorder(argparse.Namespace(report_to="none", logging_steps=1), tmp_path)
@@ -364,7 +369,9 @@ def test_unfinished_answers_and_logs_never_go_through_a_link(tmp_path, victim):
 
 
 def test_the_cache_of_tokenised_data_never_goes_through_a_link(tmp_path, victim, tiny_llm, tiny_encoder, datas):
-    from data_utils import build_training_set, find_task, load_tokenizers
+    from mindmerger.data.tokenising import load_tokenizers
+    from mindmerger.data.training_set import build_training_set
+    from mindmerger.tasks import find_task
 
     cache = tmp_path / "cache"
     settings = {"data_root": datas, "languages": None, "train_num": 2, "max_seq_len": 20, "max_gen_len": 20}
@@ -386,16 +393,16 @@ def test_the_cache_of_tokenised_data_never_goes_through_a_link(tmp_path, victim,
 
 PRINTING = """
 import sys
-import runtime_utils
+from mindmerger.runtime import command, processes
 
 def main():
     for i in range(20_000):  # more than a pipe holds
         print("line", i, "é中", "\\udcff")
-    runtime_utils.log("almost done é")
+    processes.log("almost done é")
     open(sys.argv[1], "w").write("whole")
     return int(sys.argv[2])
 
-runtime_utils.run_main(main)
+command.run_main(main)
 """
 
 
@@ -468,6 +475,6 @@ def test_help_can_be_read_in_ascii_and_cut_short(module):
 
 def test_json_keeps_a_path_that_is_not_utf_8(tmp_path):
     folder = os.fsdecode(b"out\xff")
-    runtime_utils.write_json_atomic(tmp_path / folder / "args.json", {folder: "é中"})
+    files.write_json_atomic(tmp_path / folder / "args.json", {folder: "é中"})
     written = (tmp_path / folder / "args.json").read_bytes()
     assert json.loads(written.decode("utf-8")) == {folder: "é中"} and "é中".encode() in written

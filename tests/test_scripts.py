@@ -10,7 +10,6 @@ import shlex
 import shutil
 import stat
 import subprocess
-import sys
 import tarfile
 import textwrap
 import zipfile
@@ -19,14 +18,11 @@ from pathlib import Path
 import pytest
 from conftest import SHIPPED, clean_environment, free_port
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import benchmark
-import benchmark_growth
-import prepare_data
-
-from data_utils import find_language, find_task
-from runtime_utils import UserError
+from mindmerger.runtime.errors import UserError
+from mindmerger.tasks import find_task
+from mindmerger.tasks.languages import find_language
+from scripts import prepare_data as scripts_prepare_data
+from scripts.benchmarks import growth, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB = ROOT / "tests" / "data" / "hub"
@@ -329,7 +325,7 @@ def test_preset_leaves_precision_optimizer_and_batch_to_the_program(preset):
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_preset_passes_the_programs_own_list_of_keys(preset):
-    from deepspeed_utils import effective_config, read_deepspeed_config
+    from mindmerger.training.deepspeed_config import effective_config, read_deepspeed_config
 
     effective = effective_config(read_deepspeed_config(str(preset)), 128, 8, 16, 1.0)
     assert effective["train_micro_batch_size_per_gpu"] == 8
@@ -355,7 +351,7 @@ def examples(task: str, data_root, language: str) -> list:
 @pytest.mark.parametrize("code, language", [("en", "English"), ("sw", "Swahili")])
 def test_mgsm_rows_become_lines_the_reader_takes(tmp_path, code, language):
     hub_rows = rows(f"mgsm_{code}_test.jsonl")
-    prepare_data.write_mgsm(tmp_path / f"evaluation/mgsm/mgsm_{code}.tsv", hub_rows)
+    scripts_prepare_data.write_mgsm(tmp_path / f"evaluation/mgsm/mgsm_{code}.tsv", hub_rows)
     read = examples("math_mgsm", tmp_path, language)
     assert [example.source for example in read] == [row["question"] for row in hub_rows]
     assert [float(example.target) for example in read] == [18, 3]
@@ -363,13 +359,13 @@ def test_mgsm_rows_become_lines_the_reader_takes(tmp_path, code, language):
 
 def test_mgsm_line_break_or_tab_in_a_question_cannot_shift_the_columns():
     row = {"question": "one\ttwo\nthree", "answer": None, "answer_number": 4.0, "equation_solution": None}
-    assert prepare_data.mgsm_line(row) == "one two three\t4"
+    assert scripts_prepare_data.mgsm_line(row) == "one two three\t4"
 
 
 @pytest.mark.parametrize("code, config", [("en", "en"), ("ja", "jap")])
 def test_x_csqa_rows_become_records_the_reader_takes(tmp_path, code, config):
     hub_rows = rows(f"x_csqa_{config}_validation.jsonl")
-    prepare_data.write_x_csqa(tmp_path / f"evaluation/x-csqa/{code}/dev.jsonl", hub_rows)
+    scripts_prepare_data.write_x_csqa(tmp_path / f"evaluation/x-csqa/{code}/dev.jsonl", hub_rows)
     read = examples("x-csqa", tmp_path, code)
     assert [example.target for example in read] == [row["answerKey"] for row in hub_rows]
     for example, row in zip(read, hub_rows, strict=True):
@@ -379,18 +375,18 @@ def test_x_csqa_rows_become_records_the_reader_takes(tmp_path, code, config):
 
 def test_x_csqa_rows_with_choices_as_a_list_give_the_same_lines():
     for row in rows("x_csqa_en_validation.jsonl"):
-        listed = json.loads(prepare_data.x_csqa_line(row))
+        listed = json.loads(scripts_prepare_data.x_csqa_line(row))
         assert isinstance(listed["question"]["choices"], list) and list(listed["question"]["choices"][0]) == [
             "label",
             "text",
         ]
-        assert prepare_data.x_csqa_line(listed) == prepare_data.x_csqa_line(row)
+        assert scripts_prepare_data.x_csqa_line(listed) == scripts_prepare_data.x_csqa_line(row)
 
 
 def test_xnli_rows_become_records_of_all_languages(tmp_path):
     hub_rows = rows("xnli_all_languages.jsonl")
     for path in ("evaluation/xnli/test.json", "query_translation/xnli_dev.json"):
-        prepare_data.write_xnli(tmp_path / path, hub_rows)
+        scripts_prepare_data.write_xnli(tmp_path / path, hub_rows)
     for name in find_task("xnli").evaluation_languages:
         read, code = examples("xnli", tmp_path, name), find_language(name).code
         assert [example.target for example in read] == ["entailment", "contradiction"]
@@ -407,7 +403,7 @@ def test_xnli_rows_become_records_of_all_languages(tmp_path):
 )
 def test_xnli_row_of_another_form_is_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        prepare_data.write_xnli(tmp_path / "test.json", [rows("xnli_all_languages.jsonl")[0] | change])
+        scripts_prepare_data.write_xnli(tmp_path / "test.json", [rows("xnli_all_languages.jsonl")[0] | change])
     assert not list(tmp_path.iterdir())
 
 
@@ -527,7 +523,7 @@ def test_a_clone_with_a_loading_script_is_read_by_its_files_and_the_script_never
         if "test" in layout:  # few-shot examples, which are no test set
             train = scripted_mirror / layout.format(code).replace("test", "train")
             write_rows(train, [{"question": "Train?", "answer_number": 1}])
-    assert prepare_data.fetch(tmp_path / "datas", ["mgsm"], tmp_path / "mirror", False) == []
+    assert scripts_prepare_data.fetch(tmp_path / "datas", ["mgsm"], tmp_path / "mirror", False) == []
     for name in task_languages("math_mgsm"):
         read = examples("math_mgsm", tmp_path / "datas", name)
         assert [example.source for example in read] == [row["question"] for row in rows("mgsm_en_test.jsonl")]
@@ -547,7 +543,7 @@ def test_x_csqa_as_its_own_release_lays_it_out_is_read_from_a_clone(tmp_path, mo
             write_rows(folder / f"X-CSR_datasets/X-CSQA/{code}/{split}.jsonl", content)
             write_rows(folder / f"X-CSR_datasets/X-CODAH/{code}/{split}.jsonl", content)
     (folder / "xcsr.py").write_text("raise SystemExit(1)\n")
-    assert prepare_data.fetch(tmp_path / "datas", ["x-csqa"], tmp_path / "mirror", False) == []
+    assert scripts_prepare_data.fetch(tmp_path / "datas", ["x-csqa"], tmp_path / "mirror", False) == []
     assert {example.question for example in examples("x-csqa", tmp_path / "datas", "Japanese")} == {"jap-dev"}
 
 
@@ -568,7 +564,7 @@ def test_a_clone_whose_files_do_not_tell_is_refused_in_one_line(scripted_mirror,
     for name, content in files.items():
         (scripted_mirror / name).parent.mkdir(parents=True, exist_ok=True)
         (scripted_mirror / name).write_text(content)
-    assert prepare_data.fetch(tmp_path / "datas", ["mgsm"], tmp_path / "mirror", False) == ["mgsm"]
+    assert scripts_prepare_data.fetch(tmp_path / "datas", ["mgsm"], tmp_path / "mirror", False) == ["mgsm"]
     line = capsys.readouterr().err.splitlines()[-1]  # behind bars of `datasets`
     assert re.search(f"failed   mgsm: .*{message}$", line), line
 
@@ -639,7 +635,7 @@ def make_archive(folder: Path, kind: str, members: dict[str, str]) -> Path:
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "folder"])
 def test_the_released_archive_lands_in_the_data_root(tmp_path, kind):
     archive, data_root = make_archive(tmp_path, kind, RELEASED), tmp_path / "root"
-    prepare_data.arrange(archive, data_root, overwrite=False)
+    scripts_prepare_data.arrange(archive, data_root, overwrite=False)
     assert {name: (data_root / name).read_text() for name in files_in(data_root)} == ARRANGED
 
 
@@ -647,9 +643,9 @@ def test_files_that_exist_are_kept_unless_told_otherwise(tmp_path):
     archive, mine = make_archive(tmp_path, "zip", RELEASED), tmp_path / "root/query_translation/math.json"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    prepare_data.arrange(archive, tmp_path / "root", overwrite=False)
+    scripts_prepare_data.arrange(archive, tmp_path / "root", overwrite=False)
     assert mine.read_text() == "mine"
-    prepare_data.arrange(archive, tmp_path / "root", overwrite=True)
+    scripts_prepare_data.arrange(archive, tmp_path / "root", overwrite=True)
     assert mine.read_text() == "[]"
 
 
@@ -661,7 +657,7 @@ def test_a_member_that_leads_out_is_refused_before_anything_is_written(tmp_path,
     archive = make_archive(tmp_path, kind, RELEASED | {name: "bad"})
     before = files_in(tmp_path)
     with pytest.raises(UserError, match="leads out of the data folder"):
-        prepare_data.arrange(archive, tmp_path / "root", overwrite=False)
+        scripts_prepare_data.arrange(archive, tmp_path / "root", overwrite=False)
     assert files_in(tmp_path) == before
 
 
@@ -682,7 +678,7 @@ def test_a_link_in_the_archive_is_refused(tmp_path, kind):
         (path / name).parent.mkdir(parents=True)
         (path / name).symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="is a link or a device"):
-        prepare_data.arrange(path, tmp_path / "root", overwrite=False)
+        scripts_prepare_data.arrange(path, tmp_path / "root", overwrite=False)
     assert not (tmp_path / "root").exists()
 
 
@@ -725,7 +721,7 @@ def test_readme_starts_with_quickstart_and_tests():
 
 def test_every_program_and_file_the_readme_names_exists():
     # Inside code, whatever looks like a file of this project.
-    named = set(re.findall(r"(?:scripts|tests|docs|\.ci)/[\w./-]*\w|\b\w+\.py\b|requirements\.txt", README))
+    named = set(re.findall(r"(?:scripts|tests|docs|mindmerger|\.ci)/[\w./-]*\w|\b\w+\.py\b|requirements\.txt", README))
     assert len(named) > 10
     missing = [name for name in named if not ((ROOT / name).exists() or (ROOT / "scripts" / name).exists())]
     assert not missing
@@ -748,7 +744,7 @@ def test_every_readme_command_of_the_two_programs_parses():
             program, arguments = launcher.user_script, launcher.user_args
         elif words[:1] == ["python"] and words[1:2] and words[1].startswith("run_"):
             program, arguments = words[1], words[2:]
-        elif words[:2] == ["python", "-m"] and words[2].startswith("baselines.") and "neurons" not in words[2]:
+        elif words[:2] == ["python", "-m"] and words[2].startswith("mindmerger.") and "neurons" not in words[2]:
             importlib.import_module(words[2]).build_parser().parse_args(words[3:])
             continue
         else:
@@ -762,10 +758,10 @@ def test_every_flag_the_readme_mentions_exists():
     from deepspeed.launcher.runner import parse_args as parse_launcher
 
     known = {f"--{name}" for name in vars(parse_launcher(["x.py"]))}
-    parsers = [parser_of("run_training.py"), parser_of("run_evaluation.py"), prepare_data.build_parser()]
-    parsers += [benchmark.build_parser(), benchmark_growth.build_parser()]
-    for name in ("layer_swap", "maet", "contamination", "embeddings"):
-        parsers.append(importlib.import_module(f"baselines.{name}").build_parser())
+    parsers = [parser_of("run_training.py"), parser_of("run_evaluation.py"), scripts_prepare_data.build_parser()]
+    parsers += [speed.build_parser(), growth.build_parser()]
+    for name in ("baselines.layer_swap", "baselines.maet", "analysis.contamination", "analysis.embeddings"):
+        parsers.append(importlib.import_module(f"mindmerger.{name}").build_parser())
     for parser in parsers:
         known |= set(parser._option_string_actions)
     own = re.sub(r"#SBATCH.*|`ruff[^`]*`", "", README)
@@ -793,10 +789,10 @@ def test_readme_python_imports_only_what_exists():
 
 
 def test_the_amharic_row_of_the_readme_is_a_language():
-    from data_utils import Language
+    from mindmerger.tasks.languages import Language
 
     row = ast.literal_eval(re.search(r'\("Amharic".*?\)', README).group(0))
-    file = re.search(r"`LANGUAGES` in `(\w+\.py)`", README).group(1)
+    file = re.search(r"`LANGUAGES` in `([\w/]+\.py)`", README).group(1)
     assert "\nLANGUAGES" in (ROOT / file).read_text()
     language = Language(*row)
     assert (language.name, language.code, language.nllb) == ("Amharic", "am", "amh_Ethi")
@@ -804,7 +800,7 @@ def test_the_amharic_row_of_the_readme_is_a_language():
 
 
 def test_versions_of_the_package_agree():
-    version = importlib.import_module("runtime_utils").__version__
+    version = importlib.import_module("mindmerger").__version__
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()

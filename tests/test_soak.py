@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, clean_environment
 from safetensors.torch import load_file
 
-from checkpoint_utils import newest_valid
+from mindmerger.training.checkpoints import newest_valid
 
 KILLS = 20
 

@@ -15,9 +15,9 @@ from conftest import ROOT, make_tiny_llm, read_log
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-import speed_options
-from modeling_mindmerger import MindMerger
-from runtime_utils import UserError
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime.errors import UserError
+from mindmerger.training import speedups
 
 LIGER = pytest.mark.skipif(
     find_spec("liger_kernel") is None or not torch.cuda.is_available(), reason="needs Liger and a GPU"
@@ -43,7 +43,7 @@ def test_compiled_layers_have_the_same_losses_and_gradients(tiny_llm, tiny_encod
         torch.manual_seed(0)
         model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
         if compiled:
-            speed_options.compile_layers(model)
+            speedups.compile_layers(model)
         found = []
         for rows, length in ((3, 9), (1, 5), (2, 17), (1, 30)):
             ids, mask = (
@@ -83,7 +83,7 @@ def test_compiled_training_has_the_same_losses(run, flags, tmp_path, more):
 
 def test_every_layer_of_both_towers_is_compiled(tiny_llm, tiny_encoder):
     model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
-    speed_options.compile_layers(model)
+    speedups.compile_layers(model)
     compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
     assert compiled == [f"{tower}.{i}" for tower in ("encoder.encoder.block", "llm.model.layers") for i in (0, 1)]
     assert torch._dynamo.config.recompile_limit >= 64
@@ -99,12 +99,12 @@ def test_without_a_compiler_one_line_says_so(run, flags, tmp_path):
 
 
 def test_compile_is_refused_at_zero_3_and_with_liger(monkeypatch):
-    monkeypatch.setattr(speed_options, "check_compiler", lambda: None)
-    speed_options.check_speed_options(options(compile=True), zero_stage=2)
+    monkeypatch.setattr(speedups, "check_compiler", lambda: None)
+    speedups.check_speed_options(options(compile=True), zero_stage=2)
     with pytest.raises(UserError, match="--compile gains nothing at ZeRO 3"):
-        speed_options.check_speed_options(options(compile=True), zero_stage=3)
+        speedups.check_speed_options(options(compile=True), zero_stage=3)
     with pytest.raises(UserError, match="--compile and --liger .* use one of them"):
-        speed_options.check_speed_options(options(compile=True, liger=True), zero_stage=0)
+        speedups.check_speed_options(options(compile=True, liger=True), zero_stage=0)
 
 
 # -- Liger
@@ -141,9 +141,9 @@ def stand_in(monkeypatch):
 
 
 def test_liger_gets_no_cross_entropy(stand_in, tiny_llm):
-    speed_options.check_speed_options(options(liger=True, llm_path=tiny_llm), zero_stage=3)
+    speedups.check_speed_options(options(liger=True, llm_path=tiny_llm), zero_stage=3)
     assert stand_in == []
-    speed_options.apply_liger(LlamaForCausalLM.from_pretrained(tiny_llm))
+    speedups.apply_liger(LlamaForCausalLM.from_pretrained(tiny_llm))
     off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert stand_in == [{"rope": True, "rms_norm": True, "swiglu": True, **off}]
 
@@ -154,16 +154,16 @@ def test_liger_refuses_models_it_does_not_know(stand_in, tmp_path):
     for kind, config in (("gpt2", GPT2Config()), ("gemma", GemmaConfig())):
         config.save_pretrained(tmp_path / kind)
         with pytest.raises(UserError, match=f"--liger has no kernels for .*, a {kind} model"):
-            speed_options.check_liger(str(tmp_path / kind))
+            speedups.check_liger(str(tmp_path / kind))
     odd = make_tiny_llm(tmp_path / "odd", hidden_act="gelu")
     with pytest.raises(UserError, match="--liger computes SwiGLU, but .*odd has the activation gelu"):
-        speed_options.check_liger(odd)
+        speedups.check_liger(odd)
 
 
 def test_liger_needs_a_gpu_and_its_package(monkeypatch, tiny_llm):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--liger needs an NVIDIA GPU"):
-        speed_options.check_liger(tiny_llm)
+        speedups.check_liger(tiny_llm)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def absent(name):
@@ -171,7 +171,7 @@ def test_liger_needs_a_gpu_and_its_package(monkeypatch, tiny_llm):
 
     monkeypatch.setattr(metadata, "version", absent)
     with pytest.raises(UserError, match=r'pip install "liger-kernel>=0\.8\.5"'):
-        speed_options.check_liger(tiny_llm)
+        speedups.check_liger(tiny_llm)
 
 
 @LIGER
@@ -194,8 +194,8 @@ def test_liger_changes_losses_and_gradients_by_rounding_only(tiny_encoder, tmp_p
         torch.manual_seed(0)
         model = MindMerger.from_models(tiny_encoder, llm, torch.float32)
         if with_liger:
-            speed_options.check_liger(llm)
-            speed_options.apply_liger(model.llm)
+            speedups.check_liger(llm)
+            speedups.apply_liger(model.llm)
         model.cuda()
         loss = model(**batch).loss
         loss.backward()

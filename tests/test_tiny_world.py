@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+from scripts.tiny_world import __main__, templates
+from scripts.tiny_world import models as tiny_world_models
 
-import make_tiny_world  # noqa: E402
-import tiny_world_models  # noqa: E402
-import tiny_world_templates as world  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = ["--pairs", "30", "--problems", "14", "--test_problems", "21", "--llm_steps", "2", "--encoder_steps", "2"]
 SMALL += ["--llm_batch_size", "8", "--encoder_batch_size", "8"]
@@ -37,8 +35,9 @@ def numbers_in(text: str) -> tuple[int, ...]:
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "make_tiny_world.py"), "--output_dir", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    command = [sys.executable, "-m", "scripts.tiny_world", "--output_dir", str(folder), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +66,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def all_problems():
     return [
-        world.Problem(kind, name, thing, numbers)
-        for kind in range(len(world.KINDS))
-        for name in range(len(world.NAMES))
-        for thing in range(len(world.THINGS))
+        templates.Problem(kind, name, thing, numbers)
+        for kind in range(len(templates.KINDS))
+        for name in range(len(templates.NAMES))
+        for thing in range(len(templates.THINGS))
         for numbers in [(12, 3, 5), (6, 2, 4), (15, 7, 7)]
     ]
 
@@ -79,7 +78,7 @@ def test_every_language_says_the_same_numbers_sentence_by_sentence():
     """A translation with another order or another number of sentences would be a wrong pair."""
     for problem in all_problems():
         english = [numbers_in(sentence) for sentence in problem.sentences("en")]
-        for language in world.EVALUATION_LANGUAGES:
+        for language in templates.EVALUATION_LANGUAGES:
             assert [numbers_in(sentence) for sentence in problem.sentences(language)] == english, (problem, language)
             assert not re.search(r"[{}\t\n]", problem.question(language))
 
@@ -87,7 +86,7 @@ def test_every_language_says_the_same_numbers_sentence_by_sentence():
 def test_questions_of_all_languages_and_problems_differ():
     """A slot that a language forgets would make two different problems look alike."""
     problems = all_problems()
-    for language in world.EVALUATION_LANGUAGES:
+    for language in templates.EVALUATION_LANGUAGES:
         assert len({problem.question(language) for problem in problems}) >= len(problems) * 0.85
     by_thing = {problem.question("ru") for problem in problems}
     assert by_thing.isdisjoint(problem.question("en") for problem in problems)
@@ -108,7 +107,7 @@ def test_solutions_calculate_what_the_question_asks():
     ("number", "form"), [(2, "few"), (4, "few"), (5, "many"), (11, "many"), (14, "many"), (20, "many")]
 )
 def test_russian_nouns_follow_their_numeral(number, form):
-    assert world.russian_form(number, "few", "many") == form
+    assert templates.russian_form(number, "few", "many") == form
 
 
 def test_french_elides_before_vowels_and_only_there():
@@ -132,16 +131,18 @@ def test_train_and_test_share_no_number_combination(small_world):
 
 
 def test_project_readers_take_the_world_as_it_is(small_world):
-    from data_utils import evaluation_examples, find_language, find_task, training_examples
+    from mindmerger.tasks import find_task
+    from mindmerger.tasks.examples import evaluation_examples, training_examples
+    from mindmerger.tasks.languages import find_language
 
     task, root = find_task("math"), small_world / "datas"
-    foreign = [find_language(code) for code in world.LANGUAGES if code != "en"]
+    foreign = [find_language(code) for code in templates.LANGUAGES if code != "en"]
     pairs = list(training_examples(task, "mapping", root, foreign, None))
     assert len(pairs) == 30 * 5
     queries = list(training_examples(task, "augmentation", root, None, None))
     assert len(queries) == 14 * 6
     english = {row.source for row in evaluation_examples(task, root, find_language("en"), None)}
-    for code in world.EVALUATION_LANGUAGES:
+    for code in templates.EVALUATION_LANGUAGES:
         rows = evaluation_examples(task, root, find_language(code), None)
         assert len(rows) == len({row.source for row in rows}) == 21
         for row, question in zip(rows, evaluation_examples(task, root, find_language("en"), None), strict=True):
@@ -164,16 +165,18 @@ def test_french_is_nowhere_but_in_the_evaluation(small_world):
 
 
 def test_world_has_languages_enough_for_six_translations(small_world):
-    from baselines.parallel_input import ParallelInput, apply_parallel_input
-    from data_utils import evaluation_examples, find_language, find_task
+    from mindmerger.evaluation.parallel_input import ParallelInput, apply_parallel_input
+    from mindmerger.tasks import find_task
+    from mindmerger.tasks.examples import evaluation_examples
+    from mindmerger.tasks.languages import find_language
 
     task, root = find_task("math"), small_world / "datas"
     script = (ROOT / "scripts" / "quickstart_compare.sh").read_text()
     extra = tuple(map(find_language, re.search(r"PARALLEL_LANGUAGES=(\S+)", script)[1].split(",")))
-    for code in world.LANGUAGES:
+    for code in templates.LANGUAGES:
         examples = evaluation_examples(task, root, find_language(code))
         built, chosen = apply_parallel_input(task, root, examples, ParallelInput(6, languages=extra))
-        assert len(chosen[world.LANGUAGES[code]]) == 6 and "fr" in chosen[world.LANGUAGES[code]]
+        assert len(chosen[templates.LANGUAGES[code]]) == 6 and "fr" in chosen[templates.LANGUAGES[code]]
         assert all(example.prompt.count("[French] ") == 1 for example in built)
 
 
@@ -208,10 +211,10 @@ def test_folders_load_as_ordinary_models(small_world):
 def test_tokenizers_split_digits_and_lose_nothing(small_world):
     from transformers import AutoTokenizer
 
-    problem = world.Problem(1, 5, 4, (13, 2, 7))
+    problem = templates.Problem(1, 5, 4, (13, 2, 7))
     for name in ("llm", "mt5"):
         tokenizer = AutoTokenizer.from_pretrained(small_world / name)
-        for text in [*(problem.question(language) for language in world.LANGUAGES), problem.solution()[0]]:
+        for text in [*(problem.question(language) for language in templates.LANGUAGES), problem.solution()[0]]:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert tokenizer.decode(ids) == text
             digits = [token for token in tokenizer.convert_ids_to_tokens(ids) if re.fullmatch(r".*[0-9].*", token)]
@@ -236,7 +239,7 @@ def test_same_seed_writes_the_same_bytes_and_another_seed_does_not(world_with_ex
     first, second = contents(world_with_experts), contents(again)
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
-    assert world.split_numbers(0) != world.split_numbers(1)
+    assert templates.split_numbers(0) != templates.split_numbers(1)
 
 
 def test_experts_are_added_and_the_world_stays_as_it_was(small_world, world_with_experts):
@@ -272,7 +275,7 @@ def test_experts_differ_from_their_base_in_weights_alone(world_with_experts):
 def test_experts_can_be_merged(world_with_experts, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from baselines.layer_swap import main as layer_swap
+    from mindmerger.baselines.layer_swap import main as layer_swap
 
     experts = [f"--{name}={world_with_experts / name}" for name in ("math_expert", "language_expert")]
     layer_swap([*experts, "--output", str(tmp_path / "merged")])
@@ -296,7 +299,7 @@ def test_expert_reads_its_own_texts_and_no_test_problem(small_world, monkeypatch
     questions = (
         [re.search(r"Instruction:\s*(.*?)\s*### Response", text)[1] for text in texts] if kind == "math" else texts
     )
-    assert {numbers_in(question) for question in questions} <= set(world.split_numbers(0)[0])
+    assert {numbers_in(question) for question in questions} <= set(templates.split_numbers(0)[0])
     english = [bool(re.search(r"\b(How many|the)\b", question)) for question in questions]
     assert set(english) == {kind == "math"}
     if kind == "language":
@@ -326,9 +329,9 @@ def test_experts_that_could_not_be_finished_leave_the_earlier_ones(world_with_ex
         raise KeyboardInterrupt
 
     before = contents(world_with_experts)
-    monkeypatch.setattr(make_tiny_world, "write_experts", half)
+    monkeypatch.setattr(__main__, "write_experts", half)
     with pytest.raises(KeyboardInterrupt):
-        make_tiny_world.main(["--output_dir", str(world_with_experts), "--experts", "--overwrite"])
+        __main__.main(["--output_dir", str(world_with_experts), "--experts", "--overwrite"])
     assert contents(world_with_experts) == before and not list(world_with_experts.glob(".*"))
 
 
@@ -415,7 +418,7 @@ def test_comparison_makes_experts_once_and_hands_over_every_model(tmp_path):
         command = ["bash", "scripts/quickstart_compare.sh", "--overwrite"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    experts = "scripts/make_tiny_world.py --output_dir w --seed 5 --experts --overwrite"
+    experts = "-m scripts.tiny_world --output_dir w --seed 5 --experts --overwrite"
     first = [f"quickstart {tmp_path}/w", experts, "compare --overwrite"]
     assert (tmp_path / "calls").read_text().splitlines() == [*first, first[0], first[2]]
     given = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)

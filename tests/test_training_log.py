@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from runtime_utils import UserError
-from training_log import Recorder
+from mindmerger.runtime.errors import UserError
+from mindmerger.training.record import Recorder
 
 STAND_INS = ROOT / "tests/stand_ins"
 

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import run_evaluation
-import vllm_engine
-from modeling_mindmerger import MindMerger
-from runtime_utils import UserError
+from mindmerger.evaluation import settings as evaluation_settings
+from mindmerger.generation import answers as generation_answers
+from mindmerger.generation import vllm_engine as generation_vllm_engine
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime.errors import UserError
 
 FLAGS = ("--languages", "Swahili,th,English", "--max_new_tokens", "8", "--eval_batch_size", "2")  # 12 examples
 FORMS = {"soft": (), "hard": ("--augmentation", "False"), "llm_only": ("--llm_only",)}
@@ -99,7 +101,7 @@ def stand_in(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", module)
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.33.0" if name == "vllm" else real(name))
-    monkeypatch.setattr(vllm_engine, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(generation_vllm_engine, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
     monkeypatch.setattr(StandIn, "made", [])
     monkeypatch.setattr(StandIn, "generated", 0)
@@ -128,7 +130,7 @@ def evaluate(world, datas, tmp_path, monkeypatch):
     def call(form, *arguments):
         given = ["--data_root", datas, "--init_checkpoint", world.mapping, *FLAGS, *FORMS[form], *arguments]
         assert run_evaluation.main([str(part) for part in given]) == 0
-        return tmp_path / "results/MindMerger" / f"math_mgsm{run_evaluation.FORM_SUFFIX[form]}"
+        return tmp_path / "results/MindMerger" / f"math_mgsm{evaluation_settings.FORM_SUFFIX[form]}"
 
     return call
 
@@ -158,7 +160,7 @@ def test_the_llms_layers_are_not_loaded_twice(evaluate, stand_in, monkeypatch):
         gc.collect()
         return sum(isinstance(one, LlamaDecoderLayer) for one in gc.get_objects())
 
-    found, before, real = [], layers(), run_evaluation.start_engine
+    found, before, real = [], layers(), generation_answers.start_engine
     monkeypatch.setattr(run_evaluation, "start_engine", lambda plan: found.append(layers()) or real(plan))
     evaluate("soft", "--engine", "vllm")
     assert found == [before]
@@ -167,22 +169,22 @@ def test_the_llms_layers_are_not_loaded_twice(evaluate, stand_in, monkeypatch):
 def test_chunks_are_whole_batches_and_a_stopped_run_goes_on_after_the_last_chunk(
     evaluate, stand_in, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(vllm_engine, "CHUNK_ROWS", 5)
-    assert vllm_engine.chunks([[1, 2], [3, 4], [5, 6], [7, 8]]) == [[[1, 2], [3, 4], [5, 6]], [[7, 8]]]
-    assert vllm_engine.chunks([]) == []
+    monkeypatch.setattr(generation_vllm_engine, "CHUNK_ROWS", 5)
+    assert generation_vllm_engine.chunks([[1, 2], [3, 4], [5, 6], [7, 8]]) == [[[1, 2], [3, 4], [5, 6]], [[7, 8]]]
+    assert generation_vllm_engine.chunks([]) == []
     whole = answers(evaluate("soft", "--engine", "vllm"))
     (tmp_path / "results").rename(tmp_path / "whole")
-    stand_in.generated, real = 0, vllm_engine.decode
+    stand_in.generated, real = 0, generation_vllm_engine.decode
 
     def interrupted(*arguments):
         if stand_in.generated:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(vllm_engine, "decode", interrupted)
+    monkeypatch.setattr(generation_vllm_engine, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate("soft", "--engine", "vllm")
-    monkeypatch.setattr(vllm_engine, "decode", real)
+    monkeypatch.setattr(generation_vllm_engine, "decode", real)
     assert stand_in.generated == 6
     folder = evaluate("soft", "--engine", "vllm")
     assert stand_in.generated == 12
@@ -217,19 +219,19 @@ def test_what_vllm_refuses_is_one_line(evaluate, stand_in, monkeypatch, world):
 
 def test_refusals_come_before_anything_is_read(evaluate, monkeypatch):
     monkeypatch.setattr(run_evaluation, "prepare", None)
-    monkeypatch.setattr(vllm_engine, "world_size", lambda: 2)
+    monkeypatch.setattr(generation_vllm_engine, "world_size", lambda: 2)
     with pytest.raises(UserError, match="--engine vllm runs in one process, this run has 2: start it with python"):
         evaluate("soft", "--engine", "vllm")
-    monkeypatch.setattr(vllm_engine, "world_size", lambda: 1)
+    monkeypatch.setattr(generation_vllm_engine, "world_size", lambda: 1)
     with pytest.raises(UserError, match="--engine vllm needs an NVIDIA GPU, this run is on tpu"):
-        vllm_engine.check_vllm("tpu")
+        generation_vllm_engine.check_vllm("tpu")
 
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
     with pytest.raises(UserError, match=r'pip install "vllm>=0\.33\.0".* written against vLLM 0\.33\.0'):
-        vllm_engine.check_vllm("cuda")
+        generation_vllm_engine.check_vllm("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

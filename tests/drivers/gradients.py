@@ -12,10 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save_file
 
-import run_training  # noqa: E402
-import runtime_utils  # noqa: E402
+import run_training
+from mindmerger.runtime import command, processes
 
 
 class Taken(Exception):
@@ -29,7 +29,7 @@ def main():
     for name, extra in cuts.items():
 
         def take(trainer, step_loss, losses, micro_batches, name=name):
-            if runtime_utils.is_main():
+            if processes.is_main():
                 mapping = trainer.engine.module.mapping
                 save_file(
                     {key: p.grad.clone() for key, p in mapping.named_parameters()}, folder / f"{name}.safetensors"
@@ -46,4 +46,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime_utils.run_main(main)
+    command.run_main(main)

@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint_utils  # noqa: E402
-import run_training  # noqa: E402
-import runtime_utils  # noqa: E402
+import run_training
+from mindmerger.runtime import command, processes
+from mindmerger.training import checkpoints, outputs
 
 
 def kill():
@@ -41,13 +41,13 @@ def arm(point):
         original_load = run_training.load_data
 
         def load_data(*arguments):
-            if runtime_utils.rank() == int(number):
+            if processes.rank() == int(number):
                 kill()
             return original_load(*arguments)
 
         run_training.load_data = load_data
         return
-    original_write, written = checkpoint_utils.write_checkpoint, [0]
+    original_write, written = checkpoints.write_checkpoint, [0]
     call_name, limit = inside[0].removeprefix("os."), int(inside[1])
     original_call, calls = getattr(os, call_name), [0]
 
@@ -66,10 +66,10 @@ def arm(point):
         finally:
             setattr(os, call_name, original_call)
 
-    checkpoint_utils.write_checkpoint = write_checkpoint
+    outputs.write_checkpoint = write_checkpoint
 
 
 if __name__ == "__main__":
     flags = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     arm(flags[0])
-    runtime_utils.run_main(lambda: run_training.main(flags[1:]))
+    command.run_main(lambda: run_training.main(flags[1:]))

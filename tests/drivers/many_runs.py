@@ -23,11 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-import run_training  # noqa: E402
-import runtime_utils  # noqa: E402
-from modeling_mindmerger import MindMerger  # noqa: E402
+import run_training
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime import command, errors, processes
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def fault_injected(fault):
     state = {"step": 0}
 
     def here():
-        return "rank" not in fault or fault["rank"] == runtime_utils.rank()
+        return "rank" not in fault or fault["rank"] == processes.rank()
 
     def train_step(trainer, *rest):
         state["step"] = trainer.step + 1
@@ -85,7 +85,7 @@ def outcome(argv, fault):
     with contextlib.redirect_stderr(printed), fault_injected(fault):
         try:
             code = run_training.main(argv)
-        except runtime_utils.UserError as caught:
+        except errors.UserError as caught:
             error, code = str(caught), 2
             print(f"error: {error}", file=sys.stderr)  # as run_main does, while the run's frames are still there
         except SystemExit as caught:
@@ -98,10 +98,10 @@ def main():
     runs_file, outcomes_file = [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2]
     entries = [e if isinstance(e, dict) else {"argv": e} for e in json.loads(Path(runs_file).read_text())]
     outcomes = [outcome(entry["argv"], entry.get("fault", {})) for entry in entries]
-    if runtime_utils.is_main():
+    if processes.is_main():
         Path(outcomes_file).write_text(json.dumps(outcomes))
     return 0
 
 
 if __name__ == "__main__":
-    runtime_utils.run_main(main)
+    command.run_main(main)

@@ -23,17 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-import deepspeed  # noqa: E402, F401
-import torch  # noqa: E402
-from conftest import free_port  # noqa: E402
-from torch.distributed import distributed_c10d  # noqa: E402
+import torch
+from conftest import free_port
+from torch.distributed import distributed_c10d
 
-import checkpoint_utils  # noqa: E402
-import data_utils  # noqa: E402
-import modeling_mindmerger  # noqa: E402
-import run_evaluation  # noqa: E402
-import run_training  # noqa: E402
-import runtime_utils  # noqa: E402
+import run_evaluation
+import run_training
+from mindmerger.data import training_set
+from mindmerger.model import mindmerger, towers
+from mindmerger.runtime import command, processes
+from mindmerger.runtime import errors as runtime_errors
+from mindmerger.training import checkpoints
+from mindmerger.training import settings as training_settings
 
 PROGRAMS = {"training": run_training.main, "evaluation": run_evaluation.main}
 LIMIT_S = 60
@@ -44,7 +45,7 @@ def fail_at(owner, name, rank, error, when=lambda *_: True):
     original = getattr(owner, name)
 
     def failing(*arguments, **named):
-        if runtime_utils.rank() == rank and when(*arguments):
+        if processes.rank() == rank and when(*arguments):
             raise error
         return original(*arguments, **named)
 
@@ -55,8 +56,8 @@ def arm(fault):
     """Sets the trap."""
     at, rank, step = fault["at"], fault["rank"], fault.get("step", 0)
     no_memory = torch.OutOfMemoryError("out of memory, as a test has it")
-    message = runtime_utils.UserError("a mistake of one rank, as a test has it")
-    forward = (modeling_mindmerger.MindMerger, "forward", rank)
+    message = runtime_errors.UserError("a mistake of one rank, as a test has it")
+    forward = (mindmerger.MindMerger, "forward", rank)
     reached = [0]
 
     def count_steps(trainer, *rest):
@@ -71,28 +72,28 @@ def arm(fault):
     elif at == "fault in a step":
         fail_at(*forward, ValueError("a fault of ours, as a test has it"), lambda *_: reached[0] == step)
     elif at == "load":
-        fail_at(modeling_mindmerger, "load_encoder", rank, message)
+        fail_at(towers, "load_encoder", rank, message)
     elif at == "checkpoint":
-        fail_at(checkpoint_utils, "write_checkpoint", rank, message)
+        fail_at(checkpoints, "write_checkpoint", rank, message)
     elif at == "arguments":
-        fail_at(run_training, "check_arguments", rank, message)
+        fail_at(training_settings, "check_arguments", rank, message)
     elif at == "generate":
-        fail_at(modeling_mindmerger.MindMerger, "generate", rank, no_memory)
+        fail_at(mindmerger.MindMerger, "generate", rank, no_memory)
     elif at == "fault in generate":
-        fail_at(modeling_mindmerger.MindMerger, "generate", rank, ValueError("a fault of ours, as a test has it"))
+        fail_at(mindmerger.MindMerger, "generate", rank, ValueError("a fault of ours, as a test has it"))
     else:
         raise AssertionError(at)
 
 
 def be_slow(wait):
     """Makes one rank wait."""
-    places = {"tokenising": (data_utils, "build_training_set"), "reading": (run_evaluation, "prepare")}
-    places["generating"] = (modeling_mindmerger.MindMerger, "generate")
+    places = {"tokenising": (training_set, "build_training_set"), "reading": (run_evaluation, "prepare")}
+    places["generating"] = (mindmerger.MindMerger, "generate")
     owner, name = places[wait["at"]]
     original = getattr(owner, name)
 
     def slow(*arguments, **named):
-        if runtime_utils.rank() == wait["rank"]:
+        if processes.rank() == wait["rank"]:
             time.sleep(wait["seconds"])
         return original(*arguments, **named)
 
@@ -109,7 +110,7 @@ def be_rank(number, port, scenario, folder):
         os.environ["LOCAL_RANK"] = "0"  # as on machines of one process each
         os.chdir(scenario["folders"][number])
     for name, value in scenario.get("settings", {}).items():
-        setattr(runtime_utils, name, value)
+        setattr(processes, name, value)
     if "timeout_s" in scenario:
         short = timedelta(seconds=scenario["timeout_s"])
         distributed_c10d._get_default_timeout = lambda backend: short
@@ -117,7 +118,7 @@ def be_rank(number, port, scenario, folder):
         arm(scenario["fault"])
     for wait in scenario.get("waits", []):
         be_slow(wait)
-    runtime_utils.run_main(lambda: max(PROGRAMS[run["program"]](run["argv"]) for run in scenario["runs"]))
+    command.run_main(lambda: max(PROGRAMS[run["program"]](run["argv"]) for run in scenario["runs"]))
 
 
 def outcome(scenario, folder):

@@ -1,0 +1,1 @@
+"""What one can look at: `python -m mindmerger.analysis.<name>`."""

@@ -1,0 +1,381 @@
+"""Which neurons of a language model's MLPs are active while it answers.
+
+    python -m mindmerger.analysis.neurons count --llm_only --llm_path LLM --task math --limit 50
+    python -m mindmerger.analysis.neurons count --init_checkpoint outputs/MindMerger/math/augmentation --task math
+    python -m mindmerger.analysis.neurons analyse results/MindMerger/math_mgsm-llm_only results/MindMerger/math_mgsm
+
+A neuron of a gated MLP, down(act(gate(x)) * up(x)), is active at a position where act(gate(x)) > 0, before the product
+(Mu et al., EMNLP 2024, arXiv 2403.09073); of Bloom's MLP, where gelu(h(x)) > 0. Counted are the positions that predict
+a token: the last one of the input and every generated token but the last. Padding and what follows the end never are.
+
+    count[layer, neuron] = number of counted positions at which the neuron is active
+    active share of a layer = sum over its neurons of count / (width * counted positions)
+
+Families: Llama, Mistral, Qwen2, Qwen3, Gemma (mlp.act_fn), Bloom (mlp.gelu_impl), the encoder of T5 and mT5
+(DenseReluDense.act, ours; every real token of the question counts there).
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindmerger.analysis.activations import NeuronError, find_activations, observe_answers, observe_encoder
+from mindmerger.runtime.command import CommandParser, run_main, versions
+from mindmerger.runtime.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from mindmerger.runtime.processes import log, progress_bar, warn, world_size
+
+COUNTS_FILE = "neurons.safetensors"
+PROPORTION_FILE = "proportion.jsonl"
+RUN_FILE = "run.json"
+_HEATMAP_COLUMNS = 1000
+
+
+def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Counts over all examples of an evaluation plan (`run_evaluation.prepare`), in the batches its flags ask for.
+
+    Returns:
+        {"counts": (layers, width), "tokens": (1,), and both again as "counts.<code>" for every language}, int64 on the
+        CPU; and one record per example, in order, for proportion.jsonl.
+    """
+    import torch
+
+    from mindmerger.generation.answers import batch_inputs, cut_evaluation
+    from mindmerger.tasks.languages import find_language
+
+    tensors: dict[str, torch.Tensor] = {}
+    records: list[dict] = [{}] * len(plan.examples)
+    by_language: dict[str, list[int]] = {}
+    for i, example in enumerate(plan.examples):
+        by_language.setdefault(example.language, []).append(i)
+    with progress_bar(total=len(plan.examples), unit="example", desc="counting") as progress:
+        for language, indices in by_language.items():
+            code = find_language(language).code
+            for batch in cut_evaluation(indices, plan, args):
+                inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
+                if args.tower == "encoder":
+                    seen = observe_encoder(model, inputs)
+                else:
+                    seen = observe_answers(model, inputs, plan.max_new_tokens)
+                counts, tokens = seen.counts.cpu(), seen.tokens.cpu()
+                for suffix in ("", f".{code}"):
+                    for name, value in (("counts", counts), ("tokens", tokens.sum().reshape(1))):
+                        tensors[name + suffix] = tensors.get(name + suffix, 0) + value
+                width = counts.shape[1]
+                for i, row, n in zip(batch, seen.row_counts.tolist(), tokens.tolist(), strict=True):
+                    shares = [active / (n * width) for active in row]
+                    share = sum(row) / (n * width * len(row))
+                    head = {"id": plan.examples[i].id, "language": language, "tokens": n}
+                    records[i] = head | {"active_share": share, "active_share_per_layer": shares}
+                progress.update(len(batch))
+    return tensors, records
+
+
+def count(args: argparse.Namespace) -> int:
+    """The command `count`."""
+    import torch
+    from safetensors.torch import save
+
+    from mindmerger.evaluation.settings import prepare
+    from mindmerger.evaluation.tables import form_title
+    from mindmerger.generation.answers import load_model
+
+    if world_size() > 1:
+        raise NeuronError("neurons are counted by one process: start it with python, not with the launcher")
+    if args.tower == "encoder" and args.llm_only:
+        raise NeuronError("--tower encoder needs an encoder: leave --llm_only out")
+    if args.engine != "hf":
+        raise NeuronError("neurons are counted in transformers' model: leave --engine out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = prepare(args, device.type == "cuda")
+    folder = Path(args.output_dir or plan.folder / ("neurons" if args.tower == "llm" else "neurons-encoder"))
+    if (folder / COUNTS_FILE).exists() and not args.overwrite:
+        raise NeuronError(f"{folder} holds counts already: pass --overwrite to replace them, or another --output_dir")
+    model = load_model(plan, device)
+    find_activations(model.encoder if args.tower == "encoder" else model.llm)
+    tensors, records = count_plan(model, plan, args)
+    title = form_title({"form": plan.form, "parallel_input": plan.parallel_input})
+    run = {
+        "name": f"{'encoder of ' if args.tower == 'encoder' else ''}{title.split(' (mapped')[0].split(' (prompt')[0]}",
+        "tower": args.tower,
+        "task": plan.task.name,
+        "form": plan.form,
+        "parallel_input": plan.parallel_input,
+        "tokens": int(tensors["tokens"]),
+        "identity": plan.identity,
+        "command": sys.argv,
+        "versions": versions(),
+    }
+    if plan.parallel_input is not None:
+        run["name"] = f"LLM alone, {plan.parallel_input['name']}"
+    write_bytes_atomic(folder / COUNTS_FILE, save(tensors, metadata={"tower": args.tower, "task": plan.task.name}))
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_text_atomic(folder / PROPORTION_FILE, lines)
+    write_json_atomic(folder / RUN_FILE, run)
+    layers, width = tensors["counts"].shape
+    share = float(tensors["counts"].sum()) / (layers * width * run["tokens"])
+    print(f"{run['name']}: {100 * share:.2f} % of {layers} x {width} neurons active, mean over {run['tokens']} tokens")
+    log(f"counts are in {folder}")
+    return 0
+
+
+@dataclass
+class Counts:
+    """The content of a folder that `count` left. counts: {language code or "all": int64 (layers, width)}; tokens
+    likewise; ids: of the items, in order."""
+
+    name: str
+    tower: str
+    counts: dict
+    tokens: dict
+    ids: list[str]
+
+    def shares(self, language: str = "all"):
+        """Active share of each layer, float64 (layers,)."""
+        counts = self.counts[language]
+        return counts.sum(1) / (counts.shape[1] * self.tokens[language])
+
+
+def read_counts(folder) -> Counts:
+    """Reads what `count` left.
+
+    Raises:
+        NeuronError: for a folder without counts, or a file that cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = Path(folder)
+    if not (folder / COUNTS_FILE).is_file() and (folder / "neurons" / COUNTS_FILE).is_file():
+        folder = folder / "neurons"
+    try:
+        tensors = load_file(folder / COUNTS_FILE)
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        lines = (folder / PROPORTION_FILE).read_text(encoding="utf-8").splitlines()
+        ids = [json.loads(line)["id"] for line in lines]
+        name, tower = run["name"], run["tower"]
+    except FileNotFoundError as error:
+        raise NeuronError(
+            f"{folder} holds no counts: {error.filename} is missing; make them by the count command"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise NeuronError(f"{folder} cannot be read: {type(error).__name__} {error}") from error
+    counts = {key.partition(".")[2] or "all": t for key, t in tensors.items() if key.startswith("counts")}
+    tokens = {key.partition(".")[2] or "all": int(t[0]) for key, t in tensors.items() if key.startswith("tokens")}
+    return Counts(name, tower, counts, tokens, ids)
+
+
+def peak_neurons(counts, share: float) -> list[tuple[int, int, int]]:
+    """The most active neurons: (layer, neuron, count), count descending, ties by layer and then neuron; the first
+    floor(N * share) of all N = layers * width."""
+    import numpy as np
+
+    flat = counts.reshape(-1)
+    # Flat order is layer by layer, so a stable sort breaks ties as promised.
+    order = np.argsort(-flat, kind="stable")[: int(len(flat) * share)]
+    return [(int(i) // counts.shape[1], int(i) % counts.shape[1], int(flat[i])) for i in order]
+
+
+def _csv(path, head: list[str], rows: list[list]) -> None:
+    import csv
+    import io
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_text_atomic(path, text.getvalue())
+
+
+def draw_active_share(runs: list[Counts], path) -> None:
+    """One line per run: active share of each layer."""
+    from mindmerger.evaluation.plots import line, new_figure, save_figure
+
+    figure, axes = new_figure(7.5, 4.5)
+    for i, run in enumerate(runs):
+        shares = 100 * run.shares()
+        label = f"{run.name} (all layers: {shares.mean():.1f} %)"
+        axes.plot(range(len(shares)), shares, label=label, **line(i))
+    axes.set(xlabel="layer (0 = first)", ylabel="active neurons, % of the layer's (mean over tokens)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def draw_heatmap(run: Counts, path) -> None:
+    """counts / tokens, layers bottom-up, neurons from left to right; where there are more neurons than the picture has
+    room for, a column is the mean of neighbouring ones."""
+    import numpy as np
+
+    from mindmerger.evaluation.plots import new_figure, save_figure
+
+    shares = 100 * run.counts["all"] / run.tokens["all"]
+    layers, width = shares.shape
+    group = -(-width // _HEATMAP_COLUMNS)
+    starts = np.arange(0, width, group)
+    columns = np.add.reduceat(shares, starts, axis=1) / np.diff([*starts, width])
+    figure, axes = new_figure(9, 4)
+    # Nearest: any other interpolation would mix layers.
+    image = axes.imshow(
+        columns,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0,
+        vmax=100,
+        cmap="viridis",
+        extent=(-0.5, len(starts) * group - 0.5, -0.5, layers - 0.5),
+    )
+    means = f" (a column: mean of {group} neighbours)" if group > 1 else ""
+    axes.set(xlabel=f"neuron{means}", ylabel="layer (0 = first)", title=run.name, xlim=(-0.5, width - 0.5))
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, label="active, % of tokens")
+    save_figure(figure, path)
+
+
+def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path) -> None:
+    """The rank-count curve of all neurons, and how many of the kept ones each layer has."""
+    import numpy as np
+
+    from mindmerger.evaluation.plots import LINE_STYLES, colour, line, new_figure, save_figure
+
+    figure, axes = new_figure(7.5, 4.5)
+    for i, run in enumerate(runs):
+        ranked = 100 * np.sort(run.counts["all"].reshape(-1))[::-1] / run.tokens["all"]
+        style = LINE_STYLES[i % len(LINE_STYLES)]
+        axes.plot(np.linspace(0, 100, len(ranked)), ranked, color=colour(i), linestyle=style, label=run.name)
+    axes.axvline(100 * share, color="grey", linestyle="--", linewidth=1, label=f"kept: first {100 * share:g} %")
+    axes.set(xlabel="rank of the neuron, % of all neurons", ylabel="active, % of tokens")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, folder / "rank_count.png")
+    figure, axes = new_figure(7.5, 4.5)
+    for i, (run, kept) in enumerate(zip(runs, peaks, strict=True)):
+        per_layer = np.bincount([layer for layer, *_ in kept], minlength=len(run.counts["all"]))
+        axes.plot(range(len(per_layer)), per_layer, label=run.name, **line(i))
+    axes.set(xlabel="layer (0 = first)", ylabel=f"neurons among the {100 * share:g} % most active")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, folder / "peak_per_layer.png")
+
+
+def analyse(args: argparse.Namespace) -> int:
+    """The command `analyse`."""
+    import numpy as np
+
+    runs = [read_counts(folder) for folder in args.folders]
+    if args.names is not None:
+        if len(args.names) != len(runs):
+            raise NeuronError(f"--names gives {len(args.names)} names for {len(runs)} folders")
+        for run, name in zip(runs, args.names, strict=True):
+            run.name = name
+    if len({run.name for run in runs}) < len(runs):
+        raise NeuronError("two runs have one name: tell them apart by --names, one for each folder")
+    for folder, run in zip(args.folders, runs, strict=True):
+        if run.tower != runs[0].tower:
+            raise NeuronError(f"{folder} counts the {run.tower} but {args.folders[0]} the {runs[0].tower}")
+        if run.ids != runs[0].ids:
+            raise NeuronError(
+                f"{folder} ({len(run.ids)} items) and {args.folders[0]} ({len(runs[0].ids)} items) were counted on "
+                "different items: count both with the same --task, --languages and --limit"
+            )
+    if not args.peak * runs[0].counts["all"].size >= 1:
+        warn(f"--peak {args.peak} of {runs[0].counts['all'].size} neurons keeps none")
+    folder = Path(args.output_dir)
+    rows = []
+    for run in runs:
+        for language in run.counts:
+            shares = run.shares(language)
+            per_layer = [[run.name, language, i, f"{share:.6f}"] for i, share in enumerate(shares)]
+            rows += [[run.name, language, "all", f"{shares.mean():.6f}"], *per_layer]
+    _csv(folder / "active_share.csv", ["run", "language", "layer", "active_share"], rows)
+    draw_active_share(runs, folder / "active_share.png")
+    peaks = [peak_neurons(run.counts["all"], args.peak) for run in runs]
+    _csv(
+        folder / "peak.csv",
+        ["run", "rank", "layer", "neuron", "count", "tokens"],
+        [
+            [run.name, rank, *one, run.tokens["all"]]
+            for run, kept in zip(runs, peaks, strict=True)
+            for rank, one in enumerate(kept, 1)
+        ],
+    )
+    draw_peaks(runs, peaks, args.peak, folder)
+    for i, run in enumerate(runs, 1):
+        draw_heatmap(run, folder / f"heatmap-{i}.png")
+        print(f"{run.name}: {100 * np.mean(run.shares()):.2f} % active over {run.tokens['all']} tokens")
+        kept = peaks[i - 1]
+        tied = int((run.counts["all"] == kept[-1][2]).sum()) if kept else 0
+        if tied > sum(one[2] == kept[-1][2] for one in kept):
+            warn(
+                f"{run.name}: {tied} neurons have the count {kept[-1][2]} at which --peak {args.peak} ends; of equals "
+                "the lower layers' are kept, so the kept neurons per layer say little here: count more items"
+            )
+    log(f"tables and pictures are in {folder}")
+    return 0
+
+
+def build_count_parser() -> argparse.ArgumentParser:
+    """The flags of `count`: those of an evaluation, so that the same items are counted, and two of its own."""
+    from mindmerger.evaluation.settings import build_parser
+
+    parser = build_parser()
+    parser.prog = "python -m mindmerger.analysis.neurons count"
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    group = parser.add_argument_group("neurons")
+    group.add_argument("--tower", choices=["llm", "encoder"], default="llm", help="whose neurons (default llm)")
+    group.add_argument(
+        "--output_dir", help="default: the folder neurons, or neurons-encoder, in the evaluation's results folder"
+    )
+    return parser
+
+
+def build_analyse_parser() -> argparse.ArgumentParser:
+    """The flags of `analyse`."""
+    parser = CommandParser(
+        prog="python -m mindmerger.analysis.neurons analyse",
+        description="Writes active_share.csv and .png (all runs in one plot), peak.csv, rank_count.png, "
+        "peak_per_layer.png, and one heatmap of count / tokens per run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="what the count command left, on the same items")
+    parser.add_argument("--names", nargs="+", help="one per folder, for tables and legends")
+    parser.add_argument(
+        "--peak",
+        type=_share,
+        default=0.01,
+        help="the share p of all N neurons to keep as the most active: the first floor(N * p) (default 0.01)",
+    )
+    parser.add_argument("--output_dir", default="results/neurons", help="default results/neurons")
+    return parser
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one of the two commands; see the module's docstring."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["count"]:
+        return count(build_count_parser().parse_args(argv[1:]))
+    if argv[:1] == ["analyse"]:
+        return analyse(build_analyse_parser().parse_args(argv[1:]))
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: python -m mindmerger.analysis.neurons {{count,analyse}} ...\n\n{__doc__.strip()}")
+        return 0
+    raise NeuronError(
+        "say what to do: python -m mindmerger.analysis.neurons count ..., or analyse FOLDER ... (see --help)"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, alone=True)

@@ -1,0 +1,94 @@
+"""Parallel multilingual input (PMI): the LLM reads its input together with translations of it.
+
+    python -m mindmerger.baselines.parallel_input --task math --languages sw --parallel_input 3 --translations aligned
+    python run_evaluation.py --llm_only --llm_path LLM --task math --parallel_input 3 --translations aligned
+
+PMI-k puts k translations beside the source text x (Mu et al., "Revealing the Parallel Multilingual Learning within
+Large Language Models", EMNLP 2024, arXiv 2403.09073):
+
+    prompt = template( preamble, [source] x, [language 1] t_1(x), ..., [language k] t_k(x) )
+
+math: a preamble, then one line per language, inside the task's own prompt. xnli: only the premise is multilingual, the
+hypothesis stands once, in the source language. x-csqa: only the question's stem (ours), the options stand once.
+Translations are the benchmark's own parallel rows (`aligned`, results labelled oracle, since people made them) or a
+machine's (a file of {"id", "language", "text"} lines, results labelled machine).
+"""
+
+import argparse
+import json
+
+from mindmerger.evaluation.parallel_input import (
+    add_arguments,
+    apply_parallel_input,
+    choose_languages,
+    default_languages,
+    options_of,
+)
+from mindmerger.runtime.command import CommandParser, run_main
+from mindmerger.runtime.files import write_text_atomic
+from mindmerger.runtime.processes import log
+from mindmerger.tasks import find_task
+from mindmerger.tasks.examples import evaluation_examples, varying_text
+from mindmerger.tasks.languages import find_language, parse_languages
+from mindmerger.tasks.readers import DataError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: look at prompts, or list what a translator has to translate."""
+    parser = CommandParser(
+        prog="python -m mindmerger.baselines.parallel_input",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--task", default="math", help="math (means MGSM, the default), math_msvamp, x-csqa, xnli")
+    parser.add_argument("--data_root", default="./datas", help="data folder (default ./datas)")
+    parser.add_argument("--languages", help="of the items, by name or code, with commas (default: all of the task)")
+    parser.add_argument("--limit", type=int, help="only the first N items of each language")
+    add_arguments(parser.add_argument_group("parallel input"))
+    parser.add_argument("--seed", type=int, default=0, help="of --order shuffled (default 0)")
+    parser.add_argument("--show", type=int, default=1, help="print the prompts of the first N items per language")
+    parser.add_argument(
+        "--to_translate",
+        metavar="FILE.jsonl",
+        help='write what --parallel_input K needs as {"id", "language", "text": "", "source_language", "source"} '
+        "lines; with the texts filled in, the file is one for --translations",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; see the module's docstring."""
+    args = build_parser().parse_args(argv)
+    task = find_task(args.task)
+    if not task.evaluation_languages:
+        raise DataError(f"task {task.name} has no evaluation set")
+    if args.to_translate and args.translations is None:
+        args.translations = "aligned"  # nothing is read from it
+    options = options_of(args)
+    if options is None:
+        raise DataError("--parallel_input is missing: how many translations (1, 3 or 6)?")
+    languages = parse_languages(args.languages or ",".join(task.evaluation_languages))
+    examples = [e for language in languages for e in evaluation_examples(task, args.data_root, language, args.limit)]
+    if args.to_translate:
+        candidates = options.languages or default_languages(task)
+        rows = []
+        for example in examples:
+            text = varying_text(example)
+            for language in choose_languages(find_language(example.language), options, candidates):
+                row = {"id": example.id, "language": language.code, "text": ""}
+                rows.append(row | {"source_language": find_language(example.language).code, "source": text})
+        write_text_atomic(args.to_translate, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        log(f"{args.to_translate}: {len(rows)} texts to translate")
+        return 0
+    built, chosen = apply_parallel_input(task, args.data_root, examples, options)
+    shown = dict.fromkeys(chosen, 0)
+    for example in built:
+        if shown[example.language] < args.show:
+            shown[example.language] += 1
+            print(f"--- {example.id}, {options.name}\n{example.prompt}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, alone=True)

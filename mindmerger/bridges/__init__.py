@@ -1,0 +1,1 @@
+"""What is trained between the two frozen towers: one connector, one file."""

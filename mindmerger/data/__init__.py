@@ -1,0 +1,1 @@
+"""From examples to tensors: tokenising, the training set on disk, batch order."""

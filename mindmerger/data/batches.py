@@ -1,0 +1,179 @@
+"""Batch order, a function of (seed, epoch), the split of a global batch into micro-batches, and collation.
+
+Dimension letters: B rows, S encoder tokens, P prompt tokens, T target tokens.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mindmerger.tasks.readers import DataError
+
+
+def _generator(*key: int) -> np.random.RandomState:
+    # RandomState over a SeedSequence: numpy promises never to change this stream, so a resumed run keeps its order.
+    if min(key) < 0:
+        raise DataError(f"--seed must not be negative, got {min(key)}")
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
+
+
+def automatic_dev_size(number_of_examples: int) -> int:
+    """The published 3000, or a tenth of a data set that is too small for it."""
+    return min(3000, number_of_examples // 10)
+
+
+def split_dev(number_of_examples: int, dev_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits row numbers into (dev, train): dev is the first `dev_size` of the seeded shuffle. Both int64.
+
+    Raises:
+        DataError: where `dev_size` leaves nothing to train on.
+    """
+    if dev_size < 0:
+        raise DataError(f"--dev_size must be at least 0 or auto, not {dev_size}")
+    if dev_size >= number_of_examples:
+        raise DataError(
+            f"--dev_size {dev_size} would take all of the {number_of_examples} examples "
+            f"({dev_size / number_of_examples:.0%} of them): pass --dev_size auto for a tenth "
+            f"({automatic_dev_size(number_of_examples)}), another number, or 0 for no dev split"
+        )
+    order = _generator(seed).permutation(number_of_examples).astype(np.int64)
+    return order[:dev_size], order[dev_size:]
+
+
+def epoch_batches(train_indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The global batches of an epoch (from 0), each (≤ batch_size,): an order that (seed, epoch) alone decides."""
+    order = np.asarray(train_indices)[_generator(seed, 1, epoch).permutation(len(train_indices))]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+# What one more micro-batch costs, as a share of the token budget, for reading the weights and starting the kernels once
+# more. Measured on a CPU with budgets of 2048: 75 positions in fp32, 25 in bf16 (docs/performance.md).
+MICRO_BATCH_COST = 1 / 32
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one rank passes through the model at once; weight 0 where it only keeps the ranks in step."""
+
+    indices: np.ndarray
+    weight: float
+
+
+def cut_global_batch(
+    indices: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int, token_budget: int | None = None
+) -> list[list[MicroBatch]]:
+    """Cuts a global batch into micro-batches of rows of like length: `[rank][i]`, equally many for every rank.
+
+    Args:
+        indices: rows of the global batch.
+        lengths: merged length of every row of the data set, indexed by row (`TrainingSet.merged_lengths`).
+        micro_batch_size: most rows of a micro-batch, unless there is a budget.
+        token_budget: most positions of a micro-batch, padding included; a longer row stands alone.
+
+    Every row is in exactly one micro-batch of weight 1. Rows are dealt to the ranks in turn, by falling length: all
+    ranks work on rows of like length at the same time, the longest first, so that a lack of memory shows at once. A
+    rank without rows passes one row with weight 0.
+    """
+    indices = np.asarray(indices)
+    if not len(indices):
+        return [[] for _ in range(world_size)]
+    lengths = np.asarray(lengths)
+    order = indices[np.argsort(-lengths[indices], kind="stable")]
+    longest = lengths[order[::world_size]]  # of each deal of one row to every rank
+    if token_budget is None:
+        rounds = math.ceil(len(longest) / micro_batch_size)
+        starts = [part[0] for part in np.array_split(np.arange(len(longest)), rounds)]
+    else:
+        starts = _starts_by_budget(longest, token_budget)
+    return [
+        [
+            MicroBatch(part, 1.0) if len(part) else MicroBatch(order[-1:], 0.0)
+            for part in np.split(order[rank::world_size], starts[1:])
+        ]
+        for rank in range(world_size)
+    ]
+
+
+def heaviest_batches(
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    others: Sequence[np.ndarray],
+    most_rows: int,
+    token_budget: int | None = None,
+) -> list[np.ndarray]:
+    """Rows of the micro-batches that may need most memory: the longest merged rows, and those with most tokens of
+    another kind (targets make logits, sources the encoder's states).
+
+    Args:
+        indices: rows of the data set to choose from.
+        lengths: merged length of every row of the data set.
+        others: lengths of the other kinds, indexed alike.
+        most_rows: of a micro-batch.
+        token_budget: most positions of a micro-batch, padding included; a longer row stands alone.
+    """
+    # By budget many short rows that are nearly all target have more targets than a few long ones.
+    shares = [other / lengths for other in others] if token_budget else []
+    found = {}
+    for key in (lengths, *others, *shares):
+        rows = indices[np.argsort(-key[indices], kind="stable")][:most_rows]
+        if token_budget:
+            positions = np.arange(1, len(rows) + 1) * np.maximum.accumulate(lengths[rows])
+            rows = rows[: max(1, int((positions <= token_budget).sum()))]
+        if len(rows):
+            found.setdefault(frozenset(rows.tolist()), rows)
+    return list(found.values())
+
+
+def _starts_by_budget(longest: np.ndarray, token_budget: int) -> list[int]:
+    """Where to cut rows of falling length so that padding and the number of micro-batches together cost least.
+
+    Every micro-batch costs its rows times its longest row, and a fixed `MICRO_BATCH_COST` of the budget besides:
+    filling each one up would pad short rows to the length of long ones only to save a pass. The best cut of the first
+    n rows follows from the best cuts of fewer.
+    """
+    fixed, rows = MICRO_BATCH_COST * token_budget, len(longest)
+    cost, start = np.full(rows + 1, np.inf), np.zeros(rows + 1, dtype=np.int64)
+    cost[0] = 0.0
+    for first in range(rows):
+        most = max(1, int(token_budget // max(1, longest[first])))
+        ends = np.arange(first + 1, min(first + most, rows) + 1)
+        candidate = cost[first] + fixed + (ends - first) * longest[first]
+        better = ends[candidate < cost[ends]]
+        cost[better], start[better] = candidate[better - first - 1], first
+    starts, end = [], rows
+    while end:
+        end = int(start[end])
+        starts.append(end)
+    return starts[::-1]
+
+
+def collate(rows: Sequence[Mapping[str, Sequence[int]]], encoder_pad_id: int, llm_pad_id: int) -> dict:
+    """Pads rows on the right into int64 tensors.
+
+    Returns:
+        `encoder_input_ids`, `encoder_attention_mask` (B, S); `prompt_ids`, `prompt_mask` (B, P); `target_ids`,
+        `target_mask` (B, T). Both of a pair are None where no row has that segment.
+    """
+    tensors = {}
+    for ids_name, mask_name, column, pad_id in (
+        ("encoder_input_ids", "encoder_attention_mask", "encoder_ids", encoder_pad_id),
+        ("prompt_ids", "prompt_mask", "prompt_ids", llm_pad_id),
+        ("target_ids", "target_mask", "target_ids", llm_pad_id),
+    ):
+        tensors[ids_name], tensors[mask_name] = _pad([row.get(column) or [] for row in rows], pad_id)
+    return tensors
+
+
+def _pad(segments: list[Sequence[int]], pad_id: int) -> tuple:
+    import torch
+
+    lengths = torch.tensor([len(ids) for ids in segments])
+    if not lengths.any():
+        return None, None
+    ids = torch.full((len(segments), int(lengths.max())), pad_id, dtype=torch.int64)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    for row, segment in enumerate(segments):
+        ids[row, : len(segment)] = torch.as_tensor(segment, dtype=torch.int64)
+    return ids, mask

@@ -1,0 +1,257 @@
+"""Tokenising: texts to ids, the encoder's language tags, and what is cut where a text is too long."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mindmerger.tasks.base import Example
+from mindmerger.tasks.languages import LANGUAGES, Language, find_language
+from mindmerger.tasks.readers import DataError
+
+
+@dataclass
+class Tokenizers:
+    """The encoder's and the LLM's tokenizer (either may be None) and the ids that frame a text."""
+
+    encoder: object | None
+    llm: object | None
+    encoder_pad_id: int
+    llm_pad_id: int
+    eos_id: int | None
+    bos_id: int | None
+
+
+def load_tokenizers(mt_path: str | None, llm_path: str | None) -> Tokenizers:
+    """Loads both tokenizers from folders or hub names.
+
+    Raises:
+        DataError: for a folder or a tokenizer that is missing or damaged, and an LLM tokenizer without EOS.
+    """
+    encoder = _load_tokenizer(mt_path, "--mt_path") if mt_path else None
+    llm = _load_tokenizer(llm_path, "--llm_path") if llm_path else None
+    if llm is not None and llm.eos_token_id is None:
+        raise DataError(f"the tokenizer of {llm_path} has no EOS token: targets could not end (set its eos_token)")
+    return Tokenizers(
+        encoder=encoder,
+        llm=llm,
+        encoder_pad_id=_padding_id(encoder, mt_path) if encoder else 0,
+        llm_pad_id=_padding_id(llm, llm_path) if llm else 0,
+        eos_id=llm.eos_token_id if llm else None,
+        bos_id=llm.bos_token_id if llm else None,
+    )
+
+
+def _load_tokenizer(path: str, flag: str):
+    from mindmerger.hub.model_files import ModelError, load_tokenizer
+
+    name = str(path).rstrip("/") or "/"
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise DataError(f"no folder {path} ({flag})")
+    try:
+        tokenizer = load_tokenizer(name)
+    except ModelError as error:
+        raise DataError(f"{error} ({flag})") from error
+    tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = sys.maxsize  # the limits are ours; the folder's may be anything
+    return tokenizer
+
+
+def _padding_id(tokenizer, path: str) -> int:
+    """An id to fill rows up with, masked out later: the pad or EOS token where the model has a row for it, else 0."""
+    from mindmerger.hub.model_files import embedding_rows, find_file, load_config
+
+    rows = embedding_rows(load_config(path)) if find_file(str(path), "config.json") is not None else None
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((one for one in named if one is not None and (rows is None or one < rows)), 0)
+
+
+def check_rows(tokenizer, path: str, ids: Iterable[int], rows: int | None) -> None:
+    """Makes sure that the model at `path` has an embedding row for each of the ids that will be used.
+
+    Args:
+        rows: of the model's embedding table; None where it is not known.
+
+    Raises:
+        DataError: naming the token.
+    """
+    largest = max(ids, default=-1)
+    if rows is not None and largest >= rows:
+        raise DataError(
+            f"the tokenizer of {path} makes token {tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}) of the "
+            f"data, but the model's embedding table ends at id {rows - 1}: take the tokenizer that belongs to the "
+            "model, or give the token a row (resize_token_embeddings)"
+        )
+
+
+def _tag_column(tokenizer) -> str | None:
+    """Which column of the language table a tokenizer's source languages are named by; None where it takes none."""
+    if not hasattr(tokenizer, "src_lang"):
+        return None
+    english = LANGUAGES["English"]
+    for column in ("nllb", "mbart", "m2m100"):
+        if _knows(tokenizer, column, getattr(english, column)):
+            return column
+    raise DataError(f"{_named(tokenizer)} takes a source language but its codes are none of NLLB's, M2M100's, mBART's")
+
+
+def _knows(tokenizer, column: str, code: str) -> bool:
+    token = f"__{code}__" if column == "m2m100" else code
+    return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
+
+
+def _named(tokenizer) -> str:
+    return f"encoder {tokenizer.name_or_path or type(tokenizer).__name__}"
+
+
+def source_language_code(tokenizer, language: Language) -> str | None:
+    """The tag that an encoder's tokenizer wants for a language, None where it takes none.
+
+    Raises:
+        DataError: naming encoder and language where the encoder has no code for the language.
+    """
+    column = _tag_column(tokenizer)
+    if column is None:
+        return None
+    code = getattr(language, column)
+    if code is None or not _knows(tokenizer, column, code):
+        raise DataError(
+            f"{_named(tokenizer)} has no code for {language.name}: leave it out with --languages, "
+            "or take an encoder that knows it"
+        )
+    return code
+
+
+def _ids(tokenizer, texts: list[str], special: bool, max_length: int | None = None) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=special,
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no "longer than the maximum": the limits are ours
+    )["input_ids"]
+
+
+def _encode_sources(tokenizer, examples: Sequence[Example], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
+    """Encoder ids with the tokenizer's own special tokens, cut on the right inside them, and which were cut."""
+    if max_seq_len <= tokenizer.num_special_tokens_to_add():
+        raise DataError(f"--max_seq_len {max_seq_len} leaves no room for text in {_named(tokenizer)}")
+    groups: dict[str, list[int]] = {}
+    tagged = hasattr(tokenizer, "src_lang")
+    for row, example in enumerate(examples):
+        groups.setdefault(example.language if tagged else "", []).append(row)
+    ids: list[list[int]] = [[]] * len(examples)
+    was_cut = [False] * len(examples)
+    for language, rows in groups.items():
+        if tagged:
+            tokenizer.src_lang = source_language_code(tokenizer, find_language(language))
+        for row, row_ids in zip(rows, _ids(tokenizer, [examples[row].source for row in rows], True), strict=True):
+            ids[row], was_cut[row] = row_ids, len(row_ids) > max_seq_len
+        long = [row for row in rows if was_cut[row]]
+        cut_ids = _ids(tokenizer, [examples[row].source for row in long], True, max_seq_len)
+        for row, row_ids in zip(long, cut_ids, strict=True):
+            ids[row] = row_ids
+    return ids, was_cut
+
+
+def _shorten_prompt(tokenizer, example: Example, max_gen_len: int) -> list[int]:
+    """Ids of the prompt with as much of its cut span as fits, dropping the span's end; the template stays whole.
+
+    Where even the template alone is too long, its last `max_gen_len` tokens.
+    """
+    start, end = example.cut
+
+    def ids_with(characters: int) -> list[int]:
+        text = example.prompt[: start + characters] + example.prompt[end:]
+        return _ids(tokenizer, [text], False)[0]
+
+    best = ids_with(0)
+    if len(best) > max_gen_len:
+        return best[-max_gen_len:]
+    # Doubling first: a span of megabytes is never tokenised whole.
+    fits, too_long = 0, min(max_gen_len, end - start)
+    while too_long < end - start and len(ids := ids_with(too_long)) <= max_gen_len:
+        fits, best, too_long = too_long, ids, min(2 * too_long, end - start)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        ids = ids_with(middle)
+        if len(ids) <= max_gen_len:
+            fits, best = middle, ids
+        else:
+            too_long = middle
+    return best
+
+
+def tokenise(
+    tokenizers: Tokenizers,
+    examples: Sequence[Example],
+    *,
+    max_seq_len: int,
+    max_gen_len: int,
+    with_prompt: bool,
+    with_target: bool,
+    with_source: bool = True,
+) -> dict[str, list]:
+    """Turns examples into columns of ids, in their order; what is not asked for is an empty list.
+
+    Args:
+        max_seq_len: most encoder tokens, its special ones included.
+        max_gen_len: most prompt tokens, and most target tokens with EOS.
+
+    Returns:
+        `encoder_ids`, `prompt_ids`, `target_ids` (lists of ids) and `source_cut`, `prompt_cut`, `target_cut` (bools).
+        A target that fits ends in EOS, a cut one does not: the LLM must not learn to stop in mid-sentence.
+
+    Raises:
+        DataError: for a language that the encoder has no code for, or limits without room.
+    """
+    if max_gen_len < 1:
+        raise DataError(f"--max_gen_len must be positive, got {max_gen_len}")
+    empty = [[] for _ in examples]
+    columns = {"encoder_ids": empty, "prompt_ids": empty, "target_ids": empty}
+    columns |= {name: [False] * len(examples) for name in ("source_cut", "prompt_cut", "target_cut")}
+    if with_source:
+        columns["encoder_ids"], columns["source_cut"] = _encode_sources(tokenizers.encoder, examples, max_seq_len)
+    if with_prompt:
+        ids = _ids(tokenizers.llm, [example.prompt for example in examples], False)
+        columns["prompt_cut"] = [len(row) > max_gen_len for row in ids]
+        columns["prompt_ids"] = [
+            _shorten_prompt(tokenizers.llm, example, max_gen_len) if len(row) > max_gen_len else row
+            for example, row in zip(examples, ids, strict=True)
+        ]
+    if with_target:
+        ids = _ids(tokenizers.llm, [example.target for example in examples], False)
+        columns["target_cut"] = [len(row) + 1 > max_gen_len for row in ids]
+        columns["target_ids"] = [
+            row[:max_gen_len] if was_cut else [*row, tokenizers.eos_id]
+            for row, was_cut in zip(ids, columns["target_cut"], strict=True)
+        ]
+    return columns
+
+
+def _tokenizer_identity(tokenizer) -> str | None:
+    """A hash of everything that decides which ids a tokenizer gives, whatever it was used for before."""
+    if tokenizer is None:
+        return None
+    column = _tag_column(tokenizer)
+    parts = [type(tokenizer).__name__, column, [getattr(row, column) for row in LANGUAGES.values()] if column else None]
+    if column:
+        tokenizer.src_lang = getattr(LANGUAGES["English"], column)
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Left behind by earlier calls; each of ours sets its own.
+        parts.append({key: value for key, value in state.items() if key not in ("truncation", "padding")})
+    else:
+        parts.append(sorted(tokenizer.get_vocab().items()))
+        model = getattr(tokenizer, "sp_model", None)
+        parts.append(hashlib.sha256(model.serialized_model_proto()).hexdigest() if model else None)
+    probe = "Two  words, 3.5 and ﬁve: नौ 十 ۱۱"
+    parts += [_ids(tokenizer, [probe], True), _ids(tokenizer, [probe], False)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,342 @@
+"""The tokenised training set on disk: built once, found again by a hash of all it depends on, memory-mapped."""
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from mindmerger.data.tokenising import Tokenizers, _tokenizer_identity, tokenise
+from mindmerger.runtime.files import is_utf8
+from mindmerger.runtime.processes import is_main, log, progress_bar
+from mindmerger.tasks.base import Example, Task
+from mindmerger.tasks.examples import training_examples, training_files
+from mindmerger.tasks.languages import Language
+from mindmerger.tasks.readers import DataError, skipping_named
+
+# Raised when the meaning of cached ids changes: older caches are then built anew.
+CACHE_VERSION = 1
+_TEXT_COLUMNS = ("id", "language", "source", "prompt", "target", "cut_start", "cut_end")
+_CUT_COLUMNS = ("source_cut", "prompt_cut", "target_cut")
+_ROWS_PER_BATCH = 1000
+# A further process costs some seconds to start: the time of some ten thousand rows.
+ROWS_PER_PROCESS = 50_000
+
+
+@dataclass
+class TrainingSet:
+    """A tokenised training set. The rows stay on disk (memory-mapped, one copy for all processes of a machine).
+
+    `dataset` has the columns id, language, encoder_ids, prompt_ids, target_ids. The length arrays are (rows,) int32.
+    `counts` holds rows per language under "rows", and "source_cut", "prompt_cut", "target_cut". `faults` lists the rows
+    that were left out as faulty, each as file:line: why.
+    """
+
+    dataset: object
+    encoder_lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    target_lengths: np.ndarray
+    fingerprint: str
+    counts: dict
+    files: dict[str, str]
+    faults: list[str] = field(default_factory=list)
+
+    @cached_property
+    def merged_lengths(self) -> np.ndarray:
+        """Positions of each merged row: BOS, source, boundary, prompt, target; shape (rows,)."""
+        return 2 + self.encoder_lengths + self.prompt_lengths + self.target_lengths
+
+    def largest_id(self, column: str) -> int:
+        """The largest id in a column of ids, -1 where it is empty."""
+        import pyarrow.compute as pc
+
+        found = [pc.max(chunk.flatten()).as_py() for chunk in self.dataset.data.column(column).chunks]
+        self.release_pages()
+        return max((one for one in found if one is not None), default=-1)
+
+    def release_pages(self) -> None:
+        """Takes the pages that reading has touched out of this process's resident memory (Linux; elsewhere nothing).
+
+        They stay in the system's page cache, for all processes of the machine. Without this a process that reads rows
+        at random soon counts the whole file as its own.
+        """
+        _release_pages({file["filename"] for file in self.dataset.cache_files})
+
+
+def _release_pages(files: set[str]) -> None:
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return
+    for line in maps.splitlines():
+        # address range, permissions, offset, device, inode, path
+        *fields, path = line.split(maxsplit=5)
+        if path in files and fields[1].startswith("r-"):
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            # A read-only mapping of a file: what is dropped is read again when it is next looked at.
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def build_training_set(
+    task: Task,
+    stage: str,
+    tokenizers: Tokenizers,
+    *,
+    data_root,
+    languages: Sequence[Language] | None,
+    train_num: int | None,
+    max_seq_len: int,
+    max_gen_len: int,
+    with_prompt: bool,
+    cache_dir=None,
+    num_proc: int | None = None,
+    skip_faulty_rows: bool = False,
+) -> TrainingSet:
+    """Tokenises a stage's examples once and opens the result; a later call with the same inputs only opens it.
+
+    The cache is `cache_dir/<fingerprint>`, by default in the `datasets` cache folder. It appears by one rename when
+    it is whole; processes that want the same one wait for each other.
+
+    Args:
+        num_proc: processes that tokenise; None for as many as the machine and the number of rows call for.
+        skip_faulty_rows: leaves out rows that are faulty on their own, which `TrainingSet.faults` then lists.
+
+    Raises:
+        DataError: for faulty data or arguments (see `training_examples`), and where the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    faults: list[str] | None = [] if skip_faulty_rows else None
+    examples = training_examples(task, stage, data_root, languages, train_num, faults)
+    files = {path: _sha256(path) for path in training_files(task, stage, data_root, languages)}
+    hashes = {path.relative_to(data_root).as_posix(): digest for path, digest in files.items()}
+    settings = {
+        "version": CACHE_VERSION,
+        "task": task.training_name,
+        "stage": stage,
+        "files": hashes,
+        "languages": [language.code for language in languages] if languages else None,
+        "train_num": train_num,
+        "max_seq_len": max_seq_len,
+        "max_gen_len": max_gen_len,
+        "with_prompt": with_prompt,
+        "encoder": _tokenizer_identity(tokenizers.encoder),
+        "llm": _tokenizer_identity(tokenizers.llm),
+        "eos": tokenizers.eos_id,
+    }
+    if skip_faulty_rows:
+        settings["skip_faulty_rows"] = True
+    # A template changed by the user shows in the first example.
+    with skipping_named():
+        passed_over = None if faults is None else []
+        first = next(iter(training_examples(task, stage, data_root, languages, train_num, passed_over)))
+    settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "cut")]
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    limits = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "with_prompt": with_prompt}
+    folder = _cache_root(cache_dir) / fingerprint
+    if not is_utf8(folder):
+        raise DataError(f"the cache folder {folder.parent} is not UTF-8: set HF_DATASETS_CACHE to another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _waiting(FileLock(folder.parent / f".{fingerprint}.lock")):
+            manifest = _read_manifest(folder)
+            if manifest is None:
+                with skipping_named():
+                    _build_cache(folder, examples, tokenizers, limits, num_proc, faults, data_root)
+                manifest = _read_manifest(folder)
+        return _open_cache(folder, manifest, hashes, data_root)
+    except OSError as error:
+        where = error.filename or folder.parent
+        raise DataError(f"cannot write the tokenised data to {where}: {error.strerror or error}") from error
+
+
+def _cache_root(cache_dir) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir)
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "mindmerger"
+
+
+def _waiting(lock):
+    """Takes a file lock, and says so when another process holds it."""
+    from filelock import Timeout
+
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        log(f"waiting for another process that tokenises the same data ({lock.lock_file})")
+        return lock.acquire()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_manifest(folder: Path) -> dict | None:
+    """The manifest of a whole cache, None where there is none or a file of it is missing or cut."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["shards"].items())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest if whole else None
+
+
+def _build_cache(folder: Path, examples, tokenizers: Tokenizers, limits: dict, num_proc, faults, data_root) -> None:
+    """Writes a cache folder: texts first, then ids by several processes, then the manifest, then one rename.
+
+    The same files elsewhere find the same cache, so that faults are kept with paths inside the data folder.
+    """
+    prefix = f".{folder.name[:16]}-"
+    # Nobody else holds the lock: what an interrupted build or a damaged disk left goes.
+    for stale in [*folder.parent.glob(f"{prefix}*.tmp"), folder]:
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=folder.parent))
+    try:
+        rows = _write_texts(temporary / "texts.arrow", examples, limits["with_prompt"])
+        cut = _tokenise_file(temporary, sum(rows.values()), tokenizers, limits, num_proc)
+        (temporary / "texts.arrow").unlink()
+        shards = sorted(temporary.glob("ids*.arrow"))
+        manifest = {"shards": {shard.name: shard.stat().st_size for shard in shards}, "counts": {"rows": rows} | cut}
+        if faults is not None:
+            manifest["counts"]["faulty_rows"] = len(faults)
+            manifest["faults"] = [fault.removeprefix(f"{Path(data_root)}/") for fault in faults]
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.rename(temporary, folder)
+    except OSError as error:
+        written = sum(path.stat().st_size for path in temporary.iterdir())
+        raise DataError(
+            f"cannot write the tokenised data to {folder.parent} ({written} bytes were written): "
+            f"{error.strerror or error}; make room, or set HF_DATASETS_CACHE to another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> dict[str, int]:
+    """Streams examples into an Arrow file and counts the rows of each language; memory holds one batch."""
+    import pyarrow as pa
+
+    text, number = pa.large_string(), pa.int32()
+    schema = pa.schema([(name, number if name.startswith("cut_") else text) for name in _TEXT_COLUMNS])
+    rows: Counter[str] = Counter()
+    batch: list[tuple] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+
+        def flush():
+            columns = [list(column) for column in zip(*batch, strict=True)]
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            batch.clear()
+
+        for example in progress_bar(examples, desc="reading", unit=" rows", delay=2):
+            prompt, cut = (example.prompt, example.cut) if with_prompt else ("", (0, 0))
+            batch.append((example.id, example.language, example.source, prompt, example.target, *cut))
+            rows[example.language] += 1
+            if len(batch) == _ROWS_PER_BATCH:
+                flush()
+        if batch:
+            flush()
+    return dict(rows)
+
+
+def _tokenise_columns(columns: dict[str, list], tokenizers: Tokenizers, limits: dict) -> dict[str, list]:
+    rows = zip(*(columns[name] for name in _TEXT_COLUMNS), strict=True)
+    return tokenise(tokenizers, [Example(*row[:5], cut=row[5:]) for row in rows], with_target=True, **limits)
+
+
+def _cpus() -> int:
+    # A container or a batch system may grant fewer than the machine has; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict, num_proc) -> dict[str, int]:
+    """Maps texts.arrow to ids*.arrow in the same folder and counts the cut rows."""
+    import datasets
+    import multiprocess  # not the standard library's: this is what `datasets` starts its processes with
+
+    if num_proc is None:
+        num_proc = min(_cpus(), 16, rows // ROWS_PER_PROCESS)
+    features = {name: datasets.Value("string") for name in ("id", "language")}
+    features |= {name: datasets.List(datasets.Value("int32")) for name in ("encoder_ids", "prompt_ids", "target_ids")}
+    features |= {name: datasets.Value("bool") for name in _CUT_COLUMNS}
+    bars_were_off = datasets.are_progress_bars_disabled()
+    if rows < 20_000 or not is_main():
+        datasets.disable_progress_bars()
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    start_method = multiprocess.get_start_method()
+    if num_proc > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+        # Forking a process that has threads (a process group's, Arrow's) can hang in the child.
+        multiprocess.set_start_method("spawn", force=True)
+    try:
+        ids = datasets.Dataset.from_file(str(folder / "texts.arrow")).map(
+            _tokenise_columns,
+            batched=True,
+            batch_size=_ROWS_PER_BATCH,
+            fn_kwargs={"tokenizers": tokenizers, "limits": limits},
+            remove_columns=[name for name in _TEXT_COLUMNS if name not in features],
+            features=datasets.Features(features),
+            num_proc=num_proc if num_proc > 1 else None,
+            cache_file_name=str(folder / "ids.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=folder.name,
+            desc="tokenising",
+        )
+    finally:
+        if not bars_were_off:
+            datasets.enable_progress_bars()
+        if num_proc > 1:
+            multiprocess.set_start_method(start_method, force=True)
+            del os.environ["TOKENIZERS_PARALLELISM"]
+            if parallelism is not None:
+                os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+    import pyarrow.compute as pc
+
+    return {name: pc.sum(ids.data.column(name)).as_py() for name in _CUT_COLUMNS}
+
+
+def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str], data_root) -> TrainingSet:
+    import datasets
+    import pyarrow.compute as pc
+
+    shards = []
+    for file in (str(folder / name) for name in sorted(manifest["shards"])):
+        shards.append(datasets.Dataset.from_file(file))
+        _release_pages({file})
+    dataset = datasets.concatenate_datasets(shards).remove_columns(list(_CUT_COLUMNS))
+
+    def lengths(name):
+        # Only the lists' offsets are read, never the ids.
+        return pc.list_value_length(dataset.data.column(name)).to_numpy().astype(np.int32)
+
+    data = TrainingSet(
+        dataset=dataset,
+        encoder_lengths=lengths("encoder_ids"),
+        prompt_lengths=lengths("prompt_ids"),
+        target_lengths=lengths("target_ids"),
+        fingerprint=folder.name,
+        counts=manifest["counts"],
+        files=hashes,
+        faults=[str(Path(data_root) / fault) for fault in manifest.get("faults", [])],
+    )
+    data.release_pages()
+    return data

@@ -1,0 +1,225 @@
+"""Finished evaluations compared on the items that they share."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from mindmerger.evaluation.results import ResultsError, find_results, read_predictions, read_results, warn_of_scorers
+from mindmerger.evaluation.statistics import (
+    Question,
+    bootstrap_intervals,
+    describe_questions,
+    format_p,
+    holm,
+    mcnemar_exact,
+    mean_difference_test,
+    questions_of,
+    resampling_note,
+)
+from mindmerger.evaluation.tables import align, form_title
+
+
+def compare_results(folders: list[str], seed: int = 0) -> str:
+    """Tables of the first results folder against each other one: accuracies on the items both have, their difference,
+    an exact McNemar test per language with Holm's correction, and a sign-flip test of the mean.
+
+    Arguments:
+        seed: of the sign-flip test.
+
+    Raises:
+        ResultsError: fewer than two folders, different tasks, no common item, or other questions under one id.
+    """
+    if len(folders) < 2:
+        raise ResultsError(f"--compare needs at least two results folders, got {len(folders)}")
+    folders = [find_results(folder.rstrip("/") or "/") for folder in folders]
+    results = [read_results(folder) for folder in folders]
+    tasks = [one["task"] for one in results]
+    for folder, task in zip(folders, tasks, strict=True):
+        if task != tasks[0]:
+            raise ResultsError(f"{folders[0]} is {tasks[0]} but {folder} is {task}: only one task's results compare")
+    warn_of_scorers(folders, results)
+    others = zip(folders[1:], results[1:], strict=True)
+    return "\n\n".join(_compare_two(folders[0], folder, results[0], one, seed) for folder, one in others)
+
+
+def _compare_two(first: str, second: str, first_results: dict, second_results: dict, seed: int) -> str:
+    pairs = {}
+    for language in first_results["languages"]:
+        if language in second_results["languages"]:
+            found = paired_items(first, second, language)
+            if found:
+                pairs[language] = found
+    if not pairs:
+        raise ResultsError(f"{first} and {second} have no item in common")
+    task = first_results["task"]
+    questions = {language: questions_of(task, language, [a for a, _ in found]) for language, found in pairs.items()}
+    differences = {name: [b["correct"] - a["correct"] for a, b in found] for name, found in pairs.items()}
+    tallies = {language: _tally(found) for language, found in pairs.items()}
+    p_values = [mcnemar_exact(only_a, only_b) for _, _, only_a, only_b in tallies.values()]
+    rows = [["language", "items", "A", "B", "B - A", "only A", "only B", "p", "p (Holm)"]]
+    for (language, tally), p, p_holm in zip(tallies.items(), p_values, holm(p_values), strict=True):
+        rows.append([language, *_cells(*tally), format_p(p), format_p(p_holm)])
+    n, both, only_a, only_b = (sum(column) for column in zip(*tallies.values(), strict=True))
+    p = mean_difference_test(questions, differences, seed, over_rows=True)
+    rows.append(["all items", *_cells(n, both, only_a, only_b), format_p(p), ""])
+    mean_a = sum(100 * (both + a) / n for n, both, a, _ in tallies.values()) / len(tallies)
+    mean_b = sum(100 * (both + b) / n for n, both, _, b in tallies.values()) / len(tallies)
+    p = mean_difference_test(questions, differences, seed)
+    means = [f"{mean_a:.1f}", f"{mean_b:.1f}", f"{mean_b - mean_a:+.1f}"]
+    rows.append(["mean of languages", "", *means, "", "", format_p(p), ""])
+    totals = [sum(one["n"] for one in results["languages"].values()) for results in (first_results, second_results)]
+    lines = [
+        f"{task}: accuracy in percent on the same items",
+        f"A: {first} ({form_title(first_results)})",
+        f"B: {second} ({form_title(second_results)})",
+        align(rows),
+        "p of a language: exact two-sided McNemar test; (Holm): corrected over the languages; p of the last two rows: "
+        f"sign-flip test, {resampling_note(describe_questions(questions)).replace('resampled', 'flipped')}",
+        f"{n} items in common (A has {totals[0]}, B has {totals[1]}); only A, only B: items that run alone got right",
+    ]
+    return "\n".join(lines)
+
+
+def paired_items(first: str, second: str, language: str) -> list[tuple[dict, dict]]:
+    """The predictions of both folders on the items that both have, in the first one's order.
+
+    Raises:
+        ResultsError: where an id stands for another question in one folder than in the other.
+    """
+    items_a, items_b = read_predictions(first, language), read_predictions(second, language)
+    pairs = [(items_a[id], items_b[id]) for id in items_a if id in items_b]
+    for a, b in pairs:
+        if (a["source"], a["answer"]) != (b["source"], b["answer"]):
+            raise ResultsError(
+                f"item {a['id']} ({language}) is another question in {first} than in {second}: they were evaluated on "
+                "different data"
+            )
+    return pairs
+
+
+def _tally(pairs: list[tuple[dict, dict]]) -> tuple[int, int, int, int]:
+    """(items, both right, only the first right, only the second right)."""
+    marks = Counter((a["correct"], b["correct"]) for a, b in pairs)
+    return len(pairs), marks[True, True], marks[True, False], marks[False, True]
+
+
+def _cells(n: int, both: int, only_a: int, only_b: int) -> list[str]:
+    a, b = 100 * (both + only_a) / n, 100 * (both + only_b) / n
+    return [str(n), f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}", str(only_a), str(only_b)]
+
+
+@dataclass
+class Row:
+    """One evaluation. {language: {item id: …}}: `correct`, whether the item was right, and `asked`, its question."""
+
+    label: str
+    folder: str
+    results: dict
+    correct: dict[str, dict[str, bool]]
+    asked: dict[str, dict[str, Question]]
+
+    @property
+    def questions(self) -> dict[str, list[Question]]:
+        """The question of each item, in the order of `correct`."""
+        return {language: [self.asked[language][id] for id in items] for language, items in self.correct.items()}
+
+
+@dataclass
+class Cell:
+    """Accuracy of one row in one language, and its test against the chosen row (None for the chosen one itself)."""
+
+    n: int
+    correct: int
+    interval: list[float]
+    only_row: int | None = None
+    only_against: int | None = None
+    p: float | None = None
+    p_holm: float | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.correct / self.n
+
+
+@dataclass
+class Mean:
+    """Unweighted mean of a row's accuracies, and its test against the chosen row."""
+
+    accuracy: float
+    interval: list[float]
+    p: float | None = None
+
+
+def read_row(label: str, folder: str) -> Row:
+    """Reads a results folder; a row with parallel input gets "oracle" or "machine" into its label.
+
+    Raises:
+        ResultsError: when the folder holds no finished evaluation.
+    """
+    results = read_results(folder)
+    parallel = results.get("parallel_input")
+    if parallel is not None and parallel["translations"] not in label:
+        label = f"{label} ({parallel['translations']})"
+    row = Row(label, folder, results, {}, {})
+    for language in results["languages"]:
+        items = read_predictions(folder, language)
+        row.correct[language] = {id: item["correct"] for id, item in items.items()}
+        questions = questions_of(results["task"], language, list(items.values()))
+        row.asked[language] = dict(zip(items, questions, strict=True))
+    return row
+
+
+def keep_common(rows: list[Row]) -> list[str]:
+    """Cuts every row to the languages and items that all have; returns notes on what was left out.
+
+    Raises:
+        ResultsError: for other tasks, nothing in common, or other questions under one id.
+    """
+    first, notes = rows[0], []
+    for row in rows[1:]:
+        if row.results["task"] != first.results["task"]:
+            raise ResultsError(
+                f"{row.folder} is {row.results['task']} but {first.folder} is {first.results['task']}: one table holds "
+                "one task"
+            )
+    languages = [language for language in first.correct if all(language in row.correct for row in rows)]
+    left_out = dict.fromkeys(name for row in rows for name in row.correct if name not in languages)
+    if left_out:
+        notes.append(f"Left out, since not every row has them: {', '.join(left_out)}.")
+    for language in languages:
+        for row in rows[1:]:
+            paired_items(first.folder, row.folder, language)  # refuses other questions under one id
+    kept = {}
+    for language in languages:
+        kept[language] = [id for id in first.correct[language] if all(id in row.correct[language] for row in rows)]
+        longest = max(len(row.correct[language]) for row in rows)
+        if len(kept[language]) < longest:
+            notes.append(f"{language}: {len(kept[language])} of up to {longest} items stand in every row.")
+    kept = {language: ids for language, ids in kept.items() if ids}
+    if not kept:
+        raise ResultsError("these evaluations have no item in common: no table can be made of them")
+    for row in rows:
+        row.correct = {language: {id: row.correct[language][id] for id in ids} for language, ids in kept.items()}
+    return notes
+
+
+def build_cells(rows: list[Row], against: Row, seed: int) -> dict[str, tuple[dict[str, Cell], Mean]]:
+    """{row label: (cell of each language, mean)}."""
+    table = {}
+    for row in rows:
+        marks = {language: list(items.values()) for language, items in row.correct.items()}
+        intervals, mean_interval = bootstrap_intervals(row.questions, marks, seed)
+        cells = {language: Cell(len(one), sum(one), intervals[language]) for language, one in marks.items()}
+        mean = Mean(sum(cell.accuracy for cell in cells.values()) / len(cells), mean_interval)
+        if row is not against:
+            differences = {}
+            for language, cell in cells.items():
+                other = against.correct[language]
+                differences[language] = [right - other[id] for id, right in row.correct[language].items()]
+                cell.only_row, cell.only_against = differences[language].count(1), differences[language].count(-1)
+                cell.p = mcnemar_exact(cell.only_row, cell.only_against)
+            for cell, p in zip(cells.values(), holm([cell.p for cell in cells.values()]), strict=True):
+                cell.p_holm = p
+            mean.p = mean_difference_test(row.questions, differences, seed)
+        table[row.label] = cells, mean
+    return table

@@ -1,0 +1,244 @@
+"""One table of finished evaluations of one task: a row per method, a column per language, intervals, paired tests.
+
+    python -m mindmerger.evaluation.comparison_table --row "LLM alone=results/MindMerger/math_mgsm-llm_only" \\
+        --row "MindMerger-Soft=results/MindMerger/math_mgsm" --against "LLM alone"
+
+All numbers are over the items that every row has. Cells: accuracy in percent and its 95 % percentile bootstrap interval
+(Efron 1979); avg is the unweighted mean over languages. Its interval draws questions, each with its rows in all
+languages (cluster bootstrap, Field and Welsh 2007). Each row is tested against one chosen row on the same items: exact
+two-sided McNemar test (1947) per language,
+
+    p = min(1, 2 * P(Binomial(b + c, 1/2) <= min(b, c))),  b, c: items that only one of the two rows got right,
+
+and the p-values of one row are corrected over languages after Holm (1979):
+
+    p_holm(i) = max over j <= i of min(1, (m - j + 1) * p(j)),  p(1) <= ... <= p(m).
+
+The difference in avg is tested by flipping the signs of whole questions' differences (Fisher 1935):
+
+    p = (1 + number of flips with |sum_k s_k D_k| >= |sum_k D_k|) / (1 + number of flips),
+    D_k: what question k adds to the difference, over all languages; s_k: 1 or -1 at random; 100,000 flips.
+
+Writes table.md, table.csv and table.png. Rows with parallel input always say who translated (oracle or machine).
+"""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+from mindmerger.evaluation.comparison import Cell, Mean, Row, build_cells, keep_common, read_row
+from mindmerger.evaluation.results import ResultsError, warn_of_scorers
+from mindmerger.evaluation.statistics import describe_questions, format_p, resampling_note
+from mindmerger.runtime.command import CommandParser, run_main
+from mindmerger.runtime.files import write_text_atomic
+from mindmerger.runtime.processes import log
+from mindmerger.tasks.languages import find_language
+
+SIGNIFICANT = 0.05
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def _with_interval(one: Cell | Mean, p: float | None) -> str:
+    star = "*" if p is not None and p < SIGNIFICANT else ""
+    return f"{one.accuracy:.1f}{star} [{one.interval[0]:.1f}, {one.interval[1]:.1f}]"
+
+
+def _difference(one: Cell | Mean, base: Cell | Mean, p: float) -> str:
+    return f"{one.accuracy - base.accuracy:+.1f} (p {format_p(p)})"
+
+
+def format_markdown(task: str, table: dict, against: str, missing: dict[str, str], notes: list[str]) -> str:
+    """The table as Markdown: accuracies with intervals, then differences with corrected p-values.
+
+    Arguments:
+        table: as `build_cells` gives it, with None for a missing row, in the order to show.
+        missing: the reason of each missing row.
+    """
+    languages = list(table[against][0])
+    codes = [find_language(language).code for language in languages]
+    sizes = sorted({cell.n for cell in table[against][0].values()})
+    accuracy, difference = [["method", *codes, "avg"]], [["method", *codes, "avg"]]
+    base_cells, base_mean = table[against]
+    for label, made in table.items():
+        if made is None:
+            accuracy.append([label, *["missing"] * (len(languages) + 1)])
+            continue
+        cells, mean = made
+        texts = [_with_interval(cell, cell.p_holm) for cell in cells.values()]
+        accuracy.append([label, *texts, _with_interval(mean, mean.p)])
+        if label != against:
+            texts = [_difference(cell, base_cells[name], cell.p_holm) for name, cell in cells.items()]
+            difference.append([label, *texts, _difference(mean, base_mean, mean.p)])
+    items = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    parts = [
+        f"# {task}: accuracy in percent on the same items",
+        f"{items} items per language; in brackets 95 % bootstrap intervals; \\*: differs from **{against}** at "
+        f"{SIGNIFICANT} (exact McNemar test, Holm correction over the {len(languages)} languages; avg: sign-flip test "
+        "over questions).",
+        _markdown(accuracy),
+    ]
+    if len(difference) > 1:
+        parts += [f"## Difference to {against}, in points (p of languages after Holm)", _markdown(difference)]
+    if missing:
+        parts += ["## Missing rows", "\n".join(f"- {label}: {reason}" for label, reason in missing.items())]
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, str]) -> str:
+    """One line per row and language ("avg" for the mean); missing rows have one line with the reason."""
+    head = "method,folder,translations,language,items,correct,accuracy,low,high,against,difference,only_method"
+    head += ",only_against,p,p_holm,missing"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, head.split(","), lineterminator="\n", restval="")
+    writer.writeheader()
+    base_cells, base_mean = table[against]
+    for row in rows:
+        cells, mean = table[row.label]
+        parallel = row.results.get("parallel_input")
+        common = {
+            "method": row.label,
+            "folder": row.folder,
+            "translations": parallel["translations"] if parallel else "",
+        }
+        for language, cell in cells.items():
+            line = common | {"language": find_language(language).code, "items": cell.n, "correct": cell.correct}
+            line |= {"accuracy": round(cell.accuracy, 4), "low": cell.interval[0], "high": cell.interval[1]}
+            if cell.p is not None:
+                line |= {"against": against, "difference": round(cell.accuracy - base_cells[language].accuracy, 4)}
+                line |= {"only_method": cell.only_row, "only_against": cell.only_against}
+                line |= {"p": cell.p, "p_holm": cell.p_holm}
+            writer.writerow(line)
+        line = common | {"language": "avg", "accuracy": round(mean.accuracy, 4)}
+        line |= {"low": mean.interval[0], "high": mean.interval[1]}
+        if mean.p is not None:
+            line |= {"against": against, "difference": round(mean.accuracy - base_mean.accuracy, 4), "p": mean.p}
+        writer.writerow(line)
+    for label, reason in missing.items():
+        writer.writerow({"method": label, "missing": reason})
+    return text.getvalue()
+
+
+def make_figure(task: str, table: dict):
+    """Grouped bars: a group per language and one for the mean, a bar per row, with intervals."""
+    from mindmerger.evaluation.plots import colour, hatch, new_figure
+
+    languages = list(next(iter(table.values()))[0])
+    groups = [find_language(language).code for language in languages] + ["avg"]
+    figure, axes = new_figure(min(16, max(7, 0.13 * len(groups) * (len(table) + 1.5) + 3)), 4.5)
+    width = 0.85 / len(table)
+    for i, (label, (cells, mean)) in enumerate(table.items()):
+        heights = [one.accuracy for one in (*cells.values(), mean)]
+        bounds = [one.interval for one in (*cells.values(), mean)]
+        # A percentile interval can miss its own estimate by rounding: an error bar must not be negative.
+        below = [max(0.0, height - low) for height, (low, _) in zip(heights, bounds, strict=True)]
+        above = [max(0.0, high - height) for height, (_, high) in zip(heights, bounds, strict=True)]
+        places = [at - 0.425 + width * (i + 0.5) for at in range(len(groups))]
+        axes.bar(
+            places,
+            heights,
+            width,
+            yerr=[below, above],
+            error_kw={"elinewidth": 0.8, "ecolor": "#444444"},
+            color=colour(i),
+            hatch=hatch(i),
+            edgecolor="white",
+            linewidth=0.3,
+            label=label,
+        )
+    axes.axvline(len(languages) - 0.5, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set(xlabel="language", ylabel="accuracy, % (95 % interval)", title=task)
+    axes.set_ylim(0, 100)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+    return figure
+
+
+def _named(text: str) -> tuple[str, str]:
+    label, separator, value = text.partition("=")
+    if not separator or not label.strip() or not value.strip():
+        raise argparse.ArgumentTypeError(f"expected LABEL=VALUE, got {text!r}")
+    return label.strip(), value.strip()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = CommandParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    # One list for both, so that missing rows keep their place.
+    parser.add_argument(
+        "--row",
+        action="append",
+        dest="entries",
+        type=lambda text: ("row", *_named(text)),
+        required=True,
+        metavar="LABEL=FOLDER",
+        help="a finished results folder; once per row, in the table's order",
+    )
+    parser.add_argument(
+        "--missing",
+        action="append",
+        dest="entries",
+        type=lambda text: ("missing", *_named(text)),
+        metavar="LABEL=REASON",
+        help="a row that could not be made: listed as missing, with the reason",
+    )
+    parser.add_argument(
+        "--against", metavar="LABEL", help="the row that the others are tested against (default: first)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the sign-flip test (default 0)")
+    parser.add_argument("--output_dir", default="results", help="default results")
+    parser.add_argument("--name", default="table", help="of the three files (default table)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; see the module's docstring."""
+    from mindmerger.evaluation.plots import save_figure
+
+    args = build_parser().parse_args(argv)
+    order, rows, asked, missing = [], [], [], {}
+    for kind, label, value in args.entries:
+        if kind == "missing":
+            missing[label] = value
+        else:
+            rows.append(read_row(label, value.rstrip("/") or "/"))
+            asked.append(label)
+            label = rows[-1].label
+        if label in order:
+            raise ResultsError(f"two rows are called {label!r}: give each its own label")
+        order.append(label)
+    labels = [row.label for row in rows]
+    if args.against is not None and args.against not in (*asked, *labels):
+        raise ResultsError(f"--against {args.against!r} is none of the rows: {', '.join(labels)}")
+    against = rows[0]
+    for name, row in zip(asked, rows, strict=True):
+        if args.against in (name, row.label):
+            against = row
+    notes = keep_common(rows)
+    warn_of_scorers([row.folder for row in rows], [row.results for row in rows])
+    notes.append(f"Interval of avg: {resampling_note(describe_questions(rows[0].questions))}.")
+    table = build_cells(rows, against, args.seed)
+    folder, task = Path(args.output_dir), rows[0].results["task"]
+    text = format_markdown(task, {label: table.get(label) for label in order}, against.label, missing, notes)
+    write_text_atomic(folder / f"{args.name}.md", text)
+    write_text_atomic(folder / f"{args.name}.csv", format_csv(table, against.label, rows, missing))
+    save_figure(make_figure(task, table), folder / f"{args.name}.png")
+    print(text, end="")
+    log(f"written: {folder / args.name}.md, .csv, .png")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, alone=True)

@@ -1,0 +1,254 @@
+"""Parallel multilingual input: prompts that hold a text together with its translations."""
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mindmerger.tasks.base import Example, Task
+from mindmerger.tasks.examples import read_parallel, varying_text
+from mindmerger.tasks.languages import Language, find_language, parse_languages
+from mindmerger.tasks.readers import DataError, find_file, read_records
+
+SIZES = (1, 3, 6)
+ORDERS = ("source-first", "english-first", "shuffled")
+EXTRA_LANGUAGES = ("Spanish", "Russian", "French", "Chinese", "German", "Japanese")
+
+# Our words; the published prompt is not known to us in full.
+MATH_PREAMBLE = (
+    "The same problem is given in {number} languages, one per line. Use whichever version helps you, reason step by "
+    "step in English and end with the number that answers the problem.\n"
+)
+
+
+@dataclass(frozen=True)
+class ParallelInput:
+    """What PMI adds to the input.
+
+    size: translations per item (k). translations: "aligned", or the path of a .jsonl file. languages: candidates for
+    the translations, in order of preference; None for `default_languages`. seed: of the order "shuffled".
+    """
+
+    size: int
+    translations: str = "aligned"
+    order: str = "source-first"
+    languages: tuple[Language, ...] | None = None
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """Who translated: people ("oracle") or a machine; no table may leave it out."""
+        return "oracle" if self.translations == "aligned" else "machine"
+
+    @property
+    def name(self) -> str:
+        """For tables: PMI-3 (oracle)."""
+        return f"PMI-{self.size} ({self.label})"
+
+    @property
+    def suffix(self) -> str:
+        """For results folders: -pmi3-oracle."""
+        return f"-pmi{self.size}-{self.label}"
+
+
+def default_languages(task: Task) -> tuple[Language, ...]:
+    """es, ru, fr, zh, de, ja as far as the task has them; then (ours) English and the task's others, last one first.
+
+    The source is never among its own translations, so a task without one of the six, or an item in one of them, would
+    otherwise have no six.
+    """
+    rest = [name for name in reversed(task.evaluation_languages) if name not in EXTRA_LANGUAGES]
+    rest.sort(key=lambda name: name != "English")
+    return tuple(find_language(name) for name in (*EXTRA_LANGUAGES, *rest) if name in task.evaluation_languages)
+
+
+def choose_languages(source: Language, options: ParallelInput, candidates: Sequence[Language]) -> list[Language]:
+    """The k languages translated into for items in `source`.
+
+    Under the order english-first English takes the first place (ours): without it that order would say nothing.
+
+    Raises:
+        DataError: when fewer than k candidates are left without the source.
+    """
+    left = [language for language in dict.fromkeys(candidates) if language != source]
+    if options.order == "english-first":
+        english = find_language("English")
+        left = [english] * (source != english) + [language for language in left if language != english]
+    if len(left) < options.size:
+        raise DataError(
+            f"--parallel_input {options.size} needs {options.size} languages besides {source.name}, there are "
+            f"{len(left)} ({', '.join(language.code for language in left) or 'none'}): name more by "
+            "--parallel_languages or take a smaller number"
+        )
+    return left[: options.size]
+
+
+class AlignedTranslations:
+    """The benchmark's own rows in other languages, checked to be the same items."""
+
+    def __init__(self, task: Task, data_root):
+        self.task, self.data_root = task, data_root
+        self.rows: dict[Language, dict[str, Example]] = {}
+        self.key_of: dict[str, str] = {}
+
+    def _read(self, language: Language) -> dict[str, Example]:
+        if language not in self.rows:
+            self.rows[language] = read_parallel(self.task, self.data_root, language)
+            self.key_of |= {example.id: key for key, example in self.rows[language].items()}
+        return self.rows[language]
+
+    def find(self, example: Example, language: Language) -> Example:
+        """The row of `language` that translates `example`.
+
+        Raises:
+            DataError: when there is none, or its gold answer says that it is another item.
+        """
+        self._read(find_language(example.language))
+        key = self.key_of[example.id]
+        other = self._read(language).get(key)
+        if other is None:
+            raise DataError(
+                f"{self.task.name}: item {example.id} (key {key}) has no row in {language.name}: these test sets are "
+                "not parallel; leave the language out by --parallel_languages, or pass --translations FILE.jsonl"
+            )
+        # X-CSQA shuffles its options in every language, so its letters say nothing; the shared id does.
+        keys = [self.task.gold_key(one.target, one.language) for one in (other, example)]
+        if self.task.name != "x-csqa" and keys[0] != keys[1]:
+            raise DataError(
+                f"{self.task.name}: {example.id} has the answer {example.target!r} but {other.id} has {other.target!r}:"
+                " they are not the same item, so these test sets are not parallel"
+            )
+        return other
+
+    def text(self, example: Example, language: Language) -> str:
+        """`example`'s question, stem or premise in `language`."""
+        return varying_text(self.find(example, language))
+
+
+class FileTranslations:
+    """Machine translations from a .jsonl file of {"id", "language", "text"}; id is the source item's, such as sw-12."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.texts: dict[tuple[str, Language], str] = {}
+        for record in read_records(find_file(".", path)):
+            try:
+                language = find_language(record.text("language"))
+            except DataError as error:
+                raise record.fail(str(error).removeprefix(f"{record.path}:{record.line}: ")) from None
+            key = record.text("id"), language
+            if key in self.texts:
+                raise record.fail(f"item {key[0]} has a second translation into {language.name}")
+            self.texts[key] = record.text("text")
+
+    def text(self, example: Example, language: Language) -> str:
+        """The machine's translation of `example` into `language`.
+
+        Raises:
+            DataError: when the file holds none.
+        """
+        found = self.texts.get((example.id, language))
+        if found is None:
+            have = [lang.code for key, lang in self.texts if key == example.id]
+            raise DataError(
+                f"{self.path}: no translation of item {example.id} into {language.name} (it has: "
+                f"{', '.join(have) or 'none'}): add it, or name other languages by --parallel_languages"
+            )
+        return found
+
+
+def build_prompt(task: Task, example: Example, texts: Sequence[tuple[Language, str]]) -> Example:
+    """`example` with its question, stem or premise replaced by one `[Language] text` line for each of `texts`.
+
+    What may be cut from a prompt that is too long are these lines, from the last one's end on.
+    """
+    lines = "\n".join(f"[{language.name}] {' '.join(text.splitlines())}" for language, text in texts)
+    start, end = example.cut
+    before = example.prompt[:start]
+    if task.training_name == "math":
+        before += MATH_PREAMBLE.format(number=len(texts))
+    prompt = before + lines + example.prompt[end:]
+    return replace(example, prompt=prompt, cut=(len(before), len(before) + len(lines)))
+
+
+def apply_parallel_input(
+    task: Task, data_root, examples: Sequence[Example], options: ParallelInput
+) -> tuple[list[Example], dict[str, list[str]]]:
+    """Gives every example its PMI prompt; ids, encoder texts and targets stay.
+
+    Returns:
+        the examples, and for each source language the codes of the languages beside it, in order of preference.
+
+    Raises:
+        DataError: where a translation is missing or the test sets are not parallel.
+    """
+    if options.translations == "aligned":
+        source = AlignedTranslations(task, data_root)
+    else:
+        source = FileTranslations(options.translations)
+    candidates = options.languages or default_languages(task)
+    chosen = {
+        name: choose_languages(find_language(name), options, candidates)
+        for name in dict.fromkeys(example.language for example in examples)
+    }
+    built = []
+    for example in examples:
+        own = find_language(example.language)
+        texts = [(own, varying_text(example))]
+        texts += [(language, source.text(example, language)) for language in chosen[example.language]]
+        if options.order == "english-first":
+            texts.sort(key=lambda pair: pair[0].code != "en")
+        elif options.order == "shuffled":
+            random.Random(f"{options.seed} {example.id}").shuffle(texts)
+        built.append(build_prompt(task, example, texts))
+    return built, {name: [language.code for language in languages] for name, languages in chosen.items()}
+
+
+def add_arguments(group) -> None:
+    """The flags that `run_evaluation.py` and the commands here share."""
+    group.add_argument(
+        "--parallel_input",
+        type=int,
+        choices=SIZES,
+        metavar="K",
+        help="PMI-K: the prompt holds the input and K translations of it (1, 3 or 6)",
+    )
+    group.add_argument(
+        "--translations",
+        metavar="aligned|FILE.jsonl",
+        help="of --parallel_input: aligned takes the benchmark's own parallel rows (labelled oracle); a file of "
+        '{"id", "language", "text"} lines holds machine translations (labelled machine)',
+    )
+    group.add_argument(
+        "--order",
+        choices=ORDERS,
+        help="of the languages in the prompt (default source-first); english-first gives English the first of the K "
+        "places (ours)",
+    )
+    group.add_argument(
+        "--parallel_languages",
+        help="languages of the translations in order of preference, the source left out (default es,ru,fr,zh,de,ja; "
+        "then, ours: English and the task's other languages)",
+    )
+
+
+def options_of(args: argparse.Namespace) -> ParallelInput | None:
+    """The options that the flags ask for, None without --parallel_input.
+
+    Raises:
+        DataError: for flags that say nothing without another one.
+    """
+    if args.parallel_input is None:
+        for flag in ("translations", "order", "parallel_languages"):
+            if getattr(args, flag) is not None:
+                raise DataError(f"--{flag} belongs to --parallel_input: pass that too (1, 3 or 6)")
+        return None
+    if args.translations is None:
+        raise DataError(
+            "--parallel_input needs --translations: aligned (the benchmark's own rows, an oracle) or a .jsonl file of "
+            "machine translations"
+        )
+    languages = tuple(parse_languages(args.parallel_languages)) if args.parallel_languages else None
+    return ParallelInput(
+        args.parallel_input, args.translations, args.order or ORDERS[0], languages, getattr(args, "seed", 0)
+    )

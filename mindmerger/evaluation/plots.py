@@ -1,0 +1,53 @@
+"""What the pictures of this folder share: size, colours that colour-blind readers tell apart, whole files."""
+
+import io
+
+from mindmerger.runtime.files import write_bytes_atomic
+
+# Okabe and Ito's palette (2008), without yellow, which is faint on white; then four that are far from it and from each
+# other, in dichromatic vision too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+COLOURS += ("#5B2C00", "#B2DF8A", "#332288", "#882255")
+MARKERS = "osD^vP*X"
+HATCHES = ("", "//", "..", "xx")
+LINE_STYLES = ("-", "--", "-.", ":")
+
+
+def new_figure(width: float, height: float, columns: int = 1):
+    """A figure of that many inches and its axes (one, or a list of `columns`), without any global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def colour(i: int) -> str:
+    """The i-th colour; they repeat after twelve."""
+    return COLOURS[i % len(COLOURS)]
+
+
+def hatch(i: int) -> str:
+    """The hatching of the i-th of many bars: it tells apart what has the same colour, or nearly the same in print."""
+    return HATCHES[(i // 4) % len(HATCHES)]
+
+
+def marker(i: int) -> str:
+    """The marker of the i-th of many series: it changes where the colours repeat."""
+    return MARKERS[(i // len(COLOURS)) % len(MARKERS)]
+
+
+def line(i: int) -> dict:
+    """Colour, style and marker of the i-th of several lines: lines that lie on each other stay visible."""
+    return {
+        "color": colour(i),
+        "linestyle": LINE_STYLES[i % len(LINE_STYLES)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "markersize": max(3, 8 - 1.5 * i),
+    }
+
+
+def save_figure(figure, path) -> None:
+    """Writes a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes_atomic(path, buffer.getvalue())

@@ -1,0 +1,281 @@
+"""Results folders: how an interrupted evaluation is continued, and how finished ones are read. Needs no torch.
+
+A finished folder (`results/<save_name>/<task>/`) holds `results.json`, `scores.tsv` and `predictions/<language>.jsonl`.
+An unfinished one holds `.partial/run.json` (what is being evaluated) and `.partial/*.jsonl` (one line per finished
+example, a file per rank). `results.json` is written last, and then `.partial` is removed.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from mindmerger.runtime.command import versions
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import unfollowed, write_json_atomic, write_text_atomic
+from mindmerger.runtime.processes import log, warn
+
+PARTIAL = ".partial"
+
+
+# The entry of an identity that no answer depends on: an unfinished evaluation is scored when it ends.
+SCORER = "version of the scorer"
+# What a line of an unfinished evaluation holds.
+RECORD = {"index": int, "output": str, "generated_tokens": int, "hit_limit": bool, "batch": int, "batch_size": int}
+# What a process that was killed while it wrote can leave beside the whole files.
+LEFTOVERS = (".results.json.*.tmp", ".scores.tsv.*.tmp", "predictions/.*.jsonl.*.tmp", f"{PARTIAL}/.*.tmp")
+
+
+class ResultsError(UserError):
+    """A results folder that cannot be read or compared; the message is one line."""
+
+
+def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> tuple[dict | None, dict[int, dict]]:
+    """Makes a results folder ready for the evaluation that `identity` describes. Call it on rank 0 only.
+
+    Arguments:
+        identity: everything the answers and scores depend on, by the name the user knows it by.
+        number: of examples.
+        overwrite: delete what an earlier evaluation left.
+
+    Returns:
+        the results when this very evaluation is finished already, else None; and the finished records by example index.
+
+    Raises:
+        ResultsError: when the folder holds an evaluation of another identity, naming the first difference, or what it
+            holds cannot be read, or the disk refuses it.
+    """
+    partial, final = folder / PARTIAL, folder / "results.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            # results.json first: without it nothing claims that the rest is complete.
+            final.unlink(missing_ok=True)
+            (folder / "scores.tsv").unlink(missing_ok=True)
+            for part in (folder / "predictions", partial):
+                if part.is_dir():
+                    shutil.rmtree(part)
+        if final.is_file():
+            results = _read_json(final)
+            _require_same(folder, identity, results, "a finished evaluation")
+            _remove_leftovers(folder)
+            shutil.rmtree(partial, ignore_errors=True)  # still there after a kill between results.json and its end
+            return results, {}
+        if partial.is_symlink():  # not ours: what it leads to is not to be written into
+            partial.unlink()
+        partial.mkdir(exist_ok=True)
+        run_file = partial / "run.json"
+        if run_file.is_file():
+            unscored = {name: value for name, value in identity.items() if name != SCORER}
+            _require_same(folder, unscored, _read_json(run_file), "an unfinished evaluation")
+        else:
+            write_json_atomic(run_file, {"identity": identity, "versions": versions()})
+        _remove_leftovers(folder)
+        finished = read_finished(partial)
+        # One clean file replaces the shards, so that new lines never follow a line that a crash cut short.
+        records = sorted(finished.values(), key=lambda record: record["index"])
+        write_text_atomic(partial / "finished.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        for shard in partial.glob("rank*.jsonl"):
+            shard.unlink()
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        raise ResultsError(f"cannot use the results folder {folder}: {what}") from error
+    if finished:
+        log(f"continuing: {len(finished)} of {number} examples are finished")
+    return None, finished
+
+
+def join_results(folder: Path, identity: dict, overwrite: bool) -> dict[int, dict]:
+    """Makes a results folder ready on a rank that does not share rank 0's, after `open_results` there: what this
+    machine finishes stays for a continuation. In rank 0's own folder it changes nothing.
+
+    Args:
+        identity: rank 0's.
+        overwrite: leave out what an earlier evaluation finished.
+
+    Returns:
+        the finished records in the folder, by example index.
+
+    Raises:
+        ResultsError: when the folder cannot be used.
+    """
+    partial = folder / PARTIAL
+    run_file = partial / "run.json"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        same = run_file.is_file() and _read_json(run_file).get("identity") == identity
+        if overwrite or not same:
+            for shard in partial.glob("*.jsonl"):
+                shard.unlink(missing_ok=True)
+        if not same:
+            write_json_atomic(run_file, {"identity": identity, "versions": versions()})
+        return read_finished(partial)
+    except OSError as error:
+        raise ResultsError(f"cannot use the results folder {folder}: {error.strerror or error}") from error
+
+
+def leave_results(folder: Path) -> None:
+    """Removes what `join_results` made, once rank 0 has all answers."""
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    with contextlib.suppress(OSError):  # holds rank 0's results
+        folder.rmdir()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for pattern in LEFTOVERS:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ResultsError(f"{path} cannot be read ({error}): pass --overwrite to start over") from error
+    parts = [content, content.get("identity", {}), content.get("versions", {})] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ResultsError(f"{path} is not what an evaluation writes: pass --overwrite to start over")
+    return content
+
+
+def _require_same(folder: Path, identity: dict, stored: dict, what: str) -> None:
+    before = stored.get("identity", {})
+    for name, now in identity.items():
+        if before.get(name) != now:
+            raise ResultsError(
+                f"{folder} holds {what} with another {name}: {before.get(name)} then, {now} now: pass --overwrite to "
+                "start over, or another --save_name or --results_dir to keep both"
+            )
+    installed = versions()
+    changed = [f"{k} {v}" for k, v in stored.get("versions", {}).items() if installed.get(k) != v]
+    if changed:
+        warn(f"{what} in {folder} was made with {', '.join(changed)}")
+
+
+def read_finished(partial: Path) -> dict[int, dict]:
+    """Finished records by example index, from all files in `partial`, however many ranks wrote them.
+
+    A batch counts when all of its examples are there: what a crash left of one is generated again as a whole, so that
+    a continued run sees the same batches as an uninterrupted one. Lines that are no records are as good as lost.
+    """
+    finished = {}
+    for shard in sorted(partial.glob("*.jsonl")):
+        batches = {}
+        for line in shard.read_bytes().split(b"\n"):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # the empty end of the file, or a line cut short, which its batch then lacks
+            if isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
+                # By index, not as a list: a batch that was written twice is whole all the same.
+                batches.setdefault((record["batch"], record["batch_size"]), {})[record["index"]] = record
+        for (_, size), records in batches.items():
+            if len(records) == size:
+                finished.update(records)
+    return finished
+
+
+def open_shard(folder: Path, rank: int):
+    """Opens the file that takes one rank's finished examples; close it when the rank has generated its share.
+
+    It stays open: a rank that outlives its run then writes on into this very file, which the next run removes, and
+    never into the next run's.
+
+    Raises:
+        ResultsError: when it cannot be opened.
+    """
+    path = folder / PARTIAL / f"rank{rank}.jsonl"
+    try:
+        # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
+        return open(path, "ab", buffering=0, opener=unfollowed)
+    except OSError as error:
+        raise ResultsError(f"cannot write {path} ({error.strerror})") from error
+
+
+def append_records(shard, records: list[dict]) -> None:
+    """Adds one batch's lines to a file of `open_shard` and returns when they are on disk.
+
+    Raises:
+        ResultsError: naming file and bytes when the disk refuses them.
+    """
+    left = data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    try:
+        while left:
+            left = left[shard.write(left) :]
+        os.fsync(shard.fileno())
+    except OSError as error:
+        raise ResultsError(
+            f"cannot write {shard.name} ({len(data)} bytes): {error.strerror or error}; what is finished is kept: the "
+            "same command continues"
+        ) from error
+
+
+def find_results(folder: str) -> str:
+    """The folder itself, or the finished evaluation inside it where it holds exactly one."""
+    inside = [found.parent for found in Path(folder).glob("*/results.json")]
+    return str(inside[0]) if len(inside) == 1 and not (Path(folder) / "results.json").is_file() else folder
+
+
+def read_results(folder: str) -> dict:
+    """The content of a finished evaluation's `results.json`.
+
+    Raises:
+        ResultsError: when there is none, or it cannot be read.
+    """
+    file = Path(folder) / "results.json"
+    if not file.is_file():
+        if not Path(folder).is_dir():
+            raise ResultsError(f"no results folder {folder}")
+        inside = sorted(str(found.parent) for found in Path(folder).glob("**/results.json"))
+        hint = f"it holds {', '.join(inside[:5])}" if inside else "no finished evaluation is in it"
+        raise ResultsError(f"{folder} has no results.json: {hint}")
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        wrong = [name for name in ("task", "form") if not isinstance(results[name], str)]
+        wrong += [f"n of {name}" for name, one in results["languages"].items() if not isinstance(one["n"], int)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is of a wrong type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ResultsError(f"{file} is not the results of an evaluation: {type(error).__name__} {error}") from error
+    return results
+
+
+def read_predictions(folder: str, language: str) -> dict[str, dict]:
+    """One language's predictions by item id.
+
+    Raises:
+        ResultsError: naming file and line, or both numbers where `results.json` counts other than are there.
+    """
+    file = Path(folder) / "predictions" / f"{language}.jsonl"
+    if not file.is_file():
+        raise ResultsError(f"{file} is missing although results.json counts that language")
+    items = {}
+    # Splitting on "\n" alone: outputs may hold characters that splitlines() takes for line ends.
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            item = json.loads(line)
+            if item["correct"] not in (True, False):
+                raise TypeError(f"correct is {item['correct']!r:.40}, not true or false")
+            texts = {name: item[name] for name in ("id", "source", "answer")} | {"question": item.get("question", "")}
+            wrong = [name for name, text in texts.items() if not isinstance(text, str)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is {texts[wrong[0]]!r:.40}, not text")
+            items[item["id"]] = {**texts, "correct": bool(item["correct"])}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ResultsError(f"{file}:{number}: not a prediction ({type(error).__name__} {error})") from error
+    counted = read_results(folder)["languages"].get(language, {"n": len(items)})["n"]
+    if len(items) != counted:
+        raise ResultsError(f"{file} holds {len(items)} predictions but results.json counts {counted}: evaluate again")
+    return items
+
+
+def warn_of_scorers(folders: list[str], results: list[dict]) -> None:
+    """Warns of folders whose answers were scored by another version than the first one's."""
+    identities = [one.get("identity") for one in results]
+    versions = [identity.get(SCORER) if isinstance(identity, dict) else None for identity in identities]
+    for folder, version in zip(folders, versions, strict=True):
+        if version != versions[0]:
+            warn(f"{folders[0]} and {folder} were scored by different versions: evaluate the older one anew")

@@ -1,0 +1,140 @@
+"""The table that one evaluation prints."""
+
+from pathlib import Path
+
+from mindmerger.evaluation.statistics import resampling_note
+from mindmerger.tasks.base import PUBLISHED_ENCODER, PUBLISHED_LLMS, Task
+
+FORM_TITLES = {
+    "soft": "MindMerger-Soft (mapped source and prompt)",
+    "hard": "MindMerger-Hard (mapped source only)",
+    "llm_only": "LLM alone (prompt only)",
+}
+
+
+def form_title(results: dict) -> str:
+    """What was evaluated, in words, from the content of a `results.json`; parallel input says who translated."""
+    title = FORM_TITLES.get(results["form"], results["form"])
+    parallel = results.get("parallel_input")
+    if parallel is None:
+        return title
+    who = "the benchmark's own rows" if parallel["translations"] == "oracle" else "machine translations"
+    return f"LLM alone with parallel input, {parallel['name']}: {who}, {parallel['order']}"
+
+
+def align(rows: list[list[str]], rule_before_last: bool = False) -> str:
+    """Rows of cells as lines of text: first column left, others right, a rule below the first row."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    rule = "-" * len(lines[0])
+    lines.insert(1, rule)
+    if rule_before_last:
+        lines.insert(-1, rule)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def format_results(results: dict) -> str:
+    """The table of one evaluation, from the content of its `results.json`."""
+    languages, mean, published = results["languages"], results["mean"], results["published"]
+    both_scorers = "reference_accuracy" in mean
+    head = ["language", "n", "accuracy", "95 % interval"]
+    rows = [head + ["reference"] * both_scorers + ["published"] * bool(published)]
+    for name, one in [*languages.items(), ("mean", {"n": results["counts"]["examples"], **mean})]:
+        row = [name, str(one["n"]), f"{one['accuracy']:.1f}", "{:.1f} – {:.1f}".format(*one["interval"])]
+        if both_scorers:
+            row.append(f"{one['reference_accuracy']:.1f}")
+        if published:
+            score = published["mean"] if name == "mean" else published["scores"].get(name)
+            row.append("–" if score is None else f"{score:.1f}")
+        rows.append(row)
+    lines = [
+        f"{results['task']}, {form_title(results)}: accuracy in percent",
+        align(rows, rule_before_last=True),
+    ]
+    if both_scorers:
+        lines.append("reference: scored as the released code does (no minus signs, a missing number counts as 0)")
+    if published:
+        lines.append(f"published: {published['label']}" + published["note"])
+    if len(languages) > 1 and "resampling" in results:
+        lines.append(f"interval of the mean: {resampling_note(results['resampling'])}")
+    counts = results["counts"]
+    for key, text in (
+        ("hit_limit", f"answers stopped at the limit of {results['max_new_tokens']} new tokens"),
+        ("cut_sources", "questions were cut for the encoder (--max_seq_len)"),
+        ("cut_prompts", "prompts were cut for the LLM (--max_gen_len)"),
+    ):
+        if counts[key]:
+            lines.append(f"{counts[key]} of {counts['examples']} {text}")
+    if results.get("faulty_rows"):
+        lines.append(f"{len(results['faulty_rows'])} faulty rows were left out (--skip_faulty_rows)")
+    return "\n".join(lines)
+
+
+# What a merge or an adapter leaves in a model folder: then it is no longer the model that its name says.
+CHANGED_MODEL = ("merge.json", "mergekit_config.yml", "adapter_config.json")
+
+
+def is_model(path: str, hub_name: str | None, name: str) -> bool:
+    """Whether a model, as given on the command line, is a certain published one.
+
+    It is by its hub name, by its place in the hub's cache, or by its folder's name. The `_name_or_path` of a config
+    says nothing: it names what a folder was tuned from as often as what it is.
+
+    Arguments:
+        hub_name: `organisation/name`, None for a model that is not on the hub.
+        name: the other name that its folder may have.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return hub_name is not None and path.lower() == hub_name.lower()
+    if any((folder / file).exists() for file in CHANGED_MODEL):
+        return False
+    folder = folder.resolve()
+    cached = [part for part in folder.parts if part.startswith("models--")]
+    if cached:
+        return hub_name is not None and cached[-1].lower() == f"models--{hub_name.replace('/', '--')}".lower()
+
+    def letters(text):
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    names = [name] if hub_name is None else [name, hub_name.split("/")[-1]]
+    return letters(folder.name) in map(letters, names)
+
+
+def published_scores(task: Task, form: str, llm_path: str, mt_path: str | None, rows: dict[str, int]) -> dict | None:
+    """The published row that belongs beside a run: of the same form, the same LLM and the same encoder.
+
+    Arguments:
+        rows: language to its number of rows in the run.
+
+    Returns:
+        label, note (what the mean covers, and whether the rows are others), scores by language, mean; None where there
+        is no such row: the Hard form has none, nor has an average alone a place beside fewer languages than it covers.
+    """
+    if form == "hard" or (form == "soft" and not is_model(mt_path, PUBLISHED_ENCODER, "mt5-xl")):
+        return None
+    llms = [name for name, hub_name in PUBLISHED_LLMS.items() if is_model(llm_path, hub_name, name)]
+    same_form = [label for label in task.published if ("MindMerger" in label) == (form == "soft")]
+    found = [label for label in same_form if any(name in label for name in llms)]
+    if not found:
+        return None
+    label = found[0]
+    scores = {name: score for name, score in task.published[label].items() if name != "avg"}
+    mean, notes = task.published[label]["avg"], []
+    if not scores:
+        if len(rows) < len(task.evaluation_languages):
+            return None
+        notes.append("of which the average alone is published")
+    elif set(scores) != set(rows):
+        shown = [scores[name] for name in rows if name in scores]
+        if not shown:
+            return None
+        mean = sum(shown) / len(shown)
+        notes.append("mean over the languages of this table")
+    if task.published_rows is not None and set(rows.values()) != {task.published_rows}:
+        here = sorted({min(rows.values()), max(rows.values())})
+        notes.append(f"on other items: {task.published_rows} rows of each language, here {' to '.join(map(str, here))}")
+    return {"label": label, "note": "".join(f"; {note}" for note in notes), "scores": scores, "mean": mean}

@@ -1,0 +1,1 @@
+"""Texts in, texts out; one engine, one file."""

@@ -1,0 +1,266 @@
+"""The one way from texts to texts: batches of prompts in, greedy answers out, by transformers or by vLLM.
+
+`answer` is the form for use from Python; an evaluation uses the steps below it, batch by batch.
+"""
+
+import argparse
+import contextlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.processes import is_main, is_out_of_memory
+
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_MAX_LEN = 512  # tokens, of the encoder's input and of the prompt
+
+
+def tokenise_form(tokenizers, examples: list, form: str, max_seq_len: int, max_gen_len: int) -> dict:
+    """The columns of the ids that this form reads, and which of them were cut."""
+    from mindmerger.data.tokenising import tokenise
+
+    kept = {"soft": ("encoder", "prompt"), "hard": ("encoder",), "llm_only": ("prompt",)}[form]
+    columns = tokenise(
+        tokenizers,
+        examples,
+        max_seq_len=max_seq_len,
+        max_gen_len=max_gen_len,
+        with_source="encoder" in kept,
+        with_prompt="prompt" in kept,
+        with_target=False,
+    )
+    cut_of = {"encoder": "source_cut", "prompt": "prompt_cut"}
+    return {name: columns[name] for part in kept for name in (f"{part}_ids", cut_of[part])}
+
+
+def check_tokens(tokenizers, columns: dict, encoder: tuple, llm: tuple) -> None:
+    """Refuses tokens that a model has no embedding for; `encoder` and `llm` are (path, rows of the embedding table)."""
+    from mindmerger.data.tokenising import check_rows
+
+    for tokenizer, model, name in ((tokenizers.encoder, encoder, "encoder_ids"), (tokenizers.llm, llm, "prompt_ids")):
+        check_rows(tokenizer, model[0], (one for ids in columns.get(name, ()) for one in ids), model[1])
+    if tokenizers.bos_id is not None:
+        check_rows(tokenizers.llm, llm[0], [tokenizers.bos_id], llm[1])
+
+
+def input_lengths(columns: dict) -> list[int]:
+    """Encoder plus prompt tokens of each example, as far as the form has them."""
+    parts = [columns[name] for name in ("encoder_ids", "prompt_ids") if name in columns]
+    return [sum(len(ids) for ids in row) for row in zip(*parts, strict=True)]
+
+
+@dataclass
+class Generation:
+    """One answer: its text, its tokens including the end token, and whether it ran into the limit instead."""
+
+    output: str
+    generated_tokens: int
+    hit_limit: bool
+
+
+def cut_batches(
+    indices: list[int], lengths: list[int], batch_size: int | None, token_budget: int | None = None, new_tokens: int = 0
+) -> list[list[int]]:
+    """Batches of similar length, longest first, so that running out of memory shows at the start.
+
+    Taking whole batches out of `indices` leaves the other batches as they were: a continued run relies on it.
+
+    Args:
+        lengths: positions of every example's input, by its number.
+        batch_size: most examples of a batch; None for any number.
+        token_budget: most positions of a batch, padding and `new_tokens` for each row included; a longer row stands
+            alone.
+    """
+    order = sorted(indices, key=lambda i: (-lengths[i], i))
+    batches, start = [], 0
+    while start < len(order):
+        rows = batch_size or len(order)
+        if token_budget is not None:
+            rows = min(rows, max(1, token_budget // (lengths[order[start]] + new_tokens)))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def cut_evaluation(remaining: list[int], plan, args: argparse.Namespace) -> list[list[int]]:
+    """The batches that the flags ask for; BOS and boundary count as positions."""
+    rows = args.eval_batch_size or (None if args.eval_max_tokens else DEFAULT_BATCH_SIZE)
+    lengths = [length + 2 for length in input_lengths(plan.columns)]
+    return cut_batches(remaining, lengths, rows, args.eval_max_tokens, plan.max_new_tokens)
+
+
+def batch_inputs(model, tokenizers, columns: dict, batch: list[int]) -> dict:
+    """What the model is given for the examples numbered `batch`."""
+    from mindmerger.data.batches import collate
+
+    rows = [{name: columns[name][i] for name in ("encoder_ids", "prompt_ids") if name in columns} for i in batch]
+    tensors = collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
+    names = ("encoder_input_ids", "encoder_attention_mask", "prompt_ids", "prompt_mask")
+    inputs = {name: tensors[name] for name in names if tensors.get(name) is not None}
+    # Masks stay on the CPU, where packing is planned.
+    return {name: value.to(model.device) if name.endswith("_ids") else value for name, value in inputs.items()}
+
+
+@contextlib.contextmanager
+def out_of_memory_named(inputs: dict, max_new_tokens: int):
+    """Turns running out of GPU memory into an error that names the batch's size and what to lower."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        sizes = {name: value.shape for name, value in inputs.items() if name.endswith("_ids")}
+        rows = next(iter(sizes.values()))[0]
+        tokens = ", ".join(f"{shape[1]} {name}" for name, shape in sizes.items())
+        raise UserError(
+            f"out of GPU memory on a batch of {rows} examples ({tokens}, up to {max_new_tokens} new tokens): "
+            "lower --eval_max_tokens, --eval_batch_size (it continues where this run stopped), --max_new_tokens or "
+            "--max_gen_len"
+        ) from error
+
+
+def to_generation(model, tokenizers, ids: list[int]) -> Generation:
+    """New ids, up to the first end token where there is one, as an answer."""
+    end = next((i for i, token in enumerate(ids) if token in model.eos_token_ids), None)
+    text = tokenizers.llm.decode(ids[:end], skip_special_tokens=True)
+    return Generation(text, len(ids) if end is None else end + 1, end is None)
+
+
+def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_tokens: int) -> list[Generation]:
+    """Greedy answers to the examples numbered `batch`, in that order.
+
+    Raises:
+        UserError: out of GPU memory, naming what to lower.
+    """
+    inputs = batch_inputs(model, tokenizers, columns, batch)
+    with out_of_memory_named(inputs, max_new_tokens):
+        ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    return [to_generation(model, tokenizers, ids) for ids in ids_BT.tolist()]
+
+
+def merge_batch(model, plan, batch: list[int]) -> list:
+    """The merged embeddings (L, D) of each example numbered `batch`, without padding, on the CPU.
+
+    Raises:
+        UserError: out of GPU memory, or for embeddings that are not numbers.
+    """
+    inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
+    with out_of_memory_named(inputs, plan.max_new_tokens):
+        embeds_BLD, mask_BL = model.merged_embeddings(**inputs)
+        embeds_BLD = embeds_BLD.cpu()
+    lengths = mask_BL.sum(1).tolist()
+    rows = [row_LD[-length:] for row_LD, length in zip(embeds_BLD, lengths, strict=True)]
+    if not all(row_LD.isfinite().all() for row_LD in rows):
+        raise model.not_finite()
+    return rows
+
+
+def answer_batches(model, engine, plan, batches: list[list[int]]):
+    """Yields (batches, answers to all their examples in order): one batch by transformers, a chunk of them by vLLM."""
+    if engine is None:
+        for batch in batches:
+            yield [batch], generate_batch(model, plan.tokenizers, plan.columns, batch, plan.max_new_tokens)
+        return
+    from mindmerger.generation import vllm_engine
+
+    for chunk in vllm_engine.chunks(batches):
+        rows = [row for batch in chunk for row in merge_batch(model, plan, batch)]
+        answers = vllm_engine.decode(engine, rows, model.eos_token_ids, plan.max_new_tokens)
+        yield chunk, [to_generation(model, plan.tokenizers, ids) for ids in answers]
+
+
+def load_model(plan, device, input_side_only: bool = False):
+    """Both towers and the mapping on this rank's device, if asked for without the LLM's layers."""
+    import torch
+
+    from mindmerger.generation.vllm_engine import keep_input_side
+    from mindmerger.model.mindmerger import MindMerger
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
+    try:
+        model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation)
+        if plan.checkpoint is not None and is_main():  # `evaluate` gives it to the other ranks
+            model.load_mapping(plan.checkpoint)
+        if input_side_only:
+            keep_input_side(model)
+        return model.to(device).eval()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory while placing the models on {device}: use a larger GPU or --precision bf16"
+        ) from error
+
+
+def start_engine(plan):
+    """What decodes where that is not the model itself. Call it when the model has its place on the GPU."""
+    if plan.engine == "hf":
+        return None
+    from mindmerger.generation import vllm_engine
+
+    longest = max(input_lengths(plan.columns)) + 2 + plan.max_new_tokens
+    return vllm_engine.start(plan.llm_path, plan.precision, longest)
+
+
+def answer(
+    model,
+    texts: list[str],
+    task: str = "math",
+    languages: list[str] | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 8,
+    augmentation: bool = True,
+) -> list[str]:
+    """Answers texts in any language: strings in, strings out, in the same order.
+
+    Arguments:
+        model: a `MindMerger`; one built without an encoder answers as the LLM alone.
+        texts: questions (math), or what the task's prompt looks like (x-csqa, xnli).
+        task: whose prompt is put around the texts.
+        languages: of each text, by name or code; one string for all alike; None only where the encoder's tokenizer
+            takes no source language.
+        max_new_tokens: default the task's.
+        batch_size: texts generated at once.
+        augmentation: True for the Soft form, False for Hard.
+
+    Raises:
+        UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer, logits
+            that are not numbers.
+    """
+    from mindmerger.tasks import find_task
+    from mindmerger.tasks.base import Example
+    from mindmerger.tasks.languages import find_language
+
+    if isinstance(texts, str):
+        raise UserError("answer() takes a list of texts, got one string: put it in a list")
+    if not texts:
+        return []
+    task = find_task(task)
+    languages = [languages] * len(texts) if languages is None or isinstance(languages, str) else languages
+    if len(languages) != len(texts):
+        raise UserError(f"answer() needs one language for each text: {len(texts)} texts, {len(languages)} languages")
+    tokenizers = _cached_tokenizers(model.config.mt_path if model.encoder is not None else None, model.config.llm_path)
+    if None in languages and hasattr(tokenizers.encoder, "src_lang"):
+        raise UserError(f"answer() needs the texts' languages: encoder {model.config.mt_path} reads a language tag")
+    names = ["English" if language is None else find_language(language).name for language in languages]
+    examples = []
+    for i, (text, name) in enumerate(zip(texts, names, strict=True)):
+        prompt, cut = task.format_query(text)
+        examples.append(Example(str(i), name, text, prompt, "", cut))
+    form = "llm_only" if model.encoder is None else "soft" if augmentation else "hard"
+    columns = tokenise_form(tokenizers, examples, form, DEFAULT_MAX_LEN, DEFAULT_MAX_LEN)
+    rows = [tower and tower.get_input_embeddings().num_embeddings for tower in (model.encoder, model.llm)]
+    check_tokens(tokenizers, columns, (model.config.mt_path, rows[0]), (model.config.llm_path, rows[1]))
+    outputs = [""] * len(texts)
+    for batch in cut_batches(list(range(len(texts))), input_lengths(columns), batch_size):
+        answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)
+        for i, one in zip(batch, answers, strict=True):
+            outputs[i] = one.output
+    return outputs
+
+
+@lru_cache(maxsize=4)
+def _cached_tokenizers(mt_path: str | None, llm_path: str):
+    from mindmerger.data.tokenising import load_tokenizers
+
+    return load_tokenizers(mt_path, llm_path)

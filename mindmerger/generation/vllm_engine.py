@@ -1,0 +1,123 @@
+"""vLLM in the place of transformers' `generate` (`run_evaluation.py --engine vllm`).
+
+Our own code merges the embeddings and vLLM takes them as a prompt, so the method stays in one place. On our side only
+the encoder, the mapping and the LLM's input embedding go to the GPU; the layers of the LLM are there once, vLLM's.
+
+Written against the source of vLLM 0.33: `LLM(enable_prompt_embeds=True)`, prompts `{"prompt_embeds": (L, D)}`. It goes
+on from where `get_input_embeddings()` ends in transformers: Gemma's scale is part of what we hand over, the factor of
+Granite and the projection of OPT follow in both.
+"""
+
+import os
+from importlib import metadata
+
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.processes import world_size
+
+WRITTEN_FOR = "0.33.0"
+DEVICES = ("cuda",)  # the published wheels are CUDA builds
+CHUNK_ROWS = 512  # enough for vLLM to keep the GPU busy, little enough that a killed run loses minutes at most
+# vLLM's usual share of a GPU, here of what the encoder leaves free: the rest is for the encoder's activations.
+MEMORY_SHARE = 0.9
+
+
+def check_vllm(device_type: str) -> str:
+    """Returns the installed version of vLLM.
+
+    Raises:
+        UserError: when this run cannot use it: several processes, no GPU, or no such package.
+    """
+    if world_size() > 1:
+        raise UserError(
+            f"--engine vllm runs in one process, this run has {world_size()}: start it with python, or leave --engine "
+            "vllm out"
+        )
+    if device_type not in DEVICES:
+        raise UserError(f"--engine vllm needs an NVIDIA GPU, this run is on {device_type}: leave --engine vllm out")
+    try:
+        return metadata.version("vllm")
+    except metadata.PackageNotFoundError as error:
+        raise UserError(
+            f'--engine vllm needs the package vllm: pip install "vllm>={WRITTEN_FOR}" in an environment of its own '
+            f"(this program was written against vLLM {WRITTEN_FOR}, which pins torch), or leave --engine vllm out"
+        ) from error
+
+
+def keep_input_side(model) -> None:
+    """Lets go of all of a MindMerger's LLM but its input embedding, before the model is moved to the GPU."""
+    from torch import nn
+
+    class InputSide(nn.Module):
+        """An LLM of which only the input embedding is left."""
+
+        def __init__(self, embedding: nn.Module):
+            super().__init__()
+            self.embedding = embedding
+
+        def get_input_embeddings(self) -> nn.Module:
+            """As the models of transformers have it."""
+            return self.embedding
+
+    model.llm = InputSide(model.llm.get_input_embeddings())
+
+
+def start(llm_path: str, precision: str, longest: int):
+    """A `vllm.LLM` in this process, on what the GPU has left.
+
+    Arguments:
+        precision: bf16 or fp32, of weights, activations and the handed embeddings.
+        longest: most positions of a sequence, new tokens included.
+
+    Raises:
+        UserError: with what vLLM says when it cannot load or place the model.
+    """
+    # In this process there is one owner of the GPU, and nothing stays behind when it ends.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # an evaluation sends nothing anywhere
+    import torch
+
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    try:
+        import vllm
+
+        return vllm.LLM(
+            model=llm_path,
+            skip_tokenizer_init=True,
+            dtype={"bf16": "bfloat16", "fp32": "float32"}[precision],
+            max_model_len=longest,
+            gpu_memory_utilization=MEMORY_SHARE * free / total,
+            enable_prompt_embeds=True,
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:400] or type(error).__name__
+        raise UserError(f"vLLM cannot run {llm_path}: {said}; --engine hf does without it") from error
+
+
+def decode(engine, rows: list, eos_token_ids: list[int], max_new_tokens: int) -> list[list[int]]:
+    """Greedy new ids, the end token included, after each of the given embeddings (L, D) on the CPU."""
+    from vllm import SamplingParams
+
+    # ignore_eos: else vLLM would add the end tokens of files that we do not read them from.
+    greedy = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_new_tokens,
+        stop_token_ids=eos_token_ids,
+        ignore_eos=True,
+        detokenize=False,
+    )
+    outputs = engine.generate([{"prompt_embeds": row} for row in rows], greedy, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def chunks(batches: list[list[int]]) -> list[list[list[int]]]:
+    """Groups of successive batches, each of at least `CHUNK_ROWS` rows but the last."""
+    groups, rows = [], CHUNK_ROWS
+    for batch in batches:
+        if rows >= CHUNK_ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(batch)
+        rows += len(batch)
+    return groups

@@ -1,0 +1,1 @@
+"""Folders and hub names of models, looked at before a weight is read."""

@@ -1,0 +1,1 @@
+"""The two frozen towers, the bridge between them, and what the whole computes."""

@@ -1,0 +1,65 @@
+"""The loss: logits at the positions that predict a target token, and their summed cross-entropy.
+
+Dimension letters: B batch, L merged length, M target tokens of the whole batch, D LLM width, V vocabulary.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@contextmanager
+def head_on_positions(head: nn.Module, flat_M: torch.Tensor):
+    """Within it, the LLM's output head sees hidden states of the given flat positions only, as (1, M, D).
+
+    Going through the head's own call leaves what a model does to its logits afterwards (Gemma 2's soft cap, Cohere's
+    and Granite's scales) and ZeRO-3's gathering as they are, while the (B, L, V) logits never exist.
+    """
+    calls = []
+
+    def select(_, inputs):
+        calls.append(1)
+        return (inputs[0].flatten(0, 1).index_select(0, flat_M).unsqueeze(0), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise RuntimeError(f"the LLM's output head was called {len(calls)} times in one forward pass, expected once")
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of logits (M, V) against labels (M,), in fp32 whatever the logits' dtype.
+
+    Like `F.cross_entropy(logits.float(), labels, reduction="sum")`, but fp32 copies exist for a few rows at a time:
+    at 256,000 tokens of vocabulary the copies that autograd keeps would outgrow the rest of the step.
+    """
+
+    CHUNK = 2**23  # elements, 32 MB in fp32: enough to keep a GPU busy
+
+    @classmethod
+    def chunks(cls, logits_MV: torch.Tensor, *others: torch.Tensor):
+        """Slices of all the tensors, for as many rows as a chunk may have."""
+        rows = max(1, cls.CHUNK // logits_MV.shape[1])
+        return zip(*(tensor.split(rows) for tensor in (logits_MV, *others)), strict=True)
+
+    @staticmethod
+    def forward(ctx, logits_MV, labels_M):
+        ctx.save_for_backward(logits_MV, labels_M)
+        chunks = ChunkedCrossEntropy.chunks(logits_MV, labels_M)
+        losses = [F.cross_entropy(logits.float(), labels, reduction="sum") for logits, labels in chunks]
+        return torch.stack(losses).sum()  # without rows there is one empty chunk, of loss 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits_MV, labels_M = ctx.saved_tensors
+        grad_MV = torch.empty_like(logits_MV)
+        for logits, labels, out in ChunkedCrossEntropy.chunks(logits_MV, labels_M, grad_MV):
+            probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
+            probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
+            out.copy_(probabilities.mul_(grad))
+        return grad_MV, None

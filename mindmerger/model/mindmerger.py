@@ -1,0 +1,356 @@
+"""MindMerger: a frozen multilingual encoder whose states a small trained mapping turns into input of a frozen LLM.
+
+The method is that of Huang et al., "MindMerger: Efficiently Boosting LLM Reasoning in non-English Languages"
+(NeurIPS 2024, arXiv 2405.17386), section 3. This module knows no task and no file.
+
+Dimension letters, used as suffixes: B batch, S encoder tokens, P prompt tokens, T target tokens, L merged length,
+M target tokens of the whole batch, E encoder width, D LLM width.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from mindmerger.bridges.mapping import Mapping
+from mindmerger.hub.model_files import ModelError, end_token_ids, special_token_ids, strip_slash
+from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
+from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
+from mindmerger.model.mapping_files import (
+    CONFIG_FILE,
+    MAPPING_FILE,
+    MindMergerConfig,
+    _model_card,
+    check_mapping,
+    read_config,
+)
+from mindmerger.model.packing import plan_packing, take_rows
+from mindmerger.model.towers import CHECK_WEIGHTS, _is_decoder_only, _pad_token_id, load_encoder, load_llm
+from mindmerger.runtime.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+
+
+@dataclass
+class MindMergerOutput(ModelOutput):
+    """`loss`: mean next-token cross-entropy over target tokens; `loss_sum`: its sum; `target_tokens`: their number."""
+
+    loss: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+    target_tokens: torch.Tensor | None = None
+
+
+class MindMerger(nn.Module):
+    """Frozen encoder, trained mapping, frozen LLM.
+
+    Build it with `from_models` (fresh mapping) or `from_pretrained` (saved one). The towers are always frozen and in
+    eval mode, so `train()` changes nothing in them; only `mapping` has trainable parameters, in fp32.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module | None,
+        llm: nn.Module,
+        config: MindMergerConfig,
+        bos_token_id: int | None,
+        tokenizer_eos: int | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.llm = llm
+        for tower in (encoder, llm):
+            if tower is not None:
+                tower.requires_grad_(False)
+        assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen part is trainable"
+        self.mapping = Mapping(config.encoder_width, config.llm_width) if encoder is not None else None
+        self.bos_token_id = bos_token_id
+        configured = [llm.generation_config.eos_token_id, llm.config.get_text_config().eos_token_id]
+        self.eos_token_ids = end_token_ids(config.llm_path, configured, tokenizer_eos)
+        self.pad_token_id = _pad_token_id(llm, self.eos_token_ids)
+        # Whatever sampling settings the LLM's folder ships, decoding here is plain greedy.
+        llm.generation_config = GenerationConfig(
+            bos_token_id=bos_token_id, eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id
+        )
+        self.train(False)
+
+    # -- building, loading, saving
+
+    @classmethod
+    def from_models(
+        cls,
+        mt_path: str | None,
+        llm_path: str,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+    ) -> "MindMerger":
+        """Loads both frozen towers from folders or hub names and puts a fresh fp32 mapping between them.
+
+        Arguments:
+            mt_path: the multilingual encoder; of an encoder-decoder only the encoder half is loaded. None gives the
+                LLM alone, for evaluation.
+            llm_path: any causal language model.
+            dtype: of the towers; "auto" is what their files hold.
+            attn_implementation: handed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...).
+
+        Raises:
+            ModelError: for a missing or unusable folder, or weights that leave parameters unset.
+        """
+        llm = load_llm(llm_path, dtype, attn_implementation)
+        encoder = load_encoder(mt_path, dtype, attn_implementation) if mt_path is not None else None
+        return cls.from_towers(encoder, llm, mt_path, llm_path)
+
+    @classmethod
+    def from_towers(cls, encoder: nn.Module | None, llm: nn.Module, mt_path: str | None, llm_path: str) -> "MindMerger":
+        """Puts a fresh mapping between two loaded towers; the paths are what `config.json` will record."""
+        config = MindMergerConfig(
+            mt_path=strip_slash(mt_path),
+            llm_path=strip_slash(llm_path),
+            encoder_width=encoder.config.hidden_size if encoder is not None else None,
+            llm_width=llm.get_input_embeddings().embedding_dim,
+        )
+        return cls(encoder, llm, config, *special_token_ids(llm_path, llm.config))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str,
+        mt_path: str | None = None,
+        llm_path: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+    ) -> "MindMerger":
+        """Rebuilds what `save_pretrained` wrote; the paths override those in its `config.json`.
+
+        Raises:
+            ModelError: when the folder has no readable `config.json`, or a part of it does not fit the other.
+        """
+        config = read_config(folder)
+        if config is None:
+            raise ModelError(
+                f"{folder} has no {CONFIG_FILE}: use from_models and load_mapping, naming both base models"
+            )
+        model = cls.from_models(mt_path or config.mt_path, llm_path or config.llm_path, dtype, attn_implementation)
+        model.load_mapping(folder)
+        model.config.stage, model.config.task, model.config.augmentation = (
+            config.stage,
+            config.task,
+            config.augmentation,
+        )
+        return model
+
+    def load_mapping(self, path: str) -> None:
+        """Fills the mapping from a saved folder, a `.safetensors` file or a released `pytorch_model.bin`.
+
+        Every parameter must be there with the right shape and none besides.
+
+        Raises:
+            ModelError: naming the file and what does not fit.
+        """
+        state = check_mapping(path, self.config)
+        self.mapping.load_state_dict(state, strict=True)
+
+    def save_pretrained(self, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes `mapping.safetensors`, `config.json` and a model card `README.md`, each file whole or not at all.
+
+        Arguments:
+            folder: created when missing.
+            state: the mapping's parameters when they live elsewhere (sharded by ZeRO-3); default the module's own.
+        """
+        folder = Path(folder)
+        state = self.mapping.state_dict() if state is None else state
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        write_bytes_atomic(folder / MAPPING_FILE, save(tensors, metadata={"format": "pt"}))
+        write_json_atomic(folder / CONFIG_FILE, dataclasses.asdict(self.config))
+        write_text_atomic(folder / "README.md", _model_card(self.config, tensors))
+
+    # -- running
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM's parameters are."""
+        return next(self.llm.parameters()).device
+
+    def train(self, mode: bool = True) -> "MindMerger":
+        """Sets the mapping's mode; the frozen towers stay in eval mode (no dropout) whatever is asked."""
+        super().train(mode)
+        for tower in (self.encoder, self.llm):
+            if tower is not None:
+                tower.eval()
+        return self
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recomputes the LLM's layers in the backward pass: less memory, about a third more arithmetic.
+
+        transformers' own switch acts in train mode only, which frozen towers never are in.
+        """
+        for layer in self.llm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(_checkpointed, layer.forward)
+
+    def forward(
+        self,
+        encoder_input_ids: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
+        target_ids: torch.Tensor,
+        target_mask: torch.Tensor,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+    ) -> MindMergerOutput:
+        """Next-token loss on the target tokens of `<bos> mapped-source boundary [prompt] target` (paper, section 3.2).
+
+        Arguments:
+            encoder_input_ids, encoder_attention_mask: (B, S), any padding side.
+            target_ids, target_mask: (B, T), ending in EOS where they should.
+            prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
+            Masks may stay on the CPU while ids are on the model's device: packing then costs no synchronisation.
+        """
+        embeds, masks = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        embeds.append(self.llm.get_input_embeddings()(target_ids))
+        masks.append(target_mask)
+        plan = plan_packing(masks, "right", target_segment=len(masks) - 1)
+        embeds_BLD = take_rows(torch.cat(embeds, dim=1), plan.source_BL)
+        predictor_M = plan.predictor_M.to(embeds_BLD.device, non_blocking=True)
+        token_M = torch.nonzero(target_mask.flatten()).squeeze(1).to(target_ids.device, non_blocking=True)
+        labels_M = target_ids.flatten().index_select(0, token_M)
+        with head_on_positions(self.llm.get_output_embeddings(), predictor_M):
+            # Causal attention on right-padded rows never looks at padding: no mask, so the fused kernels apply.
+            logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False).logits[0]
+        loss_sum = ChunkedCrossEntropy.apply(logits_MV, labels_M)
+        tokens = loss_sum.new_tensor(labels_M.numel())
+        return MindMergerOutput(loss=loss_sum / tokens, loss_sum=loss_sum, target_tokens=tokens)
+
+    @torch.no_grad()
+    def merged_embeddings(
+        self,
+        encoder_input_ids: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the LLM reads before it answers: `<bos> mapped-source boundary [prompt]`, or `<bos> prompt` without
+        `encoder_input_ids`. Uses no part of the LLM but its input embedding.
+
+        Returns:
+            the left-padded embeddings (B, L, D), and their mask (B, L) on the masks' device.
+
+        Raises:
+            ModelError: when neither an encoder input nor a prompt is given.
+        """
+        if encoder_input_ids is None and prompt_ids is None:
+            raise ModelError("generation needs encoder_input_ids, prompt_ids, or both")
+        embeds, masks = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        plan = plan_packing(masks, "left")
+        return take_rows(torch.cat(embeds, dim=1), plan.source_BL), plan.mask_BL
+
+    @torch.no_grad()
+    def generate(
+        self,
+        encoder_input_ids: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 512,
+        **generation_kwargs,
+    ) -> torch.Tensor:
+        """Greedy decoding after `<bos> mapped-source boundary [prompt]`; new ids only, (B, at most max_new_tokens).
+
+        Without `encoder_input_ids` it is the LLM alone: `<bos> prompt`. Rows that end early are filled with the LLM's
+        pad id. Further arguments go to transformers' `generate`; sampling is refused.
+
+        Raises:
+            ModelError: when neither an encoder input nor a prompt is given, sampling is asked for, or the LLM's logits
+                are not numbers.
+        """
+        if generation_kwargs.get("do_sample"):
+            raise ModelError("generate() is greedy: do_sample=True is not available")
+        watch = FiniteLogits()
+        for name, own in (("logits_processor", watch.note), ("stopping_criteria", watch.stop)):
+            generation_kwargs[name] = [own, *generation_kwargs.get(name, ())]
+        embeds_BLD, mask_BL = self.merged_embeddings(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        if not generation_kwargs.keys() & {"past_key_values", "cache_implementation", "use_cache"}:
+            generation_kwargs |= growing_cache(self.llm)
+        with contiguous_input(self.llm.get_output_embeddings()), decoding_attention(self.llm):
+            ids = self.llm.generate(
+                inputs_embeds=embeds_BLD,
+                attention_mask=mask_BL.to(embeds_BLD.device),
+                **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation_kwargs},
+            )
+        if watch.found():
+            raise self.not_finite()
+        return ids
+
+    def bad_weight(self) -> str | None:
+        """The name of the first weight that is not finite, found by reading them all, with its model."""
+        whole = {"encoder": f"encoder {self.config.mt_path}", "llm": f"LLM {self.config.llm_path}"}
+        for name, parameter in self.named_parameters():
+            # isfinite does not know the 8-bit floats
+            values = parameter.float() if parameter.element_size() == 1 else parameter
+            if not torch.isfinite(values).all():
+                part = name.partition(".")[0]
+                return f"{name} of the {whole.get(part, part)}"
+        return None
+
+    def not_finite(self) -> ModelError:
+        """The error to raise where numbers are not finite; it reads all weights to name the first that is not."""
+        weight = self.bad_weight()
+        if weight is not None:
+            return ModelError(f"{weight} has values that are NaN or infinite: {CHECK_WEIGHTS}")
+        return ModelError(
+            f"LLM {self.config.llm_path} computes logits that are NaN or infinite although all weights are finite: use "
+            "--precision fp32, and check that encoder, mapping and LLM belong together"
+        )
+
+    def _segments(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
+        """Embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order."""
+        embeds, masks = [], []
+        embed = self.llm.get_input_embeddings()
+        some_ids = encoder_input_ids if encoder_input_ids is not None else prompt_ids
+        some_mask = encoder_attention_mask if encoder_input_ids is not None else prompt_mask
+        rows = some_ids.shape[0]
+        one_B1 = torch.ones(rows, 1, dtype=torch.long, device=some_mask.device)
+        if self.bos_token_id is not None:
+            embeds.append(embed(some_ids.new_full((rows, 1), self.bos_token_id)))
+            masks.append(one_B1)
+        if encoder_input_ids is not None:
+            states_BSE, states_mask_BS = self.encode(encoder_input_ids, encoder_attention_mask)
+            mapped_BSD, boundary_11D = self.mapping(states_BSE)
+            dtype = next(self.llm.parameters()).dtype
+            embeds += [mapped_BSD.to(dtype), boundary_11D.to(dtype).expand(rows, 1, -1)]
+            masks += [states_mask_BS, one_B1]
+        if prompt_ids is not None:
+            embeds.append(embed(prompt_ids))
+            masks.append(prompt_mask)
+        return embeds, masks
+
+    def encode(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frozen encoder's last states (B, S', E) and their mask (B, S'), packed to the right-padded form.
+
+        Encoders with absolute positions give other states under left padding, so every input is packed first.
+        """
+        plan = plan_packing([mask_BS], "right")
+        packed_BS = take_rows(ids_BS, plan.source_BL)
+        mask_BS = plan.mask_BL.to(ids_BS.device, non_blocking=True)
+        pad = self.encoder.config.pad_token_id
+        if pad is not None:
+            packed_BS = packed_BS.masked_fill(mask_BS == 0, pad)
+        extra = (
+            {}
+            if self.encoder.config.is_encoder_decoder or not _is_decoder_only(self.encoder.config)
+            else {"use_cache": False}
+        )
+        with torch.no_grad():
+            states_BSE = self.encoder(input_ids=packed_BS, attention_mask=mask_BS, **extra).last_hidden_state
+        return states_BSE, plan.mask_BL
+
+
+def _checkpointed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,1 @@
+"""Processes, signals, files, messages and errors; knows no model and no data."""

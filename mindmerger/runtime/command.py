@@ -1,0 +1,127 @@
+"""What every command line shares: its parser, its exit codes, and the versions that a result records."""
+
+import argparse
+import os
+import sys
+import unicodedata
+from importlib import metadata
+from pathlib import Path
+
+from mindmerger.runtime.errors import ReportedError, StartError, UserError
+from mindmerger.runtime.messages import _lost_output, say_error, steady_streams
+from mindmerger.runtime.processes import (
+    LOG_INTERVAL_S,
+    _exit_watched,
+    _fail,
+    _fail_by_fault,
+    _group_is_up,
+    is_main,
+    is_watched,
+    leave_together,
+    stay_alone,
+)
+
+__version__ = "0.1.0"
+
+
+class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds its default to a flag's help, where there is one."""
+
+    def _get_help_string(self, action):
+        # A switch is off and a list is empty unless given: nothing to say. (0 equals False, but is a default.)
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s: one line, printed by rank 0 alone, no usage text."""
+
+    def error(self, message: str):
+        """Raises the error."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parse_bool(text: str) -> bool:
+    """Reads a flag's True/False given as text.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything that is neither.
+    """
+    lowered = text.strip().lower()
+    if lowered in ("true", "yes", "1"):
+        return True
+    if lowered in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def check_save_name(name: str) -> None:
+    """Makes sure that --save_name names a folder inside the outputs.
+
+    Raises:
+        UserError: for a name that is empty, leaves the folder, or has characters that no terminal shows.
+    """
+    if not os.path.normpath(name).strip(". \t"):
+        raise UserError(f"--save_name {name!r} names no folder: give the run a name")
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise UserError(f"--save_name {name!r} leaves the outputs: give a plain name, the folder has a flag of its own")
+    if any(unicodedata.category(c) == "Cc" for c in name):
+        raise UserError(f"--save_name {name!r} has control characters: leave them out")
+
+
+def check_seed(seed: int) -> None:
+    """Makes sure that the random generators take a seed.
+
+    Raises:
+        UserError: for a negative one, and one of more than 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed must be at least 0 and below 2^64, not {seed}")
+
+
+def run_main(main, alone: bool = False) -> None:
+    """Runs a command's `main()` and leaves the process with its exit code.
+
+    A `UserError` becomes one line on standard error and exit code 2 on every rank. An error that all ranks share
+    (found by `together`, or before the ranks have met, when every rank reads the same arguments) is printed by rank 0
+    alone; one that a single rank has met ends the others too, and rank 0 prints it. Anything else is a fault of ours:
+    it keeps its traceback and ends the other ranks with exit code 1.
+
+    Args:
+        alone: the command never joins a process group, so each of its processes prints.
+    """
+    stay_alone(alone)
+    steady_streams()
+    # Before torch and tqdm load. Warnings of torch's C++ part concern sockets that are tried again.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", str(LOG_INTERVAL_S))
+    try:
+        code = main() or 0
+        code = _lost_output() or code
+    except UserError as error:
+        if is_watched() and not isinstance(error, ReportedError):
+            _fail(str(error), 2)
+        if is_main() or isinstance(error, StartError):
+            say_error(str(error))
+        code = 2
+    except KeyboardInterrupt:
+        _exit_watched(130)
+    except SystemExit as leaving:  # --help
+        _exit_watched(leaving.code or _lost_output())
+    except Exception as error:
+        if not is_watched():
+            raise
+        _fail_by_fault(error)
+    if _group_is_up():
+        leave_together()
+        sys.modules["torch"].distributed.destroy_process_group()
+    _exit_watched(code)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything a result may depend on."""
+    found = {"mindmerger": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "sentencepiece", "safetensors"):
+        found[name] = metadata.version(name)
+    return found

@@ -1,0 +1,158 @@
+"""Files that are never half-written, and the lock that keeps a second run out of an output folder."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+from pathlib import Path
+
+from mindmerger.runtime.errors import UserError
+
+
+def is_utf8(path) -> bool:
+    """Whether a path can be written in UTF-8, as the libraries that read models and data sets need it."""
+    return not any("\ud800" <= c <= "\udfff" for c in str(path))
+
+
+def open_new(path):
+    """Opens a new file for writing bytes. What stands in its place, a link too, is removed and never written to.
+
+    Raises:
+        OSError: when that is a folder, comes back at once, or the disk refuses.
+    """
+    Path(path).unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+
+
+def unfollowed(path, flags: int) -> int:
+    """An `opener` for `open` that refuses a symbolic link in place of the file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def write_bytes_atomic(path, data: bytes) -> None:
+    """Replaces `path` by `data` so that a reader, or a crash, meets the old content or the new, never a part.
+
+    Raises:
+        UserError: naming the path and the number of bytes when the disk refuses them.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_new(temporary) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({len(data)} bytes): {error.strerror or error}") from error
+
+
+def write_text_atomic(path, text: str) -> None:
+    """`write_bytes_atomic` for UTF-8 text. A byte of a path that is not UTF-8 becomes \\udcXX, JSON's own escape."""
+    write_bytes_atomic(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json_atomic(path, value) -> None:
+    """`write_bytes_atomic` for a JSON value, indented, with its own scripts readable."""
+    write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+class FolderLock:
+    """Keeps a second run out of an output folder. The system drops the lock when its owner dies, however it dies."""
+
+    def __init__(self, folder):
+        """Takes the lock.
+
+        Raises:
+            UserError: when another living run holds it, naming its host and process, or the folder cannot be written or
+                locked.
+        """
+        self.path = Path(folder) / ".lock"
+        while True:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Held open as long as the lock.
+                self._file = open(self.path, "a+", encoding="utf-8", errors="replace", opener=unfollowed)  # noqa: SIM115
+            except OSError as error:
+                if self.path.is_symlink():
+                    raise UserError(f"{self.path} is a link, which a lock never is: remove it") from error
+                reason = f"{error.strerror}: {error.filename}" if error.strerror else f"{error}: {self.path}"
+                raise UserError(f"cannot write to the folder {folder}: {reason}") from error
+            self._refuse_a_foreign_file()
+            try:
+                # A POSIX record lock, unlike flock, is not inherited by child processes that outlive a killed run.
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._file.seek(0)
+                owner = self._file.read().strip()
+                self._file.close()
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(
+                        f"cannot lock {self.path}: {error.strerror}: use a folder on a file system that has locks"
+                    ) from error
+                raise UserError(
+                    f"another run is writing to {folder} ({owner or 'owner unknown'}): wait for it, stop it, or use "
+                    "another --save_name"
+                ) from error
+            if self._is_in_place():
+                break
+            self._file.close()  # the run that had it has just removed this very file: a lock on it keeps nobody out
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        try:
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), owner.encode())
+        except OSError as error:
+            self.release()
+            raise UserError(f"cannot write {self.path} ({len(owner)} bytes): {error.strerror}") from error
+
+    def _refuse_a_foreign_file(self) -> None:
+        found = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            self._file.close()
+            raise UserError(f"{self.path} is no plain file, or another name of one elsewhere: remove it")
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Gives the folder back."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder, or a link without what it points to; whatever cannot be removed stays."""
+    if path.is_symlink() or path.is_file():  # rmtree refuses links
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def describe_file(path: Path) -> dict:
+    """Bytes and sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's entries to disk, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Everything of a training run but the order in which it happens (run_training.py)."""

@@ -1,0 +1,162 @@
+"""What DeepSpeed has to be told for a model of which almost everything is frozen.
+
+Each function stands for one measured behaviour of DeepSpeed 0.19: what it compiles at start, how ZeRO-3 loads frozen
+towers, and where the optimizer's state lives. Heavy imports happen inside the functions that need them.
+"""
+
+import os
+from contextlib import contextmanager
+
+from mindmerger.training.deepspeed_config import zero_stage
+
+
+def quiet_start() -> None:
+    """Imports DeepSpeed so that it neither compiles anything at start nor prints a line for every setting, and makes
+    it known to the process group if there is one."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    import deepspeed
+    import torch
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # On CPU the process group would build this C++ extension: 20 s, and an error where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its calls of torch's older collectives, at each ZeRO-2 step's first.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if torch.distributed.is_initialized():
+        # Else the first `zero.Init` takes the run for one of a single process and refuses the batch size.
+        deepspeed.init_distributed(dist_init_required=False)
+
+
+@contextmanager
+def keeping_explicit_dtypes():
+    """Within it, `zero.Init` leaves floating tensors alone that are made with an explicit dtype.
+
+    It would cast them all to the weights' dtype, and rotary frequencies rounded to bf16 turn far positions wrongly.
+    transformers from 5.23 on avoids this by itself, for `torch.arange` only.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+
+    original = partition_parameters.zero_wrapper_for_fp_tensor_constructor
+
+    def wrapper(fn, target_fp_dtype, target_device):
+        cast, keep = original(fn, target_fp_dtype, target_device), original(fn, None, target_device)
+        return lambda *args, **kwargs: (cast if kwargs.get("dtype") is None else keep)(*args, **kwargs)
+
+    partition_parameters.zero_wrapper_for_fp_tensor_constructor = wrapper
+    try:
+        yield
+    finally:
+        partition_parameters.zero_wrapper_for_fp_tensor_constructor = original
+
+
+@contextmanager
+def loading_towers(config: dict, bf16: bool):
+    """Within it, `from_pretrained` shards the weights it loads when `config` asks for ZeRO-3.
+
+    Without a precision section transformers' hook silently loads fp32; with one left in the final config DeepSpeed
+    would cast the mapping. So the section exists only in here, and the mapping is built outside.
+    """
+    if zero_stage(config) != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain python run
+    live = HfDeepSpeedConfig(dict(config, bf16={"enabled": True}) if bf16 else dict(config))
+    try:
+        with keeping_explicit_dtypes():
+            yield
+    finally:
+        del live  # transformers holds it weakly: from here on nothing is sharded at construction
+
+
+def make_engine(model, config: dict, lr: float):
+    """Wraps the model in a DeepSpeed engine that optimises `model.mapping` with AdamW (SPEC's hyper-parameters).
+
+    Returns:
+        the engine; its `basic_optimizer` is the torch AdamW whose learning rate the loop sets.
+    """
+    import deepspeed
+    import torch
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # as above
+    parameters = list(model.mapping.parameters())
+    on_cuda = parameters[0].device.type == "cuda" and not config["zero_optimization"].get("offload_optimizer")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7, fused=True if on_cuda else None
+    )
+    if zero_stage(config) == 0:
+        # The loop clips by itself there: DeepSpeed neither reports the norm nor stops at one that is not finite.
+        config = config | {"gradient_clipping": 0.0}
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
+
+
+@contextmanager
+def gathered(engine):
+    """Within it, the mapping's parameters are whole on every rank, also at ZeRO-3."""
+    import deepspeed
+
+    parameters = list(engine.module.mapping.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage(engine.config) == 3):
+        yield
+
+
+def mapping_state(engine) -> dict:
+    """The mapping's fp32 parameters as whole CPU tensors; a collective call at ZeRO-3."""
+    with gathered(engine):
+        return {name: p.detach().cpu().clone() for name, p in engine.module.mapping.named_parameters()}
+
+
+def optimizer_state(engine) -> dict:
+    """Adam's two moments, whole, as `{"exp_avg.NAME", "exp_avg_sq.NAME"}` CPU tensors; a collective call."""
+    state = {}
+    for name, parameter in engine.module.mapping.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if zero_stage(engine.config) == 0:
+                value = engine.basic_optimizer.state[parameter][key]
+            else:
+                from deepspeed.utils import safe_get_full_optimizer_state
+
+                value = safe_get_full_optimizer_state(parameter, key)
+            state[f"{key}.{name}"] = value.detach().cpu().view(_full_shape(parameter)).clone()
+    return state
+
+
+def _full_shape(parameter):
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> None:
+    """Puts saved moments and step count into the engine, whatever its ZeRO stage and world size.
+
+    DeepSpeed creates the moments in its first step, so one step with a zero gradient at learning rate 0 comes first:
+    it changes no parameter.
+
+    Arguments:
+        state: as `optimizer_state` returns it.
+        step: optimizer steps taken so far.
+        first_batch: any micro-batch, on the engine's device.
+    """
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(engine(**first_batch).loss_sum * 0.0, scale_wrt_gas=False)
+    engine.step()
+    for name, parameter in engine.module.mapping.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = state[f"{key}.{name}"].to(engine.device)
+            if zero_stage(engine.config) == 0:
+                engine.basic_optimizer.state[parameter][key].copy_(value)
+            else:
+                from deepspeed.utils import safe_set_full_optimizer_state
+
+                safe_set_full_optimizer_state(parameter, value, key)
+    for entry in engine.basic_optimizer.state.values():
+        entry["step"].fill_(step)

@@ -1,0 +1,88 @@
+"""`--dry_run`: the effective settings, the number of steps and an estimate of memory, without loading a weight."""
+
+import json
+import math
+
+from mindmerger.runtime.processes import is_main, world_size
+from mindmerger.training.settings import ASSUMED_GPU, ASSUMED_SHARE, Plan
+from mindmerger.training.trainer import steps_per_epoch
+
+PEAK_FLOPS = {"bf16": 312e12, "fp32": 19.5e12}
+
+
+def training_flop(args, data, rows, llm, encoder) -> float:
+    """Estimates the arithmetic of one pass over training rows from their real lengths, without padding and attention.
+
+    Each weight of the LLM's layers takes 4 FLOP for a position (forward, and backward to the inputs alone; 6 where
+    gradient checkpointing computes the forward pass again), each of its output head the same for a target token, each
+    of the encoder's 2 for a source token. Embeddings are looked up, and the mapping is small beside all this.
+
+    Args:
+        rows: (n,) row numbers.
+        llm, encoder: the models, which may be without storage.
+    """
+    head = llm.get_output_embeddings().weight
+    tables = {id(table): table.numel() for table in (llm.get_input_embeddings().weight, head)}
+    layers = sum(p.numel() for p in llm.parameters()) - sum(tables.values())
+    encoding = sum(p.numel() for p in encoder.parameters()) - encoder.get_input_embeddings().weight.numel()
+    positions, targets, sources = (
+        int(lengths[rows].sum(dtype="int64"))
+        for lengths in (data.merged_lengths, data.target_lengths, data.encoder_lengths)
+    )
+    passes = 6 if args.gradient_checkpointing else 4
+    return float(passes * layers * positions + 4 * head.numel() * targets + 2 * encoding * sources)
+
+
+def print_estimate(args, plan: Plan, data, split) -> None:
+    """Prints the effective settings, the steps and the memory that weights and optimizer take on each GPU."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from mindmerger.bridges.mapping import Mapping
+    from mindmerger.hub.model_files import llm_config, load_config
+    from mindmerger.model.mapping_files import config_of_models
+    from mindmerger.training.deepspeed_config import offloaded, zero_stage
+
+    if not is_main():
+        return
+    widths = config_of_models(args.mt_path, args.llm_path)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(llm_config(args.llm_path)[0], trust_remote_code=False)
+        encoder = AutoModel.from_config(load_config(args.mt_path), trust_remote_code=False)
+        encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
+        mapping = Mapping(widths.encoder_width, widths.llm_width)
+    frozen, trained = (
+        sum(p.numel() for model in models for p in model.parameters()) for models in ((llm, encoder), (mapping,))
+    )
+    stage, size = zero_stage(plan.config), world_size()
+    shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
+    frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
+    parts_gb = {"frozen weights": frozen_gb, "mapping": trained * 4 / shards["weights"] / 1e9}
+    parts_gb |= {"gradient": trained * 4 / shards["gradient"] / 1e9, "Adam": trained * 8 / shards["Adam"] / 1e9}
+    moved = {"offload_param": ("frozen weights", "mapping"), "offload_optimizer": ("Adam",)}
+    host_gb = {name: parts_gb.pop(name) for key in offloaded(plan.config) for name in moved[key]}
+    print(json.dumps({"arguments": vars(args), "deepspeed": plan.config}, indent=2, default=str))
+    print(f"output folder: {plan.output_dir}")
+    print(f"examples: {len(split[1])} training, {len(split[0])} dev; {json.dumps(data.counts, ensure_ascii=False)}")
+    steps = steps_per_epoch(args, split)
+    print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}")
+    print(f"longest row: {int(data.merged_lengths.max())} positions, mean {data.merged_lengths.mean():.0f}")
+    print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")
+    print(
+        f"memory on each of {size} GPUs at ZeRO {stage}: {parts_gb.pop('frozen weights', 0):.3f} GB frozen weights, "
+        f"{sum(parts_gb.values()):.3f} GB {', '.join(parts_gb).replace(', Adam', ' and Adam')}; activations come on top"
+    )
+    if host_gb:
+        print(
+            f"offloaded, for each GPU: {sum(host_gb.values()):.3f} GB {', '.join(host_gb)}; of offloaded weights, the "
+            "layers at work come on top of the GPU's memory too"
+        )
+    total = min(args.max_steps or math.inf, steps * args.epoch_num)
+    flop = training_flop(args, data, split[1], llm, encoder) * total / steps
+    rate = PEAK_FLOPS[args.precision]
+    print(
+        f"arithmetic: {flop:.3g} FLOP in all; at an assumed {ASSUMED_SHARE:.0%} of the {rate / 1e12:g} TFLOP/s in "
+        f"{args.precision} of an {ASSUMED_GPU}, {flop / (size * rate * ASSUMED_SHARE) / 3600:.3g} h on {size} of them "
+        "(an estimate, not measured; loading, evaluations and checkpoints come on top)"
+    )
+    print("dry run: nothing was written")

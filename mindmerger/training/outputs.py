@@ -1,0 +1,181 @@
+"""What a training run writes and what it may continue from: mappings, checkpoints, settings."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+from mindmerger.runtime.command import versions
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import remove, write_json_atomic, write_text_atomic
+from mindmerger.runtime.processes import is_main, log, together, warn, world_size
+from mindmerger.training.checkpoints import (
+    check_state,
+    check_tensors,
+    holds_checkpoints,
+    later_checkpoints,
+    list_checkpoints,
+    newest_valid,
+    read_checkpoint,
+    write_checkpoint,
+)
+from mindmerger.training.record import TENSORBOARD_FOLDER, WANDB_FILE
+from mindmerger.training.settings import CHANGEABLE, FAULTS_FILE, Plan
+from mindmerger.training.trainer import Trainer
+
+# Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
+LATER_ENTRIES = {"skip_faulty_rows", "init_checkpoint", "languages", "train_num", "max_seq_len", "max_gen_len"}
+
+
+def save_mapping(trainer: Trainer, folder: Path) -> None:
+    """Writes the mapping in the safe and in the released format."""
+    from mindmerger.model.mapping_files import RELEASED_FILE, save_released
+    from mindmerger.training.deepspeed_engine import mapping_state
+
+    state = mapping_state(trainer.engine)
+
+    def write():
+        if is_main():
+            trainer.engine.module.save_pretrained(folder, state)
+            save_released(folder / RELEASED_FILE, state)
+
+    with trainer.signals.saving():
+        together(write)
+
+
+def save_checkpoint(trainer: Trainer) -> None:
+    """Writes the complete training state; all ranks gather, rank 0 writes."""
+    from mindmerger.training.deepspeed_engine import mapping_state, optimizer_state
+
+    tensors = {f"mapping.{k}": v for k, v in mapping_state(trainer.engine).items()} | optimizer_state(trainer.engine)
+    state = {
+        "step": trainer.step,
+        "epoch": trainer.epoch,
+        "examples_in_epoch": trainer.batch * trainer.args.train_batch_size,
+        "best_dev_loss": None if math.isinf(trainer.best_dev_loss) else trainer.best_dev_loss,
+        "evaluation_due": trainer.evaluation_due,
+        "identity": identity(trainer.args, trainer.plan, trainer.data),
+    }
+
+    def write():
+        if is_main():
+            write_checkpoint(trainer.plan.output_dir, trainer.step, tensors, state, trainer.args.save_total_limit)
+
+    with trainer.signals.saving():
+        together(write)
+
+
+def identity(args, plan: Plan, data) -> dict:
+    """What makes a run this run: what must not change in its continuation, and what may when the user says so."""
+    fixed = {
+        "task": plan.task.training_name,
+        "stage_name": args.stage_name,
+        "augmentation": plan.with_prompt,
+        "seed": args.seed,
+        "llm": plan.models[0],
+        "encoder": plan.models[1],
+        "precision": args.precision,
+        "dev_size": args.dev_size,
+        "skip_faulty_rows": args.skip_faulty_rows,
+        # These make other data too; before its hash, so that the difference has a name.
+        "languages": [language.code for language in plan.languages] if plan.languages else None,
+        "train_num": args.train_num,
+        "max_seq_len": args.max_seq_len,
+        "max_gen_len": args.max_gen_len,
+        "data": data.fingerprint,
+    }
+    # Not the initial mapping's path: another file may stand there, and the same one elsewhere.
+    return fixed | {name: getattr(args, name) for name in sorted(CHANGEABLE)} | {"init_checkpoint": plan.init_hash}
+
+
+def start_over(output_dir: Path) -> None:
+    """Removes what an earlier run left in the output folder, on rank 0.
+
+    Raises:
+        UserError: when something stays, naming the first such path: the run would go on from it.
+    """
+    if not is_main():
+        return
+    files = (
+        "pytorch_model.bin",
+        "mapping.safetensors",
+        "config.json",
+        "README.md",
+        "log.jsonl",
+        "loss.png",
+        FAULTS_FILE,
+    )
+    others = ("last", *files, FAULTS_FILE, TENSORBOARD_FOLDER, WANDB_FILE)
+    for path in (*list_checkpoints(output_dir), *(output_dir / name for name in others)):
+        remove(path)
+        if os.path.lexists(path):
+            raise UserError(f"--overwrite_output_dir cannot remove {path}: remove it, or use another --save_name")
+
+
+def read_resumable(args, plan: Plan, data) -> tuple:
+    """The checkpoint to continue from as (folder, tensors, state), or three times None. Rank 0 reads it.
+
+    Raises:
+        UserError: when it belongs to another run, naming the first difference, or a named one is damaged, or its
+            content is no training state of these models.
+    """
+    from mindmerger.model.mapping_files import config_of_models, mapping_shapes
+
+    if not is_main():
+        return None, None, None
+    given = None if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
+    folder = given
+    if given is None or holds_checkpoints(given):
+        folder, skipped = newest_valid(given or plan.output_dir)
+        for line in skipped:
+            warn(f"skipped {line}")
+        if folder is None and given is None:
+            return None, None, None
+        if folder is None:
+            raise UserError(f"no checkpoint in {given} is whole: pass another folder, or auto")
+    tensors, state = read_checkpoint(folder)
+    check_state(folder, state)
+    for name, value in identity(args, plan, data).items():
+        before = state["identity"].get(name)
+        if before == value or name in LATER_ENTRIES and name not in state["identity"]:
+            continue
+        if name not in CHANGEABLE:
+            hint = " - a file, a template or a tokenizer has changed" if name == "data" else ""
+            raise UserError(
+                f"{folder} was trained with another {name} ({before!r}, this run has {value!r}{hint}): use the same, "
+                "or another --save_name, or --overwrite_output_dir to start over"
+            )
+        if name not in args.allow_changed:
+            raise UserError(
+                f"{folder} was trained with --{name} {before}, this run has {value}: use the same, or say "
+                f"--allow_changed {name} to go on with the new value, or --overwrite_output_dir to start over"
+            )
+        log(f"--{name} was {before}, from here on {value}")
+    shapes = mapping_shapes(config_of_models(args.mt_path, args.llm_path))
+    check_tensors(folder, tensors, {name: p.shape for name, p in shapes.items()})
+    later = later_checkpoints(plan.output_dir, state["step"])
+    if later:
+        names = ", ".join(entry.name for entry in later)
+        warn(f"goes on from step {state['step']}: the first new checkpoint replaces {names}")
+    return folder, tensors, state
+
+
+def write_settings(args, plan: Plan, data) -> None:
+    """Writes what really ran: arguments, versions, data fingerprint, and DeepSpeed's effective config."""
+    if not is_main():
+        return
+    settings = {
+        "arguments": vars(args),
+        "command": sys.argv,
+        "world_size": world_size(),
+        "task": plan.task.training_name,
+        "augmentation": plan.with_prompt,
+        "init_file": plan.init_file,
+        "versions": versions(),
+        "data": {"fingerprint": data.fingerprint, "counts": data.counts, "files": data.files},
+    }
+    write_json_atomic(plan.output_dir / "args.json", settings)
+    if data.faults:
+        lines = "".join(f"{fault}\n" for fault in data.faults)
+        write_text_atomic(plan.output_dir / FAULTS_FILE, lines)
+    write_json_atomic(plan.output_dir / "ds_config.json", plan.config)

@@ -1,0 +1,632 @@
+"""Speed and memory of training and generation against the textbook loop, on real text.
+
+    python -m scripts.benchmarks.speed --preset cpu-small --data_root ./datas --precision fp32 --output benchmark.json
+
+Models have random weights in a preset's exact shapes; texts have their real lengths. `ours` times the project's own
+training step (`run_training.train_step`) and generation (`run_evaluation.generate_batch`). `plain` is the loop as the
+published code runs it: shuffled micro-batches padded to their longest row, tokenised row by row inside the step, a
+dense mask, fp32 logits for every position, generation at batch 8 in file order to the length limit. They alternate
+window by window in one process, or in each process of `deepspeed --module scripts.benchmarks.speed`; figures are
+medians over windows, after a warm-up window of each. `--windows 0` reports that one.
+
+Useful tokens are the real positions of merged rows. FLOP utilisation counts 4 N per useful position of the LLM (one
+forward pass, and one backward pass to the inputs alone), 2 N per encoder token and 6 N per token of the mapping, over
+the rate of a large matmul of the same dtype measured in the same run. Ours computes the output head on target tokens
+alone, which a second column counts.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mindmerger.runtime import command, files, processes
+from mindmerger.runtime.command import CommandParser
+from mindmerger.runtime.processes import is_main, log, rank, together, world_size
+from mindmerger.training.record import peak_memory_gb
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+VOCABULARY = 32_000
+PRESETS = {
+    "tiny": {  # where only the data path is measured
+        "encoder": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+        "llm": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    },
+    "cpu-small": {
+        "encoder": {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
+        "llm": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    },
+    "7b": {  # mT5-xl's encoder and Llama-2-7B
+        "encoder": {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+        "llm": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    },
+}
+
+
+def build_parser():
+    """The flags."""
+    parser = CommandParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--preset", choices=sorted(PRESETS), default="cpu-small", help="shapes of the two models")
+    add("--data_root", default="./datas", help="folder in the released layout: its text is what is timed")
+    add("--train_num", type=int, default=300, help="pairs or queries per language")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the frozen models")
+    add(
+        "--parts",
+        default="mapping,augmentation,augmentation_memory,soft,hard",
+        help="mapping, augmentation: training; mapping_memory, augmentation_memory: its peak memory, in processes of "
+        "their own; soft, hard: generation in that form; separated by commas",
+    )
+    add("--modes", default="rows,tokens,plain", help="rows, tokens: ours by micro-batch and by token budget; plain")
+    add("--global_batch", type=int, default=128, help="examples of one optimizer step")
+    add("--micro_batch", type=int, default=8, help="rows of a micro-batch in both modes")
+    add("--micro_batch_tokens", type=int, help="ours also by this token budget (default: 2048 mapping, 4096 else)")
+    add("--windows", type=int, default=5, help="timed windows of each mode")
+    add("--steps", type=int, default=1, help="optimizer steps of ours in a window")
+    add("--plain_micro_batches", type=int, default=8, help="micro-batches of plain in a window")
+    add("--questions", type=int, default=480, help="questions to generate answers for, over three languages")
+    add("--eval_max_tokens", type=int, default=16384, help="token budget of a batch of ours in generation")
+    add("--max_new_tokens", type=int, default=64, help="length limit of generation")
+    add("--gradient_checkpointing", action="store_true", help="in both modes")
+    add("--models", help="folder that keeps the preset's tokenizers and configs for a next run (default: a new one)")
+    add("--output", help="JSON file for the figures")
+    add("--local_rank", type=int, help="set by the launcher")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and tokenizers
+
+
+def train_tokenizers(folder: Path, data_root: str) -> None:
+    """Trains one BPE vocabulary of the preset's size for each model on the data's own text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = sorted(Path(data_root).glob("bilingual_pairs/*/train_100k.*"))
+    queries = Path(data_root) / "query_translation" / "math.json"
+    rows = json.loads(queries.read_text(encoding="utf-8"))
+    english = [line for p in pairs if p.suffix == ".en" for line in p.read_text(encoding="utf-8").split("\n")]
+    others = [line for p in pairs if p.suffix != ".en" for line in p.read_text(encoding="utf-8").split("\n")]
+    sets = {
+        "llm": (english + [row["response"] for row in rows], ["<unk>", "<s>", "</s>"], "<s> $A"),
+        "encoder": (others + english + [row["query"] for row in rows], ["<pad>", "</s>", "<unk>"], "$A </s>"),
+    }
+    for name, (texts, specials, template) in sets.items():
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=specials + alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        used = [(token, tokenizer.token_to_id(token)) for token in specials if token in template]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+        roles = {"<pad>": "pad_token", "<s>": "bos_token", "</s>": "eos_token", "<unk>": "unk_token"}
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{roles[token]: token for token in specials})
+        wrapped.save_pretrained(folder / name)
+
+
+def make_configs(folder: Path, preset: str) -> None:
+    """Writes both models' configs beside their tokenizers."""
+    from transformers import LlamaConfig, MT5Config
+
+    shapes = PRESETS[preset]
+    encoder = MT5Config(vocab_size=VOCABULARY, **shapes["encoder"], num_decoder_layers=shapes["encoder"]["num_layers"])
+    encoder.save_pretrained(folder / "encoder")
+    llm = LlamaConfig(
+        vocab_size=VOCABULARY, **shapes["llm"], max_position_embeddings=4096, bos_token_id=1, eos_token_id=2
+    )
+    llm.save_pretrained(folder / "llm")
+
+
+def make_model(folder: Path, precision: str, device):
+    """A MindMerger with random towers made directly on the device in the run's dtype."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM, MT5EncoderModel
+
+    from mindmerger.model.mindmerger import MindMerger
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            encoder = MT5EncoderModel(AutoConfig.from_pretrained(folder / "encoder", trust_remote_code=False))
+            llm = LlamaForCausalLM(AutoConfig.from_pretrained(folder / "llm", trust_remote_code=False))
+    finally:
+        torch.set_default_dtype(before)
+    return MindMerger.from_towers(encoder, llm, str(folder / "encoder"), str(folder / "llm")).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def make_trainer(args, folder: Path, stage: str, model, device, token_budget: int | None):
+    """The project's own trainer around the given model, ready to step."""
+    import run_training
+    from mindmerger.training import settings as training_settings
+    from mindmerger.training import trainer as training_trainer
+    from mindmerger.training.deepspeed_config import effective_config
+    from mindmerger.training.deepspeed_engine import make_engine
+
+    flags = ["--llm_path", str(folder / "llm"), "--mt_path", str(folder / "encoder"), "--data_root", args.data_root]
+    flags += [
+        "--task",
+        "math",
+        "--stage_name",
+        stage,
+        "--train_num",
+        str(args.train_num),
+        "--precision",
+        args.precision,
+    ]
+    flags += ["--train_batch_size", str(args.global_batch), "--train_micro_batch_size_per_gpu", str(args.micro_batch)]
+    flags += ["--dev_size", "0", "--init_checkpoint", "none"]
+    if token_budget:
+        flags += ["--micro_batch_tokens", str(token_budget)]
+    settings = training_settings.build_parser().parse_args(flags)
+    plan = training_settings.check_arguments(settings)
+    tokenizers, data, split = run_training.load_data(settings, plan, folder / "cache")
+    config = effective_config({}, args.global_batch, args.micro_batch, plan.accumulation, 1.0)
+    trainer = training_trainer.Trainer(
+        args=settings,
+        plan=plan,
+        engine=make_engine(model, config, settings.lr),
+        data=data,
+        tokenizers=tokenizers,
+        dev=split[0],
+        train=split[1],
+        device=device,
+        steps_per_epoch=1,
+        eval_steps=1,
+        save_steps=1,
+    )
+    trainer.signals = NoSignals()
+    return trainer
+
+
+class NoSignals:
+    """Stands for `Signals` where nothing has to be interrupted; its reading is the same one synchronisation."""
+
+    save_agreed = False
+
+    def alive(self):
+        """Nothing to note."""
+
+    def agree(self, device, *values):
+        """The values, read."""
+        import torch
+
+        return 0, torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]).cpu()
+
+
+# What a window counts, over all processes: LLM positions that are real, encoder tokens, target tokens, LLM positions
+# with padding, examples; and seconds, with those of them spent waiting for data.
+COUNTED = ("useful", "encoder", "targets", "processed", "samples")
+
+
+def summed(total: dict, device) -> dict:
+    """The counts of all processes together; seconds are this one's, since the steps go together."""
+    import torch
+
+    counts = torch.tensor([total[name] for name in COUNTED], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(counts)
+    return total | dict(zip(COUNTED, counts.tolist(), strict=True))
+
+
+class Ours:
+    """The project's training step, timed over whole optimizer steps."""
+
+    def __init__(self, trainer, steps: int):
+        self.trainer, self.steps, self.epoch = trainer, steps, 0
+        self.restart()
+
+    def restart(self):
+        """Goes on with the next epoch's order."""
+        from mindmerger.training import trainer as training_trainer
+
+        trainer = self.trainer
+        self.plan = trainer.epoch_steps(self.epoch, 0)
+        self.batches = iter(trainer.loader(training_trainer.EpochCut(trainer, self.epoch, 0)))
+        self.epoch += 1
+
+    def window(self) -> dict:
+        """One window's counts."""
+        import run_training
+
+        data = self.trainer.data
+        total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
+        for _ in range(self.steps):
+            step = next(self.plan, None)
+            if step is None or len(step[2]) < self.trainer.args.train_batch_size:
+                self.restart()
+                step = next(self.plan)
+            micro_batches, target_tokens, indices = step
+            synchronise(self.trainer.device)
+            started = time.perf_counter()
+            line, _ = run_training.train_step(self.trainer, self.batches, micro_batches, target_tokens, indices)
+            synchronise(self.trainer.device)
+            seconds = time.perf_counter() - started
+            total["seconds"] += seconds
+            total["waited"] += line["data_wait_share"] * seconds
+            for micro in micro_batches:
+                rows = micro.indices
+                total["processed"] += len(rows) * int(data.merged_lengths[rows].max())
+                if micro.weight:
+                    total["targets"] += int(data.target_lengths[rows].sum())
+                    total["useful"] += int(data.merged_lengths[rows].sum())
+                    total["encoder"] += int(data.encoder_lengths[rows].sum())
+                    total["samples"] += len(rows)
+        return summed(total, self.trainer.device)
+
+
+class Plain:
+    """The textbook loop on the same model and the same texts."""
+
+    def __init__(self, trainer, examples: list, micro_batches: int, rows: int):
+        import numpy as np
+        import torch
+
+        self.trainer, self.examples, self.micro_batches, self.rows = trainer, examples, micro_batches, rows
+        self.model = trainer.engine.module
+        self.order = np.random.RandomState(0).permutation(len(examples))[rank() :: world_size()]
+        self.position = 0
+        self.optimizer = torch.optim.AdamW(
+            self.model.mapping.parameters(), lr=2e-5, betas=(0.8, 0.999), weight_decay=3e-7
+        )
+
+    def window(self) -> dict:
+        """One window of micro-batches with one optimizer step at its end."""
+        import torch
+
+        total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
+        synchronise(self.trainer.device)
+        started = time.perf_counter()
+        for _ in range(self.micro_batches):
+            if self.position + self.rows > len(self.order):
+                self.position = 0
+            chosen = [self.examples[i] for i in self.order[self.position : self.position + self.rows]]
+            self.position += self.rows
+            self.forward(chosen, total)
+            total["samples"] += len(chosen)
+        for parameter in self.model.mapping.parameters():
+            torch.distributed.all_reduce(parameter.grad)
+        torch.nn.utils.clip_grad_norm_(self.model.mapping.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        synchronise(self.trainer.device)
+        total["seconds"] = time.perf_counter() - started
+        return summed(total, self.trainer.device)
+
+    def tokenised(self, example) -> tuple[list, list, list]:
+        """Ids of source, prompt and target."""
+        limits, encoder, llm = self.trainer.args, self.trainer.tokenizers.encoder, self.trainer.tokenizers.llm
+        cut = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
+        source = encoder(example.source, truncation=True, max_length=limits.max_seq_len).input_ids
+        prompt = llm(example.prompt, **cut).input_ids if self.trainer.plan.with_prompt else []
+        return source, prompt, llm(example.target, **cut).input_ids + [2]
+
+    def forward(self, examples: list, total: dict) -> None:
+        """Tokenises row by row, pads left, runs the LLM with labels over all positions in fp32, and back."""
+        import torch
+
+        started = time.perf_counter()
+        model, device = self.model, self.trainer.device
+        texts = [self.tokenised(example) for example in examples]
+        ids_BS = torch.zeros(len(examples), max(len(source) for source, _, _ in texts), dtype=torch.long)
+        mask_BS = torch.zeros_like(ids_BS)
+        for i, (source, _, _) in enumerate(texts):
+            ids_BS[i, : len(source)], mask_BS[i, : len(source)] = torch.tensor(source), 1
+        total["waited"] += time.perf_counter() - started
+        with torch.no_grad():
+            states = model.encoder(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device)).last_hidden_state
+        mapped, boundary = model.mapping(states)
+        dtype = next(model.llm.parameters()).dtype
+        embed, rows, labels = model.llm.get_input_embeddings(), [], []
+        for i, (source, prompt, target) in enumerate(texts):
+            text = embed(torch.tensor([[1, *prompt, *target]], device=device))[0]
+            row = torch.cat([text[:1], mapped[i, : len(source)].to(dtype), boundary[0].to(dtype), text[1:]])
+            rows.append(row)
+            labels.append([-100] * (len(row) - len(target)) + target)
+            total["encoder"] += len(source)
+            total["targets"] += len(target)
+        length = max(len(row) for row in rows)
+        embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+        labels_BL = torch.tensor([[-100] * (length - len(row)) + row for row in labels], device=device)
+        logits = model.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten())
+        loss.item()  # as the published loop does for its progress bar
+        (loss / self.micro_batches).backward()
+        total["useful"] += sum(len(row) for row in rows)
+        total["processed"] += len(rows) * length
+
+
+def synchronise(device) -> None:
+    """Waits for the GPU, where there is one."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(precision: str, device) -> float:
+    """FLOP per second of a large square matmul of the dtype, against a transposed matrix as linear layers run it."""
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(8):
+        synchronise(device)
+        started = time.perf_counter()
+        a @ b.T
+        synchronise(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def flop(model, window: dict, head_on_all: bool) -> float:
+    """Useful FLOP of a window, the output head's counted on all useful positions or on target tokens alone."""
+    llm = sum(p.numel() for name, p in model.llm.named_parameters() if "embed_tokens" not in name)
+    head = model.llm.get_output_embeddings().weight.numel()
+    encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "shared" not in name)
+    mapping = sum(p.numel() for p in model.mapping.parameters())
+    with_head = window["useful"] if head_on_all else window["targets"]
+    return 4 * ((llm - head) * window["useful"] + head * with_head) + (2 * encoder + 6 * mapping) * window["encoder"]
+
+
+def figures(model, windows: list[dict], rate: float) -> dict:
+    """Medians over windows."""
+    per = {
+        "samples_per_s": [w["samples"] / w["seconds"] for w in windows],
+        "useful_tokens_per_s": [w["useful"] / w["seconds"] for w in windows],
+        "real_position_share": [w["useful"] / w["processed"] for w in windows],
+        "flop_utilisation": [flop(model, w, True) / w["seconds"] / rate for w in windows],
+        "flop_utilisation_head_on_targets": [flop(model, w, False) / w["seconds"] / rate for w in windows],
+        "data_wait_share": [w["waited"] / w["seconds"] for w in windows],
+    }
+    return {name: statistics.median(values) for name, values in per.items()}
+
+
+def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> dict:
+    """Ours at the micro-batch, ours by token budget, and plain, window by window in turn."""
+    from mindmerger.tasks import find_task
+    from mindmerger.tasks.examples import training_examples
+
+    budget = args.micro_batch_tokens or (2048 if stage == "mapping" else 4096)
+    names = {"rows": f"ours, micro-batch {args.micro_batch}", "tokens": f"ours, {budget} tokens", "plain": "plain"}
+    modes, first_step = {}, {}
+    for mode in args.modes.split(","):
+        started = time.perf_counter()
+        trainer = make_trainer(args, folder, stage, model, device, budget if mode == "tokens" else None)
+        if mode == "plain":
+            examples = list(training_examples(find_task("math"), stage, args.data_root, None, args.train_num))
+            modes[mode] = Plain(trainer, examples, args.plain_micro_batches, args.micro_batch)
+        else:
+            modes[mode] = Ours(trainer, args.steps)
+        first_step[mode] = time.perf_counter() - started
+    windows = {mode: [] for mode in modes}
+    for number in range(args.windows + 1):
+        for mode, runner in modes.items():
+            window = runner.window()
+            if number or not args.windows:
+                windows[mode].append(window)
+            if not number:
+                first_step[mode] += window["seconds"]
+            log(f"{stage} window {number} {names[mode]}: {window['useful'] / window['seconds']:.0f} useful tokens/s")
+    result = {names[mode]: figures(model, found, rate) for mode, found in windows.items()}
+    for mode in modes:
+        result[names[mode]]["time_to_first_step_s"] = first_step[mode]
+        if "plain" in result:
+            ours = result[names[mode]]["useful_tokens_per_s"]
+            result[names[mode]]["times_plain"] = ours / result["plain"]["useful_tokens_per_s"]
+    return result
+
+
+def peak_memory(args, stage: str) -> dict:
+    """Peak memory of training in each mode, each in a process of its own."""
+    found = {}
+    for mode in args.modes.split(","):
+        with tempfile.TemporaryDirectory() as name:
+            report = Path(name) / "report.json"
+            flags = ["--parts", stage, "--modes", mode, "--windows", "0", "--output", str(report)]
+            flags += ["--global_batch", str(4 * args.micro_batch), "--plain_micro_batches", "4"]
+            for flag in (
+                "preset",
+                "data_root",
+                "train_num",
+                "precision",
+                "micro_batch",
+                "micro_batch_tokens",
+                "models",
+            ):
+                if (value := getattr(args, flag)) is not None:
+                    flags += [f"--{flag}", str(value)]
+            if args.gradient_checkpointing:
+                flags.append("--gradient_checkpointing")
+            subprocess.run([sys.executable, __file__, *flags], check=True, stdout=subprocess.DEVNULL)
+            found[mode] = json.loads(report.read_text(encoding="utf-8"))["peak_memory_gb"]
+        log(f"{stage} memory {mode}: {found[mode]:.2f} GB")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def plain_generation(model, tokenizers, columns: dict, batch: list[int], new: int) -> list:
+    """Answers by transformers' `generate` as it comes, with the cache it makes for itself."""
+    from mindmerger.generation import answers as generation_answers
+
+    inputs = generation_answers.batch_inputs(model, tokenizers, columns, batch)
+    embeds, mask = model.merged_embeddings(**inputs)
+    ids = model.llm.generate(
+        inputs_embeds=embeds, attention_mask=mask.to(embeds.device), max_new_tokens=new, do_sample=False
+    )
+    return [generation_answers.to_generation(model, tokenizers, row) for row in ids.tolist()]
+
+
+def time_generation(args, folder: Path, form: str, model, device) -> dict:
+    """Questions per second of both modes on the same questions, and how many answers are the same."""
+    import torch
+
+    from mindmerger.data.tokenising import load_tokenizers
+    from mindmerger.generation import answers as generation_answers
+    from mindmerger.tasks import find_task
+    from mindmerger.tasks.examples import evaluation_examples
+    from mindmerger.tasks.languages import find_language
+
+    tokenizers = load_tokenizers(str(folder / "encoder"), str(folder / "llm"))
+    task = find_task("math_mgsm")
+    examples = [
+        example
+        for code in ("sw", "de", "zh")
+        for example in evaluation_examples(task, args.data_root, find_language(code), args.questions // 3)
+    ]
+    columns = generation_answers.tokenise_form(tokenizers, examples, form, 512, 512)
+    lengths = [length + 2 for length in generation_answers.input_lengths(columns)]
+    every, new = list(range(len(examples))), args.max_new_tokens
+    batches = {
+        "ours": generation_answers.cut_batches(every, lengths, None, args.eval_max_tokens, new),
+        "plain": [every[i : i + 8] for i in range(0, len(every), 8)],
+    }
+    generate = {"ours": generation_answers.generate_batch, "plain": plain_generation}
+    found, answers, tokens = {mode: [] for mode in batches}, {}, {}
+    for number in range(args.windows + 1):
+        for mode in batches:
+            torch.distributed.barrier()
+            synchronise(device)
+            started, mine = time.perf_counter(), {}
+            with torch.no_grad():
+                for batch in batches[mode][rank() :: world_size()]:
+                    mine |= zip(batch, generate[mode](model, tokenizers, columns, batch, new), strict=True)
+            synchronise(device)
+            torch.distributed.barrier()
+            seconds, shares = time.perf_counter() - started, [None] * world_size()
+            torch.distributed.all_gather_object(shares, mine)
+            outputs = {i: generation for share in shares for i, generation in share.items()}
+            answers[mode] = [outputs[i].output for i in every]
+            tokens[mode] = sum(generation.generated_tokens for generation in outputs.values())
+            log(f"generation, {form}, window {number} {mode}: {len(examples) / seconds:.2f} questions/s")
+            if number or not args.windows:
+                found[mode].append(seconds)
+    result = {"mean_input": statistics.mean(lengths)}
+    for mode, seconds in found.items():
+        median = statistics.median(seconds)
+        result[mode] = {"questions_per_s": len(examples) / median, "generated_tokens_per_s": tokens[mode] / median}
+    result["same_answers"] = sum(map(str.__eq__, answers["ours"], answers["plain"])) / len(every)
+    result["times_plain"] = result["ours"]["questions_per_s"] / result["plain"]["questions_per_s"]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(report: dict) -> str:
+    """The figures as tables."""
+    lines = [
+        f"preset {report['preset']}, {report['precision']}, {report['processes']} process(es), matmul "
+        f"{report['matmul_gflops']:.0f} GFLOP/s each",
+        "",
+    ]
+    columns = {
+        "samples/s": "{samples_per_s:.1f}",
+        "useful tokens/s": "{useful_tokens_per_s:.0f}",
+        "x plain": "{times_plain:.2f}",
+        "real positions": "{real_position_share:.1%}",
+        "FLOP utilisation": "{flop_utilisation:.1%}",
+        "head on targets alone": "{flop_utilisation_head_on_targets:.1%}",
+        "data wait": "{data_wait_share:.2%}",
+        "first step, s": "{time_to_first_step_s:.1f}",
+    }
+    for stage in ("mapping", "augmentation"):
+        if stage in report:
+            lines += [f"| {stage} | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+            for name, row in report[stage].items():
+                cells = [cell.format(**{"times_plain": float("nan"), **row}) for cell in columns.values()]
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append("")
+        if f"{stage}_memory" in report:
+            shown = ", ".join(f"{mode} {gb:.2f} GB" for mode, gb in report[f"{stage}_memory"].items())
+            lines += [f"peak memory, {stage}: {shown}", ""]
+    for form in ("soft", "hard"):
+        if form in report:
+            found = report[form]
+            lines += [f"| generation, {form} | questions/s | generated tokens/s |", "|---|---|---|"]
+            for mode in ("ours", "plain"):
+                row = found[mode]
+                lines.append(f"| {mode} | {row['questions_per_s']:.2f} | {row['generated_tokens_per_s']:.0f} |")
+            lines += ["", f"x plain: {found['times_plain']:.2f}; same answers: {found['same_answers']:.0%}; "]
+            lines[-1] += f"mean input {found['mean_input']:.0f} positions"
+            lines.append("")
+    lines.append(f"peak memory of this process: {report['peak_memory_gb']:.2f} GB")
+    return "\n".join(lines)
+
+
+def build_world(folder: Path, preset: str, data_root: str) -> None:
+    """Tokenizers and configs of the preset, unless the folder has them."""
+    if is_main() and not (folder / "llm" / "config.json").is_file():
+        train_tokenizers(folder, data_root)
+        make_configs(folder, preset)
+
+
+def run(args, folder: Path, device) -> dict:
+    """The figures of all parts."""
+    import torch
+
+    together(build_world, folder, args.preset, args.data_root)
+    report = {
+        "preset": args.preset,
+        "precision": args.precision,
+        "processes": world_size(),
+        "versions": command.versions(),
+        "flags": vars(args),
+    }
+    model = make_model(folder, args.precision, device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    rate = matmul_rate(args.precision, device)
+    report["matmul_gflops"] = rate / 1e9
+    for part in args.parts.split(","):
+        if part in ("soft", "hard"):
+            report[part] = time_generation(args, folder, part, model, device)
+        elif part.endswith("_memory"):
+            report[part] = peak_memory(args, part.removesuffix("_memory"))
+        else:
+            report[part] = time_stage(args, folder, part, model, device, rate * world_size())
+    report["peak_memory_gb"] = peak_memory_gb(device)
+    if device.type == "cuda":
+        report["device"] = torch.cuda.get_device_name(device)
+    return report
+
+
+def main(argv=None) -> int:
+    """Times the parts, prints the tables, writes the JSON."""
+    args = build_parser().parse_args(argv)
+    device = processes.init_distributed(force=True)
+
+    from mindmerger.training.deepspeed_engine import quiet_start
+
+    quiet_start()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(args.models or processes.broadcast_object(name))
+        report = run(args, folder, device)
+        together(lambda: None)  # nobody takes the folder away from the others
+    if is_main():
+        print(markdown(report))
+        if args.output:
+            files.write_json_atomic(args.output, report)
+    return 0
+
+
+if __name__ == "__main__":
+    command.run_main(main)

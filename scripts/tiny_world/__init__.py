@@ -1,0 +1,1 @@
+"""The small world of the quickstart: `python -m scripts.tiny_world`."""
