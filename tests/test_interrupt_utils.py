@@ -1,4 +1,4 @@
-"""The launcher watch, the watchdog's patience, ignored signals, the lock on a folder, the README's table of faults."""
+"""The launcher watch, the watchdog, ignored signals, the lock on a folder, the table of faults in the docs."""
 
 import errno
 import os
@@ -184,7 +184,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
 
 
 def test_every_row_of_what_it_survives_names_tests_that_exist():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What it survives")[1].split("\n## ")[0]
+    section = (ROOT / "docs/fault_tolerance.md").read_text(encoding="utf-8").split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     for row in rows:

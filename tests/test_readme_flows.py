@@ -1,4 +1,4 @@
-"""The commands of the README and of the baselines' pages, run by tiny models in the order in which they stand."""
+"""The commands of the docs, run by tiny models in the order in which they stand."""
 
 import importlib
 import re
@@ -28,11 +28,9 @@ SCRIPTS = {
 }
 
 
-def commands_of(page: str, first: str = "", last: str = "") -> list[str]:
-    """Commands of a page's shell blocks between two headings, in order, continuation lines joined."""
+def commands_of(page: str) -> list[str]:
+    """Commands of a page's shell blocks, in order, continuation lines joined."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    if first:
-        text = text.split(first)[1].split(last)[0]
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(line.split(" #")[0].split()) for line in lines if line.strip()]
@@ -78,15 +76,11 @@ def run(command: str) -> None:
     assert importlib.import_module(program).main([*arguments, *extra]) == 0
 
 
-EVALUATE, RIVALS = ("\n## Evaluate\n", "\n## Compare"), ("\n## Compare with the rivals\n", "\n## More GPUs")
-
-
 @pytest.mark.parametrize(
     ("page", "needed"),
     [
-        ("README.md", ("layer_swap", "maet", "--soup", "--parallel_input", "neurons count", "neurons analyse")),
-        ("docs/baselines_merging.md", ("layer_swap", "--middle", "maet", "--task_arithmetic", "--soup")),
-        ("docs/baselines_analysis.md", ("--parallel_input", "neurons analyse", "contamination", "compare_table")),
+        ("docs/baselines.md", ("layer_swap", "--middle", "maet", "--task_arithmetic", "--soup", "--parallel_input")),
+        ("docs/analysis.md", ("neurons count", "neurons analyse", "contamination", "embeddings")),
     ],
 )
 def test_commands_of_a_page_succeed_in_the_order_in_which_they_stand(newcomer, monkeypatch, page, needed):
@@ -94,9 +88,7 @@ def test_commands_of_a_page_succeed_in_the_order_in_which_they_stand(newcomer, m
     monkeypatch.chdir(newcomer)
     for folder in ("results", "merged"):
         shutil.rmtree(folder, ignore_errors=True)
-    commands = commands_of("README.md", *EVALUATE) + (
-        commands_of(page, *RIVALS) if "README" in page else commands_of(page)
-    )
+    commands = commands_of("docs/evaluation.md") + commands_of(page)
     commands = [c for c in commands if c in SCRIPTS or not c.startswith(("bash", "LLM_PATH="))]
     assert [word for word in needed if word not in " ".join(commands)] == []
     for i, command in enumerate(commands):

@@ -22,7 +22,6 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import find_task
 from mindmerger.tasks.languages import find_language
 from scripts import prepare_data as scripts_prepare_data
-from scripts.benchmarks import growth, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB = ROOT / "tests" / "data" / "hub"
@@ -705,7 +704,9 @@ def test_an_archive_that_cannot_be_used_is_one_line_and_leaves_no_partial_file(t
 # README
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+README = "\n".join(TEXTS.values())
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -719,51 +720,89 @@ def test_readme_starts_with_quickstart_and_tests():
     assert readme_commands()[:2] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
 
 
-def test_every_program_and_file_the_readme_names_exists():
+def test_the_readme_fits_on_a_few_screens():
+    assert len((ROOT / "README.md").read_bytes()) <= 11_000
+
+
+def test_every_program_and_file_the_pages_name_exists():
     # Inside code, whatever looks like a file of this project.
-    named = set(re.findall(r"(?:scripts|tests|docs|mindmerger|\.ci)/[\w./-]*\w|\b\w+\.py\b|requirements\.txt", README))
-    assert len(named) > 10
-    missing = [name for name in named if not ((ROOT / name).exists() or (ROOT / "scripts" / name).exists())]
-    assert not missing
-    links = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
-    assert "docs/architecture.svg" in links
-    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+    pattern = r"(?:mindmerger|scripts|tests|docs|\.ci)/[\w./-]*\w|requirements\.txt|(?<![\w/>])\w+\.py\b"
+    named = set(re.findall(pattern, README))
+    assert len(named) > 40
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    links = {
+        page: re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text) for page, text in TEXTS.items()
+    }
+    assert "docs/architecture.svg" in links[ROOT / "README.md"]
+    missing = [(page.name, link) for page, found in links.items() for link in found if "://" not in link]
+    assert [
+        (page, link) for page, link in missing if not any((p.parent / link).exists() for p in PAGES if p.name == page)
+    ] == []
 
 
-def test_every_readme_command_of_the_two_programs_parses():
-    """A flag in the README that the program does not know would be the reader's first error message."""
+# Every program that a page may name, by what follows `python` or `deepspeed`, with the words that choose its parser.
+PARSERS = {
+    "run_training.py": ("mindmerger.training.settings", "build_parser"),
+    "run_evaluation.py": ("mindmerger.evaluation.settings", "build_parser"),
+    "mindmerger.baselines.layer_swap": ("mindmerger.baselines.layer_swap", "build_parser"),
+    "mindmerger.baselines.layer_swap analyse": ("mindmerger.baselines.layer_swap", "build_analyse_parser"),
+    "mindmerger.baselines.maet": ("mindmerger.baselines.maet", "build_parser"),
+    "mindmerger.baselines.parallel_input": ("mindmerger.baselines.parallel_input", "build_parser"),
+    "mindmerger.analysis.neurons count": ("mindmerger.analysis.neurons", "build_count_parser"),
+    "mindmerger.analysis.neurons analyse": ("mindmerger.analysis.neurons", "build_analyse_parser"),
+    "mindmerger.analysis.contamination": ("mindmerger.analysis.contamination", "build_parser"),
+    "mindmerger.analysis.embeddings": ("mindmerger.analysis.embeddings", "build_parser"),
+    "mindmerger.evaluation.comparison_table": ("mindmerger.evaluation.comparison_table", "build_parser"),
+    "scripts.benchmarks.speed": ("scripts.benchmarks.speed", "build_parser"),
+    "scripts.benchmarks.growth": ("scripts.benchmarks.growth", "build_parser"),
+    "scripts.benchmarks.merge_memory": ("scripts.benchmarks.merge_memory", "build_parser"),
+    "scripts.prepare_data": ("scripts.prepare_data", "build_parser"),
+    "scripts.tiny_world": ("scripts.tiny_world.__main__", "build_parser"),
+}
+
+
+def parser_named(program: str):
+    """The parser of a program in `PARSERS`."""
+    module, function = PARSERS[program]
+    return getattr(importlib.import_module(module), function)()
+
+
+def test_every_command_of_the_pages_parses():
+    """A flag that the program does not know would be the reader's first error message."""
     from deepspeed.launcher.runner import parse_args as parse_launcher
 
-    checked = 0
+    checked = set()
     for command in readme_commands():
         words = shlex.split(command)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
         if words[:1] == ["deepspeed"]:
             launcher = parse_launcher(words[1:])
-            program, arguments = launcher.user_script, launcher.user_args
-        elif words[:1] == ["python"] and words[1:2] and words[1].startswith("run_"):
-            program, arguments = words[1], words[2:]
-        elif words[:2] == ["python", "-m"] and words[2].startswith("mindmerger.") and "neurons" not in words[2]:
-            importlib.import_module(words[2]).build_parser().parse_args(words[3:])
+            words = [launcher.user_script, *launcher.user_args]
+        elif words[:2] == ["python", "-m"]:
+            words = words[2:]
+        elif words[:1] == ["python"]:
+            words = words[1:]
+        elif words[:1] == ["bash"]:
+            assert (ROOT / words[1]).is_file(), command
             continue
         else:
             continue
-        parser_of(program).parse_args(arguments)
-        checked += 1
-    assert checked >= 6
+        if words[0] == "pytest":
+            continue
+        program = " ".join(words[:2]) if " ".join(words[:2]) in PARSERS else words[0]
+        assert program in PARSERS, command
+        parser_named(program).parse_args(words[program.count(" ") + 1 :])
+        checked.add(program)
+    assert len(checked) >= 12, checked
 
 
-def test_every_flag_the_readme_mentions_exists():
+def test_every_flag_the_pages_mention_exists():
     from deepspeed.launcher.runner import parse_args as parse_launcher
 
     known = {f"--{name}" for name in vars(parse_launcher(["x.py"]))}
-    parsers = [parser_of("run_training.py"), parser_of("run_evaluation.py"), scripts_prepare_data.build_parser()]
-    parsers += [speed.build_parser(), growth.build_parser()]
-    for name in ("baselines.layer_swap", "baselines.maet", "analysis.contamination", "analysis.embeddings"):
-        parsers.append(importlib.import_module(f"mindmerger.{name}").build_parser())
-    for parser in parsers:
-        known |= set(parser._option_string_actions)
+    for program in PARSERS:
+        known |= set(parser_named(program)._option_string_actions)
     own = re.sub(r"#SBATCH.*|`ruff[^`]*`", "", README)
     assert set(re.findall(r"(?<![\w-])--[a-z_]+(?![\w-])", own)) - known == set()
 
@@ -816,3 +855,18 @@ def test_links_to_data_and_outputs_elsewhere_are_ignored_by_git(tmp_path):
         (tmp_path / name).symlink_to(tmp_path.parent)
     done = subprocess.run(["git", "status", "--short"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "?? .gitignore\n"
+
+
+def test_the_package_asks_for_what_requirements_pin():
+    """`pip install .` and requirements.txt must not drift apart: each pin lies in the package's range."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ranges = [Requirement(one) for one in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    ranges = {one.name.lower(): one.specifier for one in ranges}
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.split("#")[0].split("==") for line in lines if "==" in line.split("#")[0]]
+    assert ranges.keys() == {name.strip().lower() for name, _ in pins}
+    assert [name for name, version in pins if not ranges[name.strip().lower()].contains(version.strip())] == []
