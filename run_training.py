@@ -43,6 +43,8 @@ from mindmerger.training.record import Recorder, draw_loss, peak_memory_gb, perp
 from mindmerger.training.settings import FAULTS_FILE, Plan, build_parser, check_arguments, check_lengths, check_tokens
 from mindmerger.training.trainer import EpochCut, Trainer, build_trainer
 
+# What a stage trains on, by the names that tokenised data of earlier versions is found under.
+DATA_OF_STAGE = {"pairs": "mapping", "task": "augmentation"}
 EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
 
@@ -58,7 +60,7 @@ def load_data(args, plan: Plan, cache_dir=None):
     data = first_on_each_node(
         build_training_set,
         plan.task,
-        args.stage_name,
+        DATA_OF_STAGE[plan.stage.data],
         tokenizers,
         data_root=args.data_root,
         languages=plan.languages,
@@ -165,7 +167,7 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
     with out_of_memory_named(batch, UPDATE_MEMORY_FLAGS, f"in the update of step {trainer.step + 1}, "):
         norm, loss, code = update(trainer, step_loss, losses, micro_batches)
     seconds = time.perf_counter() - started
-    lengths = trainer.data.merged_lengths
+    lengths = trainer.lengths
     processed = sum(len(m.indices) * int(lengths[m.indices].max()) for m in micro_batches)
     line = {
         "loss": loss,
@@ -198,7 +200,8 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
     by_hand = zero_stage(trainer.plan.config) == 0
     norm = step_loss.new_zeros(())
     if by_hand:
-        norm = torch.nn.utils.clip_grad_norm_(list(engine.module.mapping.parameters()), trainer.args.max_grad_norm)
+        trained = list(engine.module.trained_parameters().values())
+        norm = torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
     # The one synchronisation of the step. At ZeRO 0 all ranks have the same norm.
     code, sums = trainer.signals.agree(trainer.device, step_loss, norm / world_size())
     loss, norm = sums.tolist()
@@ -276,7 +279,7 @@ def prepare(args):
         tokenizers, data, split = load_data(args, plan, cache_dir)
         inputs = {"data": data.fingerprint, "LLM (--llm_path)": plan.models[0], "encoder (--mt_path)": plan.models[1]}
         agree_on(inputs)
-        together(check_lengths, args, data)
+        together(check_lengths, args, plan, data)
         together(check_tokens, args, tokenizers, data)
         if args.dry_run:
             together(print_estimate, args, plan, data, split)

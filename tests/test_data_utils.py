@@ -344,7 +344,7 @@ def test_training_set_equals_tokenising_in_memory(tokenizers, tmp_path):
     assert built.encoder_lengths.tolist() == [len(ids) for ids in columns["encoder_ids"]]
     assert built.prompt_lengths.tolist() == [len(ids) for ids in columns["prompt_ids"]]
     assert built.target_lengths.tolist() == [len(ids) for ids in columns["target_ids"]]
-    assert built.merged_lengths[0] == 2 + sum(
+    assert built.merged_lengths(lambda tokens: tokens + 1)[0] == 2 + sum(
         len(columns[f"{name}_ids"][0]) for name in ("encoder", "prompt", "target")
     )
     assert built.counts == {

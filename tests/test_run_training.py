@@ -520,7 +520,7 @@ def test_the_estimated_arithmetic_is_what_torch_counts_in_the_matrix_products(
     lengths = {"merged": 62, "encoder": 30, "target": 10}
     data = SimpleNamespace(**{f"{name}_lengths": np.array([n, n]) for name, n in lengths.items()})
     args = training_settings.build_parser().parse_args(["--gradient_checkpointing"] * checkpointing)
-    estimate = dry_run.training_flop(args, data, np.arange(2), model.llm, model.encoder)
+    estimate = dry_run.training_flop(args, data, data.merged_lengths, np.arange(2), model.llm, model.encoder)
     assert counted - mapping == pytest.approx(estimate, rel=tolerance)
 
 

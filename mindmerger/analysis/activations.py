@@ -144,7 +144,7 @@ def observe_answers(model, inputs: dict, max_new_tokens: int) -> Observation:
     if model.bos_token_id is not None:
         prefix_B += 1
     if inputs.get("encoder_input_ids") is not None:
-        prefix_B += inputs["encoder_attention_mask"].sum(1).cpu() + 1  # the boundary
+        prefix_B += model.mapping.prefix_length(inputs["encoder_attention_mask"].sum(1).cpu())
     if inputs.get("prompt_ids") is not None:
         prefix_B += inputs["prompt_mask"].sum(1).cpu()
     positions_M, rows_M = predicting_positions(prefix_B, mask_BT.sum(1))

@@ -88,9 +88,12 @@ def mean_mapped(mapping, states: list):
     """(n, D) float32 on the CPU: the mean over each sentence's mapped states."""
     import torch
 
-    device = mapping.end_boundary.device
+    device, means = next(mapping.parameters()).device, []
     with torch.no_grad():
-        return torch.stack([mapping(one.to(device)[None])[0][0].mean(0).float().cpu() for one in states])
+        for one in states:
+            prefix_BKD = mapping([one.to(device)[None]], torch.ones(1, len(one), dtype=torch.long)).prefix_BKD
+            means.append(prefix_BKD[0, : len(one)].mean(0).float().cpu())  # the boundary stands behind them
+    return torch.stack(means)
 
 
 def retrieval(vectors, english) -> float:
@@ -216,8 +219,7 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
     """
     import torch
 
-    from mindmerger.bridges.mapping import Mapping
-    from mindmerger.model.mapping_files import check_mapping, config_of_models, read_config
+    from mindmerger.model.mapping_files import build_bridge, check_mapping, config_of_models, read_config
 
     recorded = read_config(args.init_checkpoint[0])
     paths = {}
@@ -228,7 +230,7 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
     config = config_of_models(paths["mt_path"], paths["llm_path"])
 
     def load(path: str | None):
-        mapping = Mapping(config.encoder_width, config.llm_width)
+        mapping = build_bridge(config)
         if path is not None:
             mapping.load_state_dict(check_mapping(path, config))
         return mapping.float()

@@ -1,1 +1,9 @@
-"""What is trained between the two frozen towers: one connector, one file."""
+"""What is trained between the two frozen towers: one connector, one file, one line in `BRIDGES`."""
+
+from mindmerger.bridges.base import Bridge, BridgeOutput, Stage
+from mindmerger.bridges.mapping import Mapping
+
+__all__ = ["BRIDGES", "Bridge", "BridgeOutput", "Mapping", "Stage"]
+
+# By --bridge, as config.json names them.
+BRIDGES: dict[str, type[Bridge]] = {"mindmerger": Mapping}

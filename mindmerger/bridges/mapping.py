@@ -7,26 +7,40 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mindmerger.bridges.base import Bridge, BridgeOutput, Stage
 
-class Mapping(nn.Module):
+
+class Mapping(Bridge):
     """Encoder states to vectors in the LLM's input-embedding space, plus the learned end boundary (paper, section 3.1).
 
     Parameter names and shapes are those of the released checkpoints: `mlp.linear1` (2E, E), `mlp.linear2` (D, 2E),
     both with bias, and `end_boundary` (1, 1, D), which starts at zero.
     """
 
+    stages = {
+        "mapping": Stage(data="pairs", with_prompt=False),
+        "augmentation": Stage(data="task", with_prompt=True, starts_from="mapping"),
+    }
+
     def __init__(self, encoder_width: int, llm_width: int):
-        super().__init__()
+        super().__init__(encoder_width, llm_width)
         self.mlp = nn.Module()
         self.mlp.linear1 = nn.Linear(encoder_width, 2 * encoder_width)
         self.mlp.linear2 = nn.Linear(2 * encoder_width, llm_width)
         self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_width))
 
-    def forward(self, states_BSE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the mapped states (B, S, D) and the boundary (1, 1, D), in the mapping's own dtype.
+    def forward(self, states_BSE: list[torch.Tensor], mask_BS: torch.Tensor) -> BridgeOutput:
+        """Returns the mapped states and the boundary behind them, (B, S + 1, D)."""
+        hidden = F.relu(self.mlp.linear1(states_BSE[0].to(self.mlp.linear1.weight.dtype)))
+        mapped_BSD, boundary_11D = self.mlp.linear2(hidden), self.end_boundary
+        if self.llm_dtype is not None:
+            # Before the boundary is repeated: its gradient is then summed over the rows in the LLM's dtype, as in the
+            # released code.
+            mapped_BSD, boundary_11D = mapped_BSD.to(self.llm_dtype), boundary_11D.to(self.llm_dtype)
+        rows = mask_BS.shape[0]
+        prefix_BKD = torch.cat([mapped_BSD, boundary_11D.expand(rows, 1, -1)], dim=1)
+        return BridgeOutput(prefix_BKD, torch.cat([mask_BS, mask_BS.new_ones(rows, 1)], dim=1))
 
-        The boundary is returned, not read from outside, because ZeRO-3 gathers a parameter only inside its module's
-        forward.
-        """
-        hidden = F.relu(self.mlp.linear1(states_BSE.to(self.mlp.linear1.weight.dtype)))
-        return self.mlp.linear2(hidden), self.end_boundary
+    def prefix_length(self, encoder_tokens):
+        """Returns one position for each encoder token and one for the boundary."""
+        return encoder_tokens + 1

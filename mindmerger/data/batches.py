@@ -68,7 +68,7 @@ def cut_global_batch(
 
     Args:
         indices: rows of the global batch.
-        lengths: merged length of every row of the data set, indexed by row (`TrainingSet.merged_lengths`).
+        lengths: merged length of every row of the data set, indexed by row (from `TrainingSet.merged_lengths`).
         micro_batch_size: most rows of a micro-batch, unless there is a budget.
         token_budget: most positions of a micro-batch, padding included; a longer row stands alone.
 

@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +49,13 @@ class TrainingSet:
     files: dict[str, str]
     faults: list[str] = field(default_factory=list)
 
-    @cached_property
-    def merged_lengths(self) -> np.ndarray:
-        """Positions of each merged row: BOS, source, boundary, prompt, target; shape (rows,)."""
-        return 2 + self.encoder_lengths + self.prompt_lengths + self.target_lengths
+    def merged_lengths(self, prefix_length) -> np.ndarray:
+        """Returns the positions of each merged row, shape (rows,): BOS, prefix, prompt, target.
+
+        Arguments:
+            prefix_length: of the bridge, from numbers of encoder tokens to positions.
+        """
+        return 1 + prefix_length(self.encoder_lengths) + self.prompt_lengths + self.target_lengths
 
     def largest_id(self, column: str) -> int:
         """The largest id in a column of ids, -1 where it is empty."""

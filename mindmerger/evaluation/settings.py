@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from mindmerger.evaluation.parallel_input import add_arguments as add_parallel_arguments
-from mindmerger.generation.answers import DEFAULT_MAX_LEN, check_tokens, input_lengths, tokenise_form
+from mindmerger.generation.answers import DEFAULT_MAX_LEN, check_tokens, input_positions, tokenise_form
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import broadcast_object, is_main, log, together, warn, world_size
@@ -161,6 +161,8 @@ class Plan:
     tokenizers: object
     mt_path: str | None
     llm_path: str
+    bridge_name: str
+    bridge: object | None  # without storage: asked for the prefix's length
     checkpoint: str | None
     precision: str
     attn_implementation: str | None
@@ -183,7 +185,7 @@ def form_of(args: argparse.Namespace) -> str:
     return "llm_only" if args.llm_only else "hard" if args.augmentation is False else "soft"
 
 
-def find_models_on_rank_0(args: argparse.Namespace) -> tuple[str | None, str | None, str] | None:
+def find_models_on_rank_0(args: argparse.Namespace) -> tuple[str | None, str | None, str, str] | None:
     """What `find_models` finds on rank 0, whose machine alone may have the mapping; None in a run of one process."""
     from mindmerger.tasks import find_task
 
@@ -205,10 +207,9 @@ def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None)
         UserError: for the first thing that does not.
     """
     from mindmerger.data.tokenising import load_tokenizers
-    from mindmerger.evaluation.results import SCORER
     from mindmerger.hub.model_files import check_models
-    from mindmerger.model.mapping_files import check_mapping, config_of_models
-    from mindmerger.model.towers import check_roles, model_fingerprint
+    from mindmerger.model.mapping_files import check_mapping, config_of_models, empty_bridge
+    from mindmerger.model.towers import check_roles
     from mindmerger.tasks import TASKS, find_task
     from mindmerger.tasks.languages import parse_languages
 
@@ -226,7 +227,7 @@ def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None)
         raise UserError(f"task {task.name} has no evaluation set: choose --task {known}")
     wanted = ",".join(task.evaluation_languages) if args.languages is None else args.languages
     languages = parse_languages(wanted)
-    checkpoint, mt_path, llm_path = models or find_models(args, task, form)
+    checkpoint, mt_path, llm_path, bridge_name = models or find_models(args, task, form)
     check_roles(llm_path, mt_path)
     check_models(mt_path, llm_path, backward=False)
     examples, faults = _read_examples(args, task, languages)
@@ -237,33 +238,14 @@ def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None)
     columns = tokenise_form(tokenizers, examples, form, args.max_seq_len, prompt_limit)
     max_new_tokens = args.max_new_tokens or args.max_gen_len or task.max_new_tokens
     precision = args.precision or ("bf16" if on_gpu else "fp32")
-    if checkpoint is not None and is_main():
-        check_mapping(checkpoint, config_of_models(mt_path, llm_path))
-    check_inputs(tokenizers, columns, mt_path, llm_path, max_new_tokens)
-    identity = {
-        "--task": task.name,
-        "form (--augmentation, --llm_only)": form,
-        START: _sha256_of_file(checkpoint) if checkpoint and is_main() else None,
-        "--llm_path (fingerprint)": model_fingerprint(llm_path),
-        "--mt_path (fingerprint)": model_fingerprint(mt_path) if mt_path else None,
-        "--languages": [language.name for language in languages],
-        "--limit": args.limit,
-        "--parallel_input": args.parallel_input,
-        "--translations": parallel_input and parallel_input["translations"],
-        "--order": parallel_input and parallel_input["order"],
-        # Without the question, which no answer depends on.
-        "data (sha256)": _sha256(json.dumps([astuple(example)[:-1] for example in examples]).encode()),
-        "--max_seq_len": args.max_seq_len,
-        "--max_gen_len": prompt_limit,
-        "--max_new_tokens": max_new_tokens,
-        "--precision": precision,
-        "--attn_implementation": args.attn_implementation,
-        # Its kernels round otherwise. None for transformers: folders without the entry are its.
-        "--engine": None if args.engine == "hf" else args.engine,
-        "--seed": args.seed,
-        SCORER: task.scorer_version,
-    }
-    return Plan(
+    bridge = None
+    if checkpoint is not None:
+        between = config_of_models(mt_path, llm_path, bridge_name)
+        bridge = empty_bridge(between)
+        if is_main():
+            check_mapping(checkpoint, between)
+    check_inputs(tokenizers, columns, bridge, mt_path, llm_path, max_new_tokens)
+    plan = Plan(
         task=task,
         form=form,
         examples=examples,
@@ -271,16 +253,50 @@ def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None)
         tokenizers=tokenizers,
         mt_path=mt_path,
         llm_path=llm_path,
+        bridge_name=bridge_name,
+        bridge=bridge,
         checkpoint=checkpoint,
         precision=precision,
         attn_implementation=args.attn_implementation,
         max_new_tokens=max_new_tokens,
         folder=Path(args.results_dir) / args.save_name / (task.name + (suffix or FORM_SUFFIX[form])),
-        identity=identity,
+        identity={},
         engine=args.engine,
         parallel_input=parallel_input,
         faults=faults,
     )
+    plan.identity = identity_of(args, plan, languages, prompt_limit)
+    return plan
+
+
+def identity_of(args: argparse.Namespace, plan: Plan, languages: list, prompt_limit: int) -> dict:
+    """Everything that answers and scores depend on, by the names that the user knows it by."""
+    from mindmerger.evaluation.results import SCORER
+    from mindmerger.model.towers import model_fingerprint
+
+    return {
+        "--task": plan.task.name,
+        "form (--augmentation, --llm_only)": plan.form,
+        START: _sha256_of_file(plan.checkpoint) if plan.checkpoint and is_main() else None,
+        "--llm_path (fingerprint)": model_fingerprint(plan.llm_path),
+        "--mt_path (fingerprint)": model_fingerprint(plan.mt_path) if plan.mt_path else None,
+        "--languages": [language.name for language in languages],
+        "--limit": args.limit,
+        "--parallel_input": args.parallel_input,
+        "--translations": plan.parallel_input and plan.parallel_input["translations"],
+        "--order": plan.parallel_input and plan.parallel_input["order"],
+        # Without the question, which no answer depends on.
+        "data (sha256)": _sha256(json.dumps([astuple(example)[:-1] for example in plan.examples]).encode()),
+        "--max_seq_len": args.max_seq_len,
+        "--max_gen_len": prompt_limit,
+        "--max_new_tokens": plan.max_new_tokens,
+        "--precision": plan.precision,
+        "--attn_implementation": args.attn_implementation,
+        # Its kernels round otherwise. None for transformers: folders without the entry are its.
+        "--engine": None if args.engine == "hf" else args.engine,
+        "--seed": args.seed,
+        SCORER: plan.task.scorer_version,
+    }
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
@@ -329,22 +345,22 @@ def _with_parallel_input(args: argparse.Namespace, task, examples: list) -> tupl
     return examples, {"name": options.name, **record, "languages": languages}, options.suffix
 
 
-def check_inputs(tokenizers, columns: dict, mt_path: str | None, llm_path: str, max_new_tokens: int) -> None:
+def check_inputs(tokenizers, columns: dict, bridge, mt_path: str | None, llm_path: str, max_new_tokens: int) -> None:
     """Refuses inputs that a model has no embeddings or no positions for."""
     from mindmerger.hub.model_files import embedding_rows, llm_config, load_config
     from mindmerger.model.towers import check_positions
 
     encoder_rows = embedding_rows(load_config(mt_path)) if mt_path is not None else None
     check_tokens(tokenizers, columns, (mt_path, encoder_rows), (llm_path, embedding_rows(llm_config(llm_path)[0])))
-    longest = max(input_lengths(columns)) + 2 + max_new_tokens
+    longest = max(input_positions(columns, bridge)) + max_new_tokens
     flags = "--max_new_tokens, --max_gen_len or --max_seq_len"
     check_positions(llm_path, longest, "the longest input with its new tokens", flags)
     if mt_path is not None:
         check_positions(mt_path, max(map(len, columns["encoder_ids"])), "the longest question", "--max_seq_len")
 
 
-def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, str | None, str]:
-    """(mapping file, encoder, LLM): from the flags, else from the mapping's config.json, else the defaults."""
+def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, str | None, str, str]:
+    """(mapping file, encoder, LLM, bridge): from the flags, else the mapping's config.json, else the defaults."""
     from mindmerger.model.mapping_files import find_mapping_file, read_config
 
     checkpoint = args.init_checkpoint
@@ -369,7 +385,7 @@ def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, 
             warn(f"this mapping was trained with --{flag} {recorded}, not {given}")
         found[flag] = given or recorded or default
     if form == "llm_only":
-        return None, None, found["llm_path"]
+        return None, None, found["llm_path"], "mindmerger"
     if config is not None and config.task not in (None, task.training_name):
         warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
     if config is not None and config.stage == "mapping":
@@ -377,7 +393,7 @@ def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, 
     elif config is not None and config.augmentation not in (None, form == "soft"):
         name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
         warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[form == 'soft']}")
-    return mapping_file, found["mt_path"], found["llm_path"]
+    return mapping_file, found["mt_path"], found["llm_path"], config.bridge if config is not None else "mindmerger"
 
 
 def _sha256(content: bytes) -> str:

@@ -49,6 +49,19 @@ def input_lengths(columns: dict) -> list[int]:
     return [sum(len(ids) for ids in row) for row in zip(*parts, strict=True)]
 
 
+def input_positions(columns: dict, bridge) -> list[int]:
+    """Positions of each example's merged input: BOS, prefix and prompt, as far as the form has them.
+
+    Arguments:
+        bridge: whose `prefix_length` says how many positions an encoded question takes; None for the LLM alone.
+    """
+    prompts = columns.get("prompt_ids") or [[]] * len(columns["encoder_ids"])
+    if bridge is None:
+        return [1 + len(prompt) for prompt in prompts]
+    sources = columns["encoder_ids"]
+    return [1 + bridge.prefix_length(len(s)) + len(prompt) for s, prompt in zip(sources, prompts, strict=True)]
+
+
 @dataclass
 class Generation:
     """One answer: its text, its tokens including the end token, and whether it ran into the limit instead."""
@@ -83,9 +96,9 @@ def cut_batches(
 
 
 def cut_evaluation(remaining: list[int], plan, args: argparse.Namespace) -> list[list[int]]:
-    """The batches that the flags ask for; BOS and boundary count as positions."""
+    """The batches that the flags ask for."""
     rows = args.eval_batch_size or (None if args.eval_max_tokens else DEFAULT_BATCH_SIZE)
-    lengths = [length + 2 for length in input_lengths(plan.columns)]
+    lengths = input_positions(plan.columns, plan.bridge)
     return cut_batches(remaining, lengths, rows, args.eval_max_tokens, plan.max_new_tokens)
 
 
@@ -178,7 +191,7 @@ def load_model(plan, device, input_side_only: bool = False):
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
     try:
-        model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation)
+        model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation, plan.bridge_name)
         if plan.checkpoint is not None and is_main():  # `evaluate` gives it to the other ranks
             model.load_mapping(plan.checkpoint)
         if input_side_only:
@@ -198,7 +211,7 @@ def start_engine(plan):
         return None
     from mindmerger.generation import vllm_engine
 
-    longest = max(input_lengths(plan.columns)) + 2 + plan.max_new_tokens
+    longest = max(input_positions(plan.columns, plan.bridge)) + plan.max_new_tokens
     return vllm_engine.start(plan.llm_path, plan.precision, longest)
 
 

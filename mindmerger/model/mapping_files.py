@@ -13,7 +13,7 @@ import safetensors
 import torch
 from safetensors.torch import load
 
-from mindmerger.bridges.mapping import Mapping
+from mindmerger.bridges import BRIDGES, Bridge
 from mindmerger.hub.model_files import (
     ModelError,
     first_line,
@@ -43,16 +43,33 @@ class MindMergerConfig:
     augmentation: bool | None = None
     model_type: str = "mindmerger"
     format_version: int = FORMAT_VERSION
+    bridge: str = "mindmerger"  # folders without the entry are older and hold this one
 
 
-def mapping_shapes(config: MindMergerConfig) -> dict[str, torch.Tensor]:
-    """Names and shapes of the mapping's parameters, as tensors without storage."""
+def find_bridge(name: str) -> type[Bridge]:
+    """The class of a bridge, by the name in `config.json`.
+
+    Raises:
+        ModelError: for a name that is not in `BRIDGES`, listing those that are.
+    """
+    if name not in BRIDGES:
+        raise ModelError(f"unknown bridge {name!r}: choose one of {', '.join(BRIDGES)}")
+    return BRIDGES[name]
+
+
+def build_bridge(config: MindMergerConfig) -> Bridge:
+    """A fresh bridge between the two models of `config`."""
+    return find_bridge(config.bridge)(config.encoder_width, config.llm_width)
+
+
+def empty_bridge(config: MindMergerConfig) -> Bridge:
+    """The bridge of `config` without storage: asked for names, shapes and prefix lengths before weights load."""
     with torch.device("meta"):
-        return dict(Mapping(config.encoder_width, config.llm_width).named_parameters())
+        return build_bridge(config)
 
 
-def config_of_models(mt_path: str, llm_path: str) -> MindMergerConfig:
-    """The configuration of a mapping between two models, from their configs alone.
+def config_of_models(mt_path: str, llm_path: str, bridge: str = "mindmerger") -> MindMergerConfig:
+    """The configuration of a bridge between two models, from their configs alone.
 
     Raises:
         ModelError: when one of them has no usable config.
@@ -64,6 +81,7 @@ def config_of_models(mt_path: str, llm_path: str) -> MindMergerConfig:
         encoder_width=encoder.get_text_config(encoder=encoder.is_encoder_decoder or None).hidden_size,
         # OPT-350m's embeddings are narrower than its layers.
         llm_width=getattr(llm, "word_embed_proj_dim", None) or llm.hidden_size,
+        bridge=bridge,
     )
 
 
@@ -147,7 +165,7 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
             with values that are not finite.
     """
     state = read_mapping(path)
-    expected = {name: tuple(p.shape) for name, p in mapping_shapes(config).items()}
+    expected = {name: tuple(p.shape) for name, p in empty_bridge(config).named_parameters()}
     if state.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         raise ModelError(f"{path} is not a mapping: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")

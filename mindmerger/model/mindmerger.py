@@ -20,7 +20,6 @@ from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from mindmerger.bridges.mapping import Mapping
 from mindmerger.hub.model_files import ModelError, end_token_ids, special_token_ids, strip_slash
 from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
 from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
@@ -29,6 +28,7 @@ from mindmerger.model.mapping_files import (
     MAPPING_FILE,
     MindMergerConfig,
     _model_card,
+    build_bridge,
     check_mapping,
     read_config,
 )
@@ -69,7 +69,7 @@ class MindMerger(nn.Module):
             if tower is not None:
                 tower.requires_grad_(False)
         assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen part is trainable"
-        self.mapping = Mapping(config.encoder_width, config.llm_width) if encoder is not None else None
+        self.mapping = build_bridge(config) if encoder is not None else None
         self.bos_token_id = bos_token_id
         configured = [llm.generation_config.eos_token_id, llm.config.get_text_config().eos_token_id]
         self.eos_token_ids = end_token_ids(config.llm_path, configured, tokenizer_eos)
@@ -89,8 +89,9 @@ class MindMerger(nn.Module):
         llm_path: str,
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
+        bridge: str = "mindmerger",
     ) -> "MindMerger":
-        """Loads both frozen towers from folders or hub names and puts a fresh fp32 mapping between them.
+        """Loads both frozen towers from folders or hub names and puts a fresh fp32 bridge between them.
 
         Arguments:
             mt_path: the multilingual encoder; of an encoder-decoder only the encoder half is loaded. None gives the
@@ -98,22 +99,31 @@ class MindMerger(nn.Module):
             llm_path: any causal language model.
             dtype: of the towers; "auto" is what their files hold.
             attn_implementation: handed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...).
+            bridge: a name of `mindmerger.bridges.BRIDGES`.
 
         Raises:
-            ModelError: for a missing or unusable folder, or weights that leave parameters unset.
+            ModelError: for a missing or unusable folder, weights that leave parameters unset, or an unknown bridge.
         """
         llm = load_llm(llm_path, dtype, attn_implementation)
         encoder = load_encoder(mt_path, dtype, attn_implementation) if mt_path is not None else None
-        return cls.from_towers(encoder, llm, mt_path, llm_path)
+        return cls.from_towers(encoder, llm, mt_path, llm_path, bridge)
 
     @classmethod
-    def from_towers(cls, encoder: nn.Module | None, llm: nn.Module, mt_path: str | None, llm_path: str) -> "MindMerger":
-        """Puts a fresh mapping between two loaded towers; the paths are what `config.json` will record."""
+    def from_towers(
+        cls,
+        encoder: nn.Module | None,
+        llm: nn.Module,
+        mt_path: str | None,
+        llm_path: str,
+        bridge: str = "mindmerger",
+    ) -> "MindMerger":
+        """Puts a fresh bridge between two loaded towers; paths and bridge are what `config.json` will record."""
         config = MindMergerConfig(
             mt_path=strip_slash(mt_path),
             llm_path=strip_slash(llm_path),
             encoder_width=encoder.config.hidden_size if encoder is not None else None,
             llm_width=llm.get_input_embeddings().embedding_dim,
+            bridge=bridge,
         )
         return cls(encoder, llm, config, *special_token_ids(llm_path, llm.config))
 
@@ -136,7 +146,8 @@ class MindMerger(nn.Module):
             raise ModelError(
                 f"{folder} has no {CONFIG_FILE}: use from_models and load_mapping, naming both base models"
             )
-        model = cls.from_models(mt_path or config.mt_path, llm_path or config.llm_path, dtype, attn_implementation)
+        paths = mt_path or config.mt_path, llm_path or config.llm_path
+        model = cls.from_models(*paths, dtype, attn_implementation, config.bridge)
         model.load_mapping(folder)
         model.config.stage, model.config.task, model.config.augmentation = (
             config.stage,
@@ -169,6 +180,10 @@ class MindMerger(nn.Module):
         write_bytes_atomic(folder / MAPPING_FILE, save(tensors, metadata={"format": "pt"}))
         write_json_atomic(folder / CONFIG_FILE, dataclasses.asdict(self.config))
         write_text_atomic(folder / "README.md", _model_card(self.config, tensors))
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns what gets gradients, by the names that a checkpoint holds it under."""
+        return dict(self.mapping.named_parameters())
 
     # -- running
 
@@ -313,24 +328,22 @@ class MindMerger(nn.Module):
         embed = self.llm.get_input_embeddings()
         some_ids = encoder_input_ids if encoder_input_ids is not None else prompt_ids
         some_mask = encoder_attention_mask if encoder_input_ids is not None else prompt_mask
-        rows = some_ids.shape[0]
-        one_B1 = torch.ones(rows, 1, dtype=torch.long, device=some_mask.device)
         if self.bos_token_id is not None:
-            embeds.append(embed(some_ids.new_full((rows, 1), self.bos_token_id)))
-            masks.append(one_B1)
+            embeds.append(embed(some_ids.new_full((some_ids.shape[0], 1), self.bos_token_id)))
+            masks.append(torch.ones(some_ids.shape[0], 1, dtype=torch.long, device=some_mask.device))
         if encoder_input_ids is not None:
             states_BSE, states_mask_BS = self.encode(encoder_input_ids, encoder_attention_mask)
-            mapped_BSD, boundary_11D = self.mapping(states_BSE)
-            dtype = next(self.llm.parameters()).dtype
-            embeds += [mapped_BSD.to(dtype), boundary_11D.to(dtype).expand(rows, 1, -1)]
-            masks += [states_mask_BS, one_B1]
+            self.mapping.llm_dtype = next(self.llm.parameters()).dtype
+            prefix = self.mapping(states_BSE, states_mask_BS)
+            embeds.append(prefix.prefix_BKD.to(self.mapping.llm_dtype))
+            masks.append(prefix.prefix_mask_BK)
         if prompt_ids is not None:
             embeds.append(embed(prompt_ids))
             masks.append(prompt_mask)
         return embeds, masks
 
-    def encode(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The frozen encoder's last states (B, S', E) and their mask (B, S'), packed to the right-padded form.
+    def encode(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The frozen encoder's states (B, S', E) that the bridge reads and their mask (B, S'), right-padded.
 
         Encoders with absolute positions give other states under left padding, so every input is packed first.
         """
@@ -345,9 +358,12 @@ class MindMerger(nn.Module):
             if self.encoder.config.is_encoder_decoder or not _is_decoder_only(self.encoder.config)
             else {"use_cache": False}
         )
+        layers = self.mapping.encoder_layers
+        if any(layer != -1 for layer in layers):
+            extra["output_hidden_states"] = True
         with torch.no_grad():
-            states_BSE = self.encoder(input_ids=packed_BS, attention_mask=mask_BS, **extra).last_hidden_state
-        return states_BSE, plan.mask_BL
+            output = self.encoder(input_ids=packed_BS, attention_mask=mask_BS, **extra)
+        return [output.last_hidden_state if i == -1 else output.hidden_states[i] for i in layers], plan.mask_BL
 
 
 def _checkpointed(forward, *args, **kwargs):

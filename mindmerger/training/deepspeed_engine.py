@@ -75,7 +75,7 @@ def loading_towers(config: dict, bf16: bool):
 
 
 def make_engine(model, config: dict, lr: float):
-    """Wraps the model in a DeepSpeed engine that optimises `model.mapping` with AdamW (SPEC's hyper-parameters).
+    """Wraps the model in a DeepSpeed engine that optimises its trained parameters with AdamW.
 
     Returns:
         the engine; its `basic_optimizer` is the torch AdamW whose learning rate the loop sets.
@@ -84,7 +84,7 @@ def make_engine(model, config: dict, lr: float):
     import torch
 
     os.environ.setdefault("LOCAL_RANK", "0")  # as above
-    parameters = list(model.mapping.parameters())
+    parameters = list(model.trained_parameters().values())
     on_cuda = parameters[0].device.type == "cuda" and not config["zero_optimization"].get("offload_optimizer")
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7, fused=True if on_cuda else None
@@ -103,7 +103,7 @@ def gathered(engine):
     """Within it, the mapping's parameters are whole on every rank, also at ZeRO-3."""
     import deepspeed
 
-    parameters = list(engine.module.mapping.parameters())
+    parameters = list(engine.module.trained_parameters().values())
     with deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage(engine.config) == 3):
         yield
 
@@ -111,13 +111,13 @@ def gathered(engine):
 def mapping_state(engine) -> dict:
     """The mapping's fp32 parameters as whole CPU tensors; a collective call at ZeRO-3."""
     with gathered(engine):
-        return {name: p.detach().cpu().clone() for name, p in engine.module.mapping.named_parameters()}
+        return {name: p.detach().cpu().clone() for name, p in engine.module.trained_parameters().items()}
 
 
 def optimizer_state(engine) -> dict:
     """Adam's two moments, whole, as `{"exp_avg.NAME", "exp_avg_sq.NAME"}` CPU tensors; a collective call."""
     state = {}
-    for name, parameter in engine.module.mapping.named_parameters():
+    for name, parameter in engine.module.trained_parameters().items():
         for key in ("exp_avg", "exp_avg_sq"):
             if zero_stage(engine.config) == 0:
                 value = engine.basic_optimizer.state[parameter][key]
@@ -149,7 +149,7 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(**first_batch).loss_sum * 0.0, scale_wrt_gas=False)
     engine.step()
-    for name, parameter in engine.module.mapping.named_parameters():
+    for name, parameter in engine.module.trained_parameters().items():
         for key in ("exp_avg", "exp_avg_sq"):
             value = state[f"{key}.{name}"].to(engine.device)
             if zero_stage(engine.config) == 0:

@@ -10,7 +10,7 @@ from mindmerger.training.trainer import steps_per_epoch
 PEAK_FLOPS = {"bf16": 312e12, "fp32": 19.5e12}
 
 
-def training_flop(args, data, rows, llm, encoder) -> float:
+def training_flop(args, data, merged, rows, llm, encoder) -> float:
     """Estimates the arithmetic of one pass over training rows from their real lengths, without padding and attention.
 
     Each weight of the LLM's layers takes 4 FLOP for a position (forward, and backward to the inputs alone; 6 where
@@ -18,6 +18,7 @@ def training_flop(args, data, rows, llm, encoder) -> float:
     of the encoder's 2 for a source token. Embeddings are looked up, and the mapping is small beside all this.
 
     Args:
+        merged: positions of every merged row of the data set.
         rows: (n,) row numbers.
         llm, encoder: the models, which may be without storage.
     """
@@ -26,8 +27,7 @@ def training_flop(args, data, rows, llm, encoder) -> float:
     layers = sum(p.numel() for p in llm.parameters()) - sum(tables.values())
     encoding = sum(p.numel() for p in encoder.parameters()) - encoder.get_input_embeddings().weight.numel()
     positions, targets, sources = (
-        int(lengths[rows].sum(dtype="int64"))
-        for lengths in (data.merged_lengths, data.target_lengths, data.encoder_lengths)
+        int(lengths[rows].sum(dtype="int64")) for lengths in (merged, data.target_lengths, data.encoder_lengths)
     )
     passes = 6 if args.gradient_checkpointing else 4
     return float(passes * layers * positions + 4 * head.numel() * targets + 2 * encoding * sources)
@@ -38,21 +38,17 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from mindmerger.bridges.mapping import Mapping
     from mindmerger.hub.model_files import llm_config, load_config
-    from mindmerger.model.mapping_files import config_of_models
     from mindmerger.training.deepspeed_config import offloaded, zero_stage
 
     if not is_main():
         return
-    widths = config_of_models(args.mt_path, args.llm_path)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config(args.llm_path)[0], trust_remote_code=False)
         encoder = AutoModel.from_config(load_config(args.mt_path), trust_remote_code=False)
         encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
-        mapping = Mapping(widths.encoder_width, widths.llm_width)
     frozen, trained = (
-        sum(p.numel() for model in models for p in model.parameters()) for models in ((llm, encoder), (mapping,))
+        sum(p.numel() for model in models for p in model.parameters()) for models in ((llm, encoder), (plan.bridge,))
     )
     stage, size = zero_stage(plan.config), world_size()
     shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
@@ -64,9 +60,9 @@ def print_estimate(args, plan: Plan, data, split) -> None:
     print(json.dumps({"arguments": vars(args), "deepspeed": plan.config}, indent=2, default=str))
     print(f"output folder: {plan.output_dir}")
     print(f"examples: {len(split[1])} training, {len(split[0])} dev; {json.dumps(data.counts, ensure_ascii=False)}")
-    steps = steps_per_epoch(args, split)
+    steps, lengths = steps_per_epoch(args, split), data.merged_lengths(plan.bridge.prefix_length)
     print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}")
-    print(f"longest row: {int(data.merged_lengths.max())} positions, mean {data.merged_lengths.mean():.0f}")
+    print(f"longest row: {int(lengths.max())} positions, mean {lengths.mean():.0f}")
     print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")
     print(
         f"memory on each of {size} GPUs at ZeRO {stage}: {parts_gb.pop('frozen weights', 0):.3f} GB frozen weights, "
@@ -78,7 +74,7 @@ def print_estimate(args, plan: Plan, data, split) -> None:
             "layers at work come on top of the GPU's memory too"
         )
     total = min(args.max_steps or math.inf, steps * args.epoch_num)
-    flop = training_flop(args, data, split[1], llm, encoder) * total / steps
+    flop = training_flop(args, data, lengths, split[1], llm, encoder) * total / steps
     rate = PEAK_FLOPS[args.precision]
     print(
         f"arithmetic: {flop:.3g} FLOP in all; at an assumed {ASSUMED_SHARE:.0%} of the {rate / 1e12:g} TFLOP/s in "

@@ -25,6 +25,7 @@ from mindmerger.training.trainer import Trainer
 
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
 LATER_ENTRIES = {"skip_faulty_rows", "init_checkpoint", "languages", "train_num", "max_seq_len", "max_gen_len"}
+LATER_ENTRIES.add("bridge")
 
 
 def save_mapping(trainer: Trainer, folder: Path) -> None:
@@ -70,6 +71,7 @@ def identity(args, plan: Plan, data) -> dict:
     fixed = {
         "task": plan.task.training_name,
         "stage_name": args.stage_name,
+        "bridge": args.bridge,
         "augmentation": plan.with_prompt,
         "seed": args.seed,
         "llm": plan.models[0],
@@ -119,8 +121,6 @@ def read_resumable(args, plan: Plan, data) -> tuple:
         UserError: when it belongs to another run, naming the first difference, or a named one is damaged, or its
             content is no training state of these models.
     """
-    from mindmerger.model.mapping_files import config_of_models, mapping_shapes
-
     if not is_main():
         return None, None, None
     given = None if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
@@ -151,8 +151,7 @@ def read_resumable(args, plan: Plan, data) -> tuple:
                 f"--allow_changed {name} to go on with the new value, or --overwrite_output_dir to start over"
             )
         log(f"--{name} was {before}, from here on {value}")
-    shapes = mapping_shapes(config_of_models(args.mt_path, args.llm_path))
-    check_tensors(folder, tensors, {name: p.shape for name, p in shapes.items()})
+    check_tensors(folder, tensors, {name: p.shape for name, p in plan.bridge.named_parameters()})
     later = later_checkpoints(plan.output_dir, state["step"])
     if later:
         names = ", ".join(entry.name for entry in later)

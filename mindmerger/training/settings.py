@@ -42,12 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mt_path", default="../LLMs/mt5-xl/", help="folder or hub name of the frozen multilingual encoder")
     add("--init_checkpoint", help="mapping to start from (folder, .safetensors or released .bin); the augmentation "
         "stage finds the mapping stage's by itself; 'none' starts that stage from a fresh mapping")  # fmt: skip
+    add("--bridge", default="mindmerger", help="what is trained between the two: a name of mindmerger.bridges.BRIDGES")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="dtype of the frozen models; the mapping is fp32")
     add("--attn_implementation", help="attention kernels, as transformers names them (sdpa, eager, flash_attention_2)")
 
     add = parser.add_argument_group("data").add_argument
     add("--task", default="translation", help="math, x-csqa, xnli or translation")
-    add("--stage_name", choices=("mapping", "augmentation"), default="mapping", help="which stage to train")
+    add("--stage_name", default="mapping", help="which stage of the bridge to train: mapping or augmentation")
     add("--data_root", default="./datas", help="folder in the released layout")
     add("--languages", help="only these, by name or code, separated by commas (default: the task's)")
     add("--train_num", type=int, default=100000, help="examples per language")
@@ -107,6 +108,8 @@ class Plan:
     """The run's settled choices, as `check_arguments` made them from the flags."""
 
     task: object
+    bridge: object  # without storage: asked for names, shapes and lengths
+    stage: object
     languages: list | None
     with_prompt: bool
     accumulation: int
@@ -124,7 +127,7 @@ def check_arguments(args) -> Plan:
         UserError: for the first thing that cannot be.
     """
     from mindmerger.hub.model_files import check_models
-    from mindmerger.model.mapping_files import check_mapping, config_of_models
+    from mindmerger.model.mapping_files import check_mapping, config_of_models, empty_bridge
     from mindmerger.model.towers import check_roles, model_fingerprint
     from mindmerger.tasks import find_task
     from mindmerger.tasks.languages import parse_languages
@@ -141,8 +144,8 @@ def check_arguments(args) -> Plan:
     check_numbers(args)
     check_save_name(args.save_name)
     task = find_task(args.task)
-    stage = args.stage_name
-    if stage == "augmentation":
+    stage = find_stage(args.bridge, args.stage_name)
+    if stage.data == "task":
         task.check_augmentation()
     accumulation = settle_accumulation(args)
     config = read_deepspeed_config(args.deepspeed_config)
@@ -154,24 +157,26 @@ def check_arguments(args) -> Plan:
         accumulation,
         args.max_grad_norm,
     )
-    with_prompt = stage == "augmentation" if args.augmentation is None else args.augmentation
-    if stage == "mapping" and with_prompt:
-        warn("--augmentation True in the mapping stage: trains with the translation prompt after the mapped source")
-    if stage == "augmentation" and not with_prompt:
-        warn(
-            "--augmentation False in the augmentation stage: trains MindMerger-Hard, no prompt after the mapped source"
-        )
+    with_prompt = stage.with_prompt if args.augmentation is None else args.augmentation
+    where = f"--augmentation {with_prompt} in the {args.stage_name} stage"
+    if with_prompt and not stage.with_prompt:
+        warn(f"{where}: trains with the translation prompt after the mapped source")
+    if stage.with_prompt and not with_prompt:
+        warn(f"{where}: trains MindMerger-Hard, no prompt after the mapped source")
     check_roles(args.llm_path, args.mt_path)
     check_models(args.mt_path, args.llm_path, backward=True, must_exist=not args.dry_run)
     check_speed_options(args, zero_stage(config))
-    output_dir = Path(args.output_dir) / args.save_name / task.training_name / stage
+    output_dir = Path(args.output_dir) / args.save_name / task.training_name / args.stage_name
     check_reporting(args.report_to)
     # It may lie in an output folder that rank 0 alone has; `prepare` and `build_trainer` pass it on.
-    init_file = find_initial_mapping(args, output_dir) if is_main() else None
+    init_file = find_initial_mapping(args, stage, output_dir) if is_main() else None
+    between = config_of_models(args.mt_path, args.llm_path, args.bridge)
     if init_file is not None:
-        check_mapping(init_file, config_of_models(args.mt_path, args.llm_path))
+        check_mapping(init_file, between)
     plan = Plan(
         task=task,
+        bridge=empty_bridge(between),
+        stage=stage,
         languages=parse_languages(args.languages) if args.languages is not None else None,
         with_prompt=with_prompt,
         accumulation=accumulation,
@@ -183,6 +188,20 @@ def check_arguments(args) -> Plan:
     )
     refuse_to_remove_the_start(args, plan)
     return plan
+
+
+def find_stage(bridge: str, name: str):
+    """The stage of a bridge, by the names of --bridge and --stage_name.
+
+    Raises:
+        UserError: for a name that there is not, listing those that there are.
+    """
+    from mindmerger.model.mapping_files import find_bridge
+
+    stages = find_bridge(bridge).stages
+    if name not in stages:
+        raise UserError(f"--stage_name {name!r} is not a stage of --bridge {bridge}: choose {' or '.join(stages)}")
+    return stages[name]
 
 
 def warn_of_unused(args) -> None:
@@ -268,28 +287,31 @@ def settle_accumulation(args) -> int:
     return accumulation
 
 
-def find_initial_mapping(args, output_dir: Path) -> str | None:
-    """The mapping file to start from: the given one, or for the augmentation stage the mapping stage's best.
+def find_initial_mapping(args, stage, output_dir: Path) -> str | None:
+    """The mapping file to start from: the given one, or the best of the stage that this one continues.
 
     Raises:
-        UserError: when the augmentation stage has none to start from.
+        UserError: when a stage that continues another has none to start from, or the file holds another bridge.
     """
     from mindmerger.model.mapping_files import find_mapping_file, read_config
     from mindmerger.tasks import find_task
 
     given = args.init_checkpoint
-    if given and given.lower() == "none" or args.stage_name == "mapping" and not given:
+    if given and given.lower() == "none" or stage.starts_from is None and not given:
         return None
-    folder = given or str(output_dir.parent / "mapping")
+    folder = given or str(output_dir.parent / stage.starts_from)
     if not given and not Path(folder).is_dir():
         if args.dry_run:
-            warn(f"there is no {folder} yet: the mapping stage has to run first")
+            warn(f"there is no {folder} yet: the {stage.starts_from} stage has to run first")
             return None
         raise UserError(
-            f"the augmentation stage starts from the mapping stage's mapping, but there is no {folder}: run "
-            "--stage_name mapping first, or name a mapping with --init_checkpoint ('none' for a fresh one)"
+            f"the {args.stage_name} stage starts from the {stage.starts_from} stage's mapping, but there is no "
+            f"{folder}: run --stage_name {stage.starts_from} first, or name a mapping with --init_checkpoint ('none' "
+            "for a fresh one)"
         )
     file, recorded = find_mapping_file(folder), read_config(folder)
+    if recorded is not None and recorded.bridge != args.bridge:
+        raise UserError(f"{file} holds the bridge {recorded.bridge}, this run trains --bridge {args.bridge}")
     for flag in ("llm_path", "mt_path"):
         before, now = getattr(recorded, flag, None), getattr(args, flag)
         if before is not None and Path(before).resolve() != Path(now).resolve():
@@ -309,7 +331,7 @@ def check_reporting(where: str) -> None:
         raise UserError(f"--report_to {where} needs the package {package}: pip install {package}")
 
 
-def check_lengths(args, data) -> None:
+def check_lengths(args, plan: Plan, data) -> None:
     """Checks the longest rows against the positions of the LLM and the encoder, before weights load.
 
     Raises:
@@ -317,7 +339,7 @@ def check_lengths(args, data) -> None:
     """
     from mindmerger.model.towers import check_positions
 
-    longest, source = int(data.merged_lengths.max()), int(data.encoder_lengths.max())
+    longest, source = int(data.merged_lengths(plan.bridge.prefix_length).max()), int(data.encoder_lengths.max())
     check_positions(args.llm_path, longest, "the longest row", "--max_gen_len or --max_seq_len")
     check_positions(args.mt_path, source, "the longest source", "--max_seq_len")
 

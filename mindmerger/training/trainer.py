@@ -27,7 +27,7 @@ def load_model(args, plan: Plan, device):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation)
         encoder = load_encoder(args.mt_path, dtype, args.attn_implementation)
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
-    model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path)
+    model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge)
     model.config.stage, model.config.task = args.stage_name, plan.task.training_name
     model.config.augmentation = plan.with_prompt
     if plan.init_file is not None:
@@ -80,6 +80,7 @@ class Trainer:
     dev: object
     train: object
     device: object
+    lengths: object  # of every merged row, BOS, prefix, prompt and target
     steps_per_epoch: int
     eval_steps: int
     save_steps: int
@@ -95,7 +96,7 @@ class Trainer:
         """This rank's micro-batches of a global batch, and the batch's number of target tokens."""
         from mindmerger.data.batches import cut_global_batch
 
-        lengths = self.data.merged_lengths
+        lengths = self.lengths
         mine = cut_global_batch(indices, lengths, world_size(), micro_batch_size, token_budget)[rank()]
         return mine, int(self.data.target_lengths[indices].sum())
 
@@ -105,9 +106,7 @@ class Trainer:
 
         most = math.ceil(self.args.train_batch_size / world_size()) if token_budget else micro_batch_size
         data = self.data
-        return heaviest_batches(
-            indices, data.merged_lengths, (data.target_lengths, data.encoder_lengths), most, token_budget
-        )
+        return heaviest_batches(indices, self.lengths, (data.target_lengths, data.encoder_lengths), most, token_budget)
 
     def epoch_steps(self, epoch: int, first: int):
         """(micro-batches of this rank, target tokens, indices) of every optimizer step of an epoch from `first` on."""
@@ -205,6 +204,7 @@ def build_trainer(args, plan: Plan, device, tokenizers, data, split, checkpoint)
         dev=split[0],
         train=split[1],
         device=device,
+        lengths=data.merged_lengths(plan.bridge.prefix_length),
         steps_per_epoch=steps_per_epoch(args, split),
         eval_steps=eval_steps,
         save_steps=args.save_steps or eval_steps,

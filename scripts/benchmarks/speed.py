@@ -241,7 +241,7 @@ class Ours:
         """One window's counts."""
         import run_training
 
-        data = self.trainer.data
+        data, lengths = self.trainer.data, self.trainer.lengths
         total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
         for _ in range(self.steps):
             step = next(self.plan, None)
@@ -258,10 +258,10 @@ class Ours:
             total["waited"] += line["data_wait_share"] * seconds
             for micro in micro_batches:
                 rows = micro.indices
-                total["processed"] += len(rows) * int(data.merged_lengths[rows].max())
+                total["processed"] += len(rows) * int(lengths[rows].max())
                 if micro.weight:
                     total["targets"] += int(data.target_lengths[rows].sum())
-                    total["useful"] += int(data.merged_lengths[rows].sum())
+                    total["useful"] += int(lengths[rows].sum())
                     total["encoder"] += int(data.encoder_lengths[rows].sum())
                     total["samples"] += len(rows)
         return summed(total, self.trainer.device)
@@ -327,7 +327,8 @@ class Plain:
         total["waited"] += time.perf_counter() - started
         with torch.no_grad():
             states = model.encoder(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device)).last_hidden_state
-        mapped, boundary = model.mapping(states)
+        hidden = torch.relu(model.mapping.mlp.linear1(states.to(torch.float32)))
+        mapped, boundary = model.mapping.mlp.linear2(hidden), model.mapping.end_boundary
         dtype = next(model.llm.parameters()).dtype
         embed, rows, labels = model.llm.get_input_embeddings(), [], []
         for i, (source, prompt, target) in enumerate(texts):

@@ -121,7 +121,8 @@ def check_world(folder: Path, seed: int) -> list[Problem]:
 # Command line
 
 
-def parse_arguments(arguments=None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = command.CommandParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -149,7 +150,11 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     models.add_argument("--encoder_batch_size", type=int, default=64, help="sentence pairs per step")
     models.add_argument("--expert_steps", type=int, default=150, help="training steps of each expert")
     models.add_argument("--expert_batch_size", type=int, default=32, help="texts per step")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    args = build_parser().parse_args(arguments)
     for name in (
         "pairs",
         "problems",
