@@ -1,7 +1,7 @@
 """Fills the data folder: arranges the released archive, or fetches MGSM, X-CSQA and XNLI from the Hugging Face hub.
 
-    python scripts/prepare_data.py --archive datas.zip          # the released data: everything
-    python scripts/prepare_data.py                              # what the hub has
+    python -m scripts.prepare_data --archive datas.zip          # the released data: everything
+    python -m scripts.prepare_data                              # what the hub has
 
 Files that exist are kept unless --overwrite is given; each file appears whole or not at all. The last thing printed is
 what every task has and what it still lacks.
@@ -31,7 +31,9 @@ CODES = {language.name: language.code for language in LANGUAGES.values()}
 
 
 def build_parser() -> CommandParser:
-    parser = CommandParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = CommandParser(
+        prog="python -m scripts.prepare_data", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--data_root", type=Path, default=Path("datas"), help="the folder to fill (default: ./datas)")
     parser.add_argument(
         "--archive", type=Path, help="the released data: a .zip or .tar archive, or its unpacked folder"

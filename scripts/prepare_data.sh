@@ -8,4 +8,4 @@ if [[ -z ${VIRTUAL_ENV-} && -f "$root/.venv/bin/activate" ]]; then
     # shellcheck disable=SC1091
     source "$root/.venv/bin/activate"
 fi
-exec python -m scripts.prepare_data "$@"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m scripts.prepare_data "$@"

@@ -6,7 +6,7 @@
 # the packages. Run again, it goes on where it stopped; to start over, remove the folder.
 #
 # Environment: QUICKSTART_DIR (default: quickstart in the project's root), QUICKSTART_SEED (default: 0),
-#              QUICKSTART_WORLD_ARGS (more arguments of make_tiny_world.py), PYTHON (see setup_venv.sh).
+#              QUICKSTART_WORLD_ARGS (more arguments of scripts.tiny_world), PYTHON (see setup_venv.sh).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 folder=${QUICKSTART_DIR:-$root/quickstart}

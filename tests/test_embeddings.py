@@ -49,7 +49,7 @@ def test_means_are_over_real_states_alone_and_batches_change_nothing(datas, tiny
     ids = torch.tensor([tokenizers.encoder(examples[0].source, truncation=True, max_length=64)["input_ids"]])
     with torch.no_grad():
         states, _ = model.encode(ids, torch.ones_like(ids))
-        expected = model.mapping([states], torch.ones(states.shape[:2])).prefix_BKD[0, : states.shape[1]].mean(0)
+        expected = model.mapping(states, torch.ones_like(ids)).prefix_BKD[0, : ids.shape[1]].mean(0)
     torch.testing.assert_close(single[0], expected, rtol=1e-5, atol=1e-6)
 
 

@@ -17,7 +17,6 @@ import torch
 from conftest import ROOT, read_log, run_many
 from safetensors.torch import load_file, save_file
 
-from mindmerger.model.mapping_files import config_of_models, mapping_shapes
 from mindmerger.runtime import files as runtime_files
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import write_text_atomic
@@ -657,7 +656,7 @@ def test_a_resume_from_an_output_folder_takes_its_newest_valid_checkpoint(flags,
     folder = tmp_path / "stage"
     args = training_settings.build_parser().parse_args([*flags, "--resume_from_checkpoint", str(folder)])
     plan, data = training_settings.check_arguments(args), argparse.Namespace(fingerprint="data")
-    shapes = mapping_shapes(config_of_models(args.mt_path, args.llm_path))
+    shapes = dict(plan.bridge.named_parameters())
     kinds = ("mapping", "exp_avg", "exp_avg_sq")
     tensors = {f"{kind}.{name}": torch.zeros(p.shape) for name, p in shapes.items() for kind in kinds}
     state = {"epoch": 0, "examples_in_epoch": 8, "best_dev_loss": None, "evaluation_due": False}

@@ -32,6 +32,7 @@ from mindmerger.model.mindmerger import MindMerger
 from mindmerger.model.towers import load_encoder, load_llm
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import settings as training_settings
+from mindmerger.training import trainer
 
 FEW = ["--languages", "Swahili,English", "--limit", "2", "--max_new_tokens", "3"]
 
@@ -399,7 +400,7 @@ def test_a_used_token_without_a_row_is_refused_by_name_before_weights_load(
     folder = Path(shutil.copytree(folder, tmp_path / "added"))
     added = add_token(folder, "an")
     paths = {"llm": str(llm), "encoder": str(encoder)} | {side: str(folder)}
-    for module in (run_training, run_evaluation):
+    for module in (trainer, run_evaluation):
         monkeypatch.setattr(module, "load_model", None)
     for call in (
         lambda: check_training("--llm_path", paths["llm"], "--mt_path", paths["encoder"]),
@@ -644,7 +645,7 @@ def test_code_of_a_model_folder_is_never_asked_about_and_never_run(
     code = f"""
 import importlib, json, sys
 sys.path.insert(0, {str(ROOT)!r})
-from runtime_utils import UserError
+from mindmerger.runtime.errors import UserError
 for module, argv, name in json.loads({json.dumps(commands)!r}):
     try:
         importlib.import_module(module).main(argv)

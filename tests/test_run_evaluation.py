@@ -799,7 +799,7 @@ WRONG = {
     "compare one": (["--compare", "results"], "at least two"),
     "empty languages": (["--languages", ""], "no language in ''"),
     "name above the folder": (["--save_name", "../x"], "--save_name '../x' leaves the outputs"),
-    "name elsewhere": (["--save_name", "/tmp/x"], "--save_name '/tmp/x' leaves the outputs"),
+    "name elsewhere": (["--save_name", "/elsewhere"], "--save_name '/elsewhere' leaves the outputs"),
     "no name": (["--save_name", " "], "--save_name ' ' names no folder"),
     "name with control characters": (["--save_name", "a\x1b[2J"], r"--save_name 'a\\x1b\[2J' has control characters"),
     "seed of 65 bits": (["--seed", str(2**64)], "--seed"),

@@ -440,7 +440,7 @@ def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, t
         (["--save_name", "."], "--save_name '.' names no folder"),
         (["--save_name", "../x"], "--save_name '../x' leaves the outputs"),
         (["--save_name", "a/../../x"], "--save_name 'a/../../x' leaves the outputs"),
-        (["--save_name", "/tmp/x"], "--save_name '/tmp/x' leaves the outputs"),
+        (["--save_name", "/elsewhere"], "--save_name '/elsewhere' leaves the outputs"),
         (["--save_name", "a\nb"], r"--save_name 'a\\nb' has control characters"),
         (["--seed", "-1"], "--seed must be at least 0 and below 2.64, not -1"),
         (["--seed", str(2**64)], "--seed must be at least 0 and below 2.64"),

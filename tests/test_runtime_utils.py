@@ -462,10 +462,10 @@ def test_closed_streams_are_dropped_and_no_file_takes_their_place(printing):
 
 
 @pytest.mark.parametrize(
-    "module", ["run_training.py", "run_evaluation.py", "scripts/prepare_data.py", "scripts/compare_table.py"]
+    "module", ["run_training", "run_evaluation", "scripts.prepare_data", "mindmerger.evaluation.comparison_table"]
 )
 def test_help_can_be_read_in_ascii_and_cut_short(module):
-    line = f'"{sys.executable}" "{ROOT / module}" --help'
+    line = f'cd "{ROOT}" && "{sys.executable}" -m {module} --help'
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     for tail, codes in (("> /dev/null", "0"), ("| head -1", "0 0")):
         shell = ["bash", "-c", f'exec 3>&1; {line} {tail} ; echo "${{PIPESTATUS[@]}}" >&3']

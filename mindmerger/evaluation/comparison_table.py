@@ -174,7 +174,10 @@ def _named(text: str) -> tuple[str, str]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m mindmerger.evaluation.comparison_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     # One list for both, so that missing rows keep their place.
     parser.add_argument(

@@ -2,7 +2,7 @@
 
     python -m scripts.benchmarks.growth --data_root ./datas --output growth.json
 
-Every row is a run of `run_training.py` itself, on models of random weights in the shapes of `benchmark.py`'s presets
+Every row is a run of `run_training.py` itself, on models of random weights in the shapes of `speed.py`'s presets
 (`cpu-small`; `tiny` where only the data matters) and on text of the data folder. Speeds are medians over the steps
 after the first, read from the run's log.jsonl. `--parts pairs` writes and tokenises a million pairs: minutes, and 2 GB.
 """
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def build_parser():
     """The flags."""
-    parser = CommandParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m scripts.benchmarks.growth", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data_root", default="./datas", help="folder in the released layout: its text is used")
     add("--parts", default="ranks,pairs,lengths,micro_batches", help="which of these to measure, separated by commas")

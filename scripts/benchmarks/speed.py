@@ -49,7 +49,7 @@ PRESETS = {
 
 def build_parser():
     """The flags."""
-    parser = CommandParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m scripts.benchmarks.speed", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), default="cpu-small", help="shapes of the two models")
     add("--data_root", default="./datas", help="folder in the released layout: its text is what is timed")

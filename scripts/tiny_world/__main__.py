@@ -124,7 +124,9 @@ def check_world(folder: Path, seed: int) -> list[Problem]:
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = command.CommandParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m scripts.tiny_world",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write: datas/, llm/, mt5/")
     parser.add_argument(

@@ -5,7 +5,7 @@
 A scenario is {"name", "runs": [{"program": "training" or "evaluation", "argv": flags}, …]} and, when wanted,
 "fault": {"at", "rank", "step"}: what fails on that rank (see `arm`);
 "waits": [{"at", "rank", "seconds"}, …]: that rank is slow there;
-"folders": [a working folder for each rank]; "settings": {name in runtime_utils: value}; "timeout_s": of the libraries;
+"folders": [a working folder for each rank]; "settings": {constant of the runtime: value}; "timeout_s": the libraries';
 "alone": the environment of a single process in place of two ranks'.
 Importing torch and DeepSpeed costs seconds; this pays it once: each rank is a fork of this process, which has no
 threads.
@@ -31,10 +31,9 @@ import run_evaluation
 import run_training
 from mindmerger.data import training_set
 from mindmerger.model import mindmerger, towers
-from mindmerger.runtime import command, processes
+from mindmerger.runtime import command, processes, watch
 from mindmerger.runtime import errors as runtime_errors
-from mindmerger.training import checkpoints
-from mindmerger.training import settings as training_settings
+from mindmerger.training import outputs
 
 PROGRAMS = {"training": run_training.main, "evaluation": run_evaluation.main}
 LIMIT_S = 60
@@ -74,9 +73,9 @@ def arm(fault):
     elif at == "load":
         fail_at(towers, "load_encoder", rank, message)
     elif at == "checkpoint":
-        fail_at(checkpoints, "write_checkpoint", rank, message)
+        fail_at(outputs, "write_checkpoint", rank, message)
     elif at == "arguments":
-        fail_at(training_settings, "check_arguments", rank, message)
+        fail_at(run_training, "check_arguments", rank, message)
     elif at == "generate":
         fail_at(mindmerger.MindMerger, "generate", rank, no_memory)
     elif at == "fault in generate":
@@ -110,7 +109,9 @@ def be_rank(number, port, scenario, folder):
         os.environ["LOCAL_RANK"] = "0"  # as on machines of one process each
         os.chdir(scenario["folders"][number])
     for name, value in scenario.get("settings", {}).items():
-        setattr(processes, name, value)
+        for module in (processes, watch):
+            if hasattr(module, name):
+                setattr(module, name, value)
     if "timeout_s" in scenario:
         short = timedelta(seconds=scenario["timeout_s"])
         distributed_c10d._get_default_timeout = lambda backend: short
