@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the test suite: `bash scripts/test.sh [pytest arguments]`, for instance `-m "not slow"` or `tests/test_scripts.py`.
-# Soak tests never run from here. PYTEST_WORKERS says how many tests run at once (default: 2). Ends with pytest's exit code.
+# Soak tests never run from here. PYTEST_WORKERS says how many tests run at once (default: 3). Ends with pytest's exit code.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,5 +28,5 @@ export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 # No test needs a network, and none may wait for one.
 export HF_HUB_OFFLINE=1
 
-# Two workers, as on two cores; PYTEST_WORKERS=0 runs the tests in one process, for a debugger.
-exec python -m pytest -n "${PYTEST_WORKERS:-2}" -m "$expression" ${arguments[@]+"${arguments[@]}"}
+# Three workers on two cores, since many tests wait for processes; PYTEST_WORKERS=0 runs all in one, for a debugger.
+exec python -m pytest -n "${PYTEST_WORKERS:-3}" -m "$expression" ${arguments[@]+"${arguments[@]}"}

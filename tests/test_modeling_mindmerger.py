@@ -8,7 +8,7 @@ import torch
 from conftest import DATA
 from safetensors.torch import load_file, save_file
 
-from mindmerger.bridges.mapping import Mapping
+from mindmerger.bridges import BridgeOutput, Mapping
 from mindmerger.hub.model_files import ModelError
 from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
 from mindmerger.model.mapping_files import read_config, save_released
@@ -237,7 +237,7 @@ def test_encoder_half_gives_the_states_of_the_whole_model(tmp_path, encoder):
     ids, mask = torch.tensor([[5, 9, 40, 7, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
     with torch.no_grad():
         expected = half(input_ids=ids[:, :5], attention_mask=mask[:, :5]).last_hidden_state
-    states, packed_mask = model.encode(ids, mask)
+    (states,), packed_mask = model.encode(ids, mask)
     assert torch.allclose(states, expected, atol=1e-6)
     assert packed_mask.tolist() == [[1, 1, 1, 1, 1]]
     assert sum(p.numel() for p in model.encoder.parameters()) < sum(p.numel() for p in whole.parameters()) or name in (
@@ -252,9 +252,8 @@ def test_merged_embeddings_give_the_loss_of_plain_token_ids(tmp_path, llm):
     model = make_pair(tmp_path, "mt5", llm)
     prompt, target = [5, 6, 7, 8], [9, 10, 11]
     # The mapping is bypassed: its output is what the LLM's own embedding gives for the prompt's tokens.
-    own = model.llm.get_input_embeddings()(torch.tensor([prompt[:3]]))
-    boundary = model.llm.get_input_embeddings()(torch.tensor([prompt[3:]]))
-    model.mapping.forward = lambda states: (own, boundary)
+    own = model.llm.get_input_embeddings()(torch.tensor([prompt]))
+    model.mapping.forward = lambda states, mask: BridgeOutput(own, torch.ones(1, 4, dtype=torch.long))
     out = model(
         encoder_input_ids=torch.tensor([[4, 5, 2]]),
         encoder_attention_mask=torch.ones(1, 3, dtype=torch.long),

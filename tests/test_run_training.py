@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, byte_tokenizer, make_tiny_encoder, read_log, run_many
 from safetensors.torch import load_file, save_file
 
+from mindmerger.bridges import Mapping
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import dry_run, guards
@@ -410,7 +411,8 @@ def test_a_mapping_of_other_models_is_warned_of(flags, tiny_encoder, tiny_llm, t
     other = shutil.copytree(tiny_llm, tmp_path / "other")
     given = [*flags, "--init_checkpoint", str(tmp_path / "mapping"), "--llm_path", str(other)]
     args = training_settings.build_parser().parse_args([str(flag) for flag in given])
-    assert training_settings.find_initial_mapping(args, tmp_path).endswith("mapping.safetensors")
+    stage = training_settings.find_stage(args.bridge, args.stage_name)
+    assert training_settings.find_initial_mapping(args, stage, tmp_path).endswith("mapping.safetensors")
     errors = capsys.readouterr().err
     assert errors.count("was trained with --") == 1 and f"--llm_path {tiny_llm}, not {other}" in errors
 
@@ -487,14 +489,14 @@ def test_positions_are_checked_as_in_evaluation(flags, tiny_llm, tmp_path, capsy
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     GPT2Config(n_positions=20, n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path / "gpt2")
-    lengths = {"merged_lengths": np.array([9, 21]), "encoder_lengths": np.array([4, 5])}
-    data = SimpleNamespace(**lengths)
+    data = SimpleNamespace(merged_lengths=lambda prefix_length: np.array([9, 21]), encoder_lengths=np.array([4, 5]))
+    plan = SimpleNamespace(bridge=Mapping(4, 4))
     args = training_settings.build_parser().parse_args([*flags, "--llm_path", str(short)])
-    training_settings.check_lengths(args, data)
+    training_settings.check_lengths(args, plan, data)
     assert f"the longest row needs 21 positions but {short} has 20: lower" in capsys.readouterr().err
     args.llm_path = str(tmp_path / "gpt2")
     with pytest.raises(UserError, match="the longest row needs 21 positions but .*gpt2 has 20: lower --max_gen_len"):
-        training_settings.check_lengths(args, data)
+        training_settings.check_lengths(args, plan, data)
 
 
 # Checkpointing recomputes a layer only as far as its backward pass needs.
@@ -562,13 +564,19 @@ def test_the_memory_probe_takes_the_most_targets_and_sources_as_well_as_the_long
     data = SimpleNamespace(
         dataset=datasets.Dataset.from_dict(stored),
         **{f"{name}_lengths": lengths[:, i] for i, name in enumerate(("encoder", "prompt", "target"))},
-        merged_lengths=2 + lengths.sum(1),
     )
     args = training_settings.build_parser().parse_args(
         ["--train_micro_batch_size_per_gpu", "2", "--eval_batch_size", "1", "--num_workers", "0"]
     )
     ids = SimpleNamespace(encoder_pad_id=0, llm_pad_id=0)
-    places = {"plan": None, "tokenizers": ids, "device": torch.device("cpu"), "steps_per_epoch": 1, "save_steps": 1}
+    places = {
+        "plan": None,
+        "lengths": 2 + lengths.sum(1),
+        "tokenizers": ids,
+        "device": torch.device("cpu"),
+        "steps_per_epoch": 1,
+        "save_steps": 1,
+    }
     trainer = training_trainer.Trainer(
         args=args, data=data, engine=None, train=np.arange(6), dev=np.arange(6, 8), eval_steps=1, **places
     )
@@ -621,7 +629,7 @@ def test_learning_rate_warms_up_and_decays(scheduler, expected):
     args = training_settings.build_parser().parse_args(
         ["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"]
     )
-    fields = dict.fromkeys(("plan", "engine", "data", "tokenizers", "dev", "train", "device"))
+    fields = dict.fromkeys(("plan", "engine", "data", "tokenizers", "dev", "train", "device", "lengths"))
     trainer = training_trainer.Trainer(
         args=args, **fields, steps_per_epoch=5, total_steps=10, eval_steps=1, save_steps=1
     )
