@@ -276,11 +276,11 @@ def test_test_script_never_runs_soak_tests(tmp_path, arguments, expression, rest
     fake = tmp_path / "python"
     fake.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\nexit 5\n")
     fake.chmod(0o755)
-    environment = {**os.environ, "PYTEST_WORKERS": "3"}
+    environment = {**os.environ, "PYTEST_WORKERS": "5"}
     done = subprocess.run(
         ["bash", tmp_path / "scripts" / "test.sh", *arguments], capture_output=True, text=True, env=environment
     )
-    assert done.stdout.splitlines() == ["-m", "pytest", "-n", "3", "-m", expression, *rest]
+    assert done.stdout.splitlines() == ["-m", "pytest", "-n", "5", "-m", expression, *rest]
     assert done.returncode == 5
 
 
