@@ -57,7 +57,7 @@ class Observation:
 
 @contextmanager
 def observe(model, positions_M, rows_M, rows: int) -> Iterator[Observation]:
-    """Within it, one forward pass of `model` is counted; the model's outputs stay exactly as they are.
+    """Context manager: one forward pass of `model` is counted; the model's outputs stay exactly as they are.
 
     Arguments:
         positions_M: the counted positions, flat indices into B*L of the hidden states.

@@ -95,7 +95,7 @@ AttentionMaskInterface.register(ONE_QUERY, sdpa_mask)
 
 @contextmanager
 def decoding_attention(llm: nn.Module):
-    """Within it, an LLM in bf16 on a CPU uses `one_query_attention` in the place of `sdpa`."""
+    """Context manager: an LLM in bf16 on a CPU uses `one_query_attention` in the place of `sdpa`."""
     if llm.device.type != "cpu" or llm.dtype != torch.bfloat16 or llm.config._attn_implementation != "sdpa":
         yield
         return
@@ -108,7 +108,7 @@ def decoding_attention(llm: nn.Module):
 
 @contextmanager
 def contiguous_input(layer: nn.Module):
-    """Within it, a linear layer gets its input in one piece.
+    """Context manager: a linear layer gets its input in one piece.
 
     The last position of each row, cut out of (B, L, D), is not. torch then multiplies a *frozen* weight row by row, for
     which it lays out a copy of the weight per row: 2.3 GB for 48 rows and a 32,000 x 768 output head in bf16.

@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def head_on_positions(head: nn.Module, flat_M: torch.Tensor):
-    """Within it, the LLM's output head sees hidden states of the given flat positions only, as (1, M, D).
+    """Context manager: the LLM's output head sees hidden states of the given flat positions only, as (1, M, D).
 
     Going through the head's own call leaves what a model does to its logits afterwards (Gemma 2's soft cap, Cohere's
     and Granite's scales) and ZeRO-3's gathering as they are, while the (B, L, V) logits never exist.

@@ -12,7 +12,7 @@ from pathlib import Path
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import warn, world_size
 
-# DeepSpeed takes a misspelt key in silence, so these are the ones we know to work with this training loop.
+# DeepSpeed silently takes a misspelt key, so these are the ones we know to work with this training loop.
 KNOWN_KEYS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

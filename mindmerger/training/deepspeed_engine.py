@@ -33,7 +33,7 @@ def quiet_start() -> None:
 
 @contextmanager
 def keeping_explicit_dtypes():
-    """Within it, `zero.Init` leaves floating tensors alone that are made with an explicit dtype.
+    """Context manager: `zero.Init` leaves floating tensors alone that are made with an explicit dtype.
 
     It would cast them all to the weights' dtype, and rotary frequencies rounded to bf16 turn far positions wrongly.
     transformers from 5.23 on avoids this by itself, for `torch.arange` only.
@@ -55,7 +55,7 @@ def keeping_explicit_dtypes():
 
 @contextmanager
 def loading_towers(config: dict, bf16: bool):
-    """Within it, `from_pretrained` shards the weights it loads when `config` asks for ZeRO-3.
+    """Context manager: `from_pretrained` shards the weights it loads when `config` asks for ZeRO-3.
 
     Without a precision section transformers' hook silently loads fp32; with one left in the final config DeepSpeed
     would cast the mapping. So the section exists only in here, and the mapping is built outside.
@@ -100,7 +100,7 @@ def make_engine(model, config: dict, lr: float):
 
 @contextmanager
 def gathered(engine):
-    """Within it, the mapping's parameters are whole on every rank, also at ZeRO-3."""
+    """Context manager: the mapping's parameters are whole on every rank, also at ZeRO-3."""
     import deepspeed
 
     parameters = list(engine.module.trained_parameters().values())

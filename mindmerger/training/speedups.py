@@ -110,7 +110,7 @@ def _refuse_unknown_to_liger(config, path: str) -> None:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(config.model_type)
-    # Liger leaves out in silence what a model type has no kernel for.
+    # Liger silently leaves out what a model type has no kernel for.
     if apply is None or not LIGER_KERNELS.keys() <= inspect.signature(apply).parameters.keys():
         raise UserError(f"--liger has no kernels for {path}, a {config.model_type} model: leave --liger out")
     activation = getattr(config.get_text_config(), "hidden_act", None)

@@ -32,7 +32,7 @@ from mindmerger.runtime import command, errors, processes
 
 @contextlib.contextmanager
 def fault_injected(fault):
-    """Within it, runs meet the fault."""
+    """Context manager: runs meet the fault."""
     step_function, forward, clip = run_training.train_step, MindMerger.forward, torch.nn.utils.clip_grad_norm_
     state = {"step": 0}
 
