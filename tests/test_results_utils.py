@@ -633,3 +633,26 @@ def test_an_id_that_stands_twice_is_refused_with_file_and_line(tmp_path):
     file.write_text("\n".join([*lines[:2], lines[0]]))
     with pytest.raises(ResultsError, match=r"b/predictions/Thai\.jsonl:3: the id 'th-0' stands twice"):
         compare_results(folders)
+
+
+@pytest.mark.parametrize("name", ["predictions", evaluation_results.PARTIAL])
+def test_overwrite_removes_a_link_and_leaves_what_it_points_to(tmp_path, name):
+    """The end came after results.json was gone: "Cannot call rmtree on a symbolic link"."""
+    folder, target = tmp_path / "results", tmp_path / "elsewhere"
+    folder.mkdir()
+    target.mkdir()
+    (target / "Thai.jsonl").write_text("{}\n")
+    (folder / "results.json").write_text("{}")
+    (folder / name).symlink_to(target)
+    assert open_results(folder, {}, 9, overwrite=True) == (None, {})
+    assert {path.name for path in folder.iterdir()} == {evaluation_results.PARTIAL}
+    assert not (folder / name).is_symlink() and (target / "Thai.jsonl").read_text() == "{}\n"
+
+
+def test_overwrite_never_continues_over_what_it_cannot_remove(tmp_path, monkeypatch):
+    open_results(tmp_path, {}, 9, overwrite=False)
+    append(tmp_path / evaluation_results.PARTIAL, 0, batch(1))
+    # As a folder of another user: root may remove any.
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
+    with pytest.raises(ResultsError, match="--overwrite cannot remove .*/.partial: remove it"):
+        open_results(tmp_path, {}, 9, overwrite=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import unfollowed, write_json_atomic, write_text_atomic
+from mindmerger.runtime.files import remove, unfollowed, write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import log, warn
 
 PARTIAL = ".partial"
@@ -54,8 +54,9 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
             final.unlink(missing_ok=True)
             (folder / "scores.tsv").unlink(missing_ok=True)
             for part in (folder / "predictions", partial):
-                if part.is_dir():
-                    shutil.rmtree(part)
+                remove(part)
+                if os.path.lexists(part):
+                    raise ResultsError(f"--overwrite cannot remove {part}: remove it, or use another --save_name")
         if final.is_file():
             results = _read_json(final)
             _require_same(folder, identity, results, "a finished evaluation")
