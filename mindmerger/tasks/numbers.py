@@ -53,15 +53,16 @@ def _plain_character(character: str) -> str:
     return character
 
 
+# A command's name ends at the first character that is no letter, a digit too, and takes the blanks behind it.
 _LATEX = (
     (re.compile(r"\\!"), ""),
-    (re.compile(r"\\(?:[,;: ]|thinspace\b)"), _GROUP_SPACE),
+    (re.compile(r"\\(?:[,;: ]|thinspace(?![A-Za-z])[ \t]*)"), _GROUP_SPACE),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\{([,.'\u00a0])\}"), r"\1"),
-    (re.compile(r"\{\s*(\d{1,40})\s*\\over\b\s*(\d{1,40})\s*\}"), _PLUS + r"\1/\2"),
+    (re.compile(r"\{\s*(\d{1,40})\s*\\over(?![A-Za-z])\s*(\d{1,40})\s*\}"), _PLUS + r"\1/\2"),
 )
 _ARGUMENT = r"\s*(?:\{\s*([-\u2212]?)\s*(\d[\d.,'\u00a0]{0,40})\s*\}|(\d))"
-_FRAC = re.compile(r"\\[dtc]?frac" + _ARGUMENT + _ARGUMENT)
+_FRAC = re.compile(r"\\(?:[dtcs]|nice)?frac" + _ARGUMENT + _ARGUMENT)
 
 
 def _plain_fraction(match: re.Match) -> str:
