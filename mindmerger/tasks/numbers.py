@@ -83,10 +83,17 @@ def _plain(text: str) -> str:
 
 @lru_cache
 def _separators(code: str) -> tuple[str, str]:
-    """The decimal and the group separator of a language, as CLDR has them; every group blank is a no-break one."""
-    from babel import Locale
+    """The decimal and the group separator of a language, as CLDR has them; every group blank is a no-break one.
 
-    symbols = Locale.parse(code).number_symbols["latn"]
+    A language that CLDR does not have, such as Classical Chinese, is taken to write numbers as English does.
+    """
+    from babel import Locale, UnknownLocaleError
+
+    try:
+        locale = Locale.parse(code.replace("-", "_"))
+    except (UnknownLocaleError, ValueError):
+        locale = Locale.parse("en")
+    symbols = locale.number_symbols["latn"]
     return symbols["decimal"], _SAME.get(symbols["group"], symbols["group"])
 
 
