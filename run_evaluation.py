@@ -44,7 +44,7 @@ def generate_share(model, engine, plan: Plan, batches: list[list[int]], shard) -
         shard: this rank's open file in the folder of unfinished results.
 
     Raises:
-        UserError: out of GPU memory, naming what to lower, or when the disk refuses the answers.
+        UserError: out of memory, naming what to lower, or when the disk refuses the answers.
     """
     from mindmerger.evaluation.results import append_records
 

@@ -106,7 +106,8 @@ def test_rows_that_could_not_be_made_are_listed_with_the_reason(three, tmp_path)
 def test_parallel_input_is_never_shown_without_who_translated(three, tmp_path):
     """An oracle beside a machine's row, unlabelled, would be read as the fair setting."""
     for kind in ("oracle", "machine"):
-        write_results(tmp_path / kind, {"Swahili": "1" * 30, "Thai": "1" * 30}, parallel={"translations": kind})
+        parallel = {"translations": kind, "order": "source-first", "name": "PMI-3"}
+        write_results(tmp_path / kind, {"Swahili": "1" * 30, "Thai": "1" * 30}, parallel=parallel)
     found = table_of(
         tmp_path,
         "--row",

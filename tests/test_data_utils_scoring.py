@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mindmerger.tasks import TASKS, find_task
 from mindmerger.tasks.examples import evaluation_examples
-from mindmerger.tasks.languages import LANGUAGES
+from mindmerger.tasks.languages import LANGUAGES, Language
 from mindmerger.tasks.numbers import reference_number
 from mindmerger.tasks.readers import DataError
 from mindmerger.tasks.scoring import corrected_number
@@ -126,12 +126,17 @@ NOTATIONS = [
     ("\\boxed{10,\\!000}", 10000),
     ("10\\,000", 10000),
     ("10\\ 000", 10000),
+    ("9\\thinspace500", 9500),
+    ("9\\thinspace 500", 9500),
     ("1{,}234{.}5", 1234.5),
     ("\\frac{1}{2}", 0.5),
     ("\\dfrac{10{,}000}{4}", 2500),
     ("-\\frac12", -0.5),
     ("\\frac{-1}{2}", -0.5),
     ("{1 \\over 2}", 0.5),
+    ("{1\\over2}", 0.5),
+    ("\\nicefrac{1}{2}", 0.5),
+    ("3\\sfrac{1}{2}", 3.5),
     ("2 \\frac{1}{2}", 2.5),
     ("$2\\tfrac12$", 2.5),
     ("-\\left(\\frac{3}{4}\\right)", -0.75),
@@ -372,3 +377,16 @@ def test_published_averages_are_the_means_of_their_rows():
             if languages:
                 assert abs(sum(languages) / len(languages) - scores["avg"]) < 0.075
                 assert set(scores) - {"avg"} == set(task.evaluation_languages)
+
+
+@pytest.mark.parametrize("code", ["ber", "lzh", "x1"])
+def test_a_language_that_cldr_does_not_have_is_scored_as_english(code):
+    """A row added to LANGUAGES ended the scoring, after everything had been generated."""
+    added = Language("Added", code, None, None, None)
+    score = find_task("math").score("It is 1,234.5", "1234.5", added)
+    assert score.correct and score.prediction == 1234.5
+    assert corrected_number("1,234", added) == 1234
+
+
+def test_a_code_with_its_region_is_read_as_that_language():
+    assert corrected_number("1.234", Language("Added", "pt-BR", None, None, None)) == 1234

@@ -152,7 +152,7 @@ def test_a_fault_of_ours_on_one_rank_keeps_its_traceback_and_ends_all_ranks(ends
 
 def test_out_of_memory_of_one_rank_in_an_evaluation_ends_all_ranks(ends):
     """The other rank generated on, and then waited."""
-    assert_one_line(ends["generate-1-0"], "error: rank 1: out of GPU memory on a batch of 1 examples")
+    assert_one_line(ends["generate-1-0"], "error: rank 1: out of memory on a batch of 1 examples")
 
 
 def test_ranks_wait_for_one_that_tokenises_or_reads_longer_than_the_libraries_time_limit(ends):

@@ -610,3 +610,49 @@ def test_hostile_state_is_one_line(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ResultsError, match=f"{name} (cannot be read|is not what an evaluation writes).*--overwrite"):
         open_results(tmp_path, {}, 9, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "wrong"),
+    [(5, "translations"), ({}, "translations"), ({"translations": "oracle", "name": "PMI-1", "order": 1}, "order")],
+)
+def test_results_of_odd_parallel_input_are_one_line(tmp_path, parallel, wrong):
+    """Folders written elsewhere, or by hand, were a traceback in the title of a table."""
+    folders = [make_results(tmp_path / name, {"Thai": {"th-0": True}}) for name in "ab"]
+    file = tmp_path / "b" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"parallel_input": parallel}))
+    with pytest.raises(ResultsError, match=f"b/results.json is not .* {wrong} of parallel_input is of a wrong type$"):
+        compare_results(folders)
+
+
+def test_an_id_that_stands_twice_is_refused_with_file_and_line(tmp_path):
+    """The later row replaced the earlier one, unseen where `results.json` counted the ids."""
+    folders = [make_results(tmp_path / name, {"Thai": {"th-0": True, "th-1": False}}) for name in "ab"]
+    file = tmp_path / "b" / "predictions" / "Thai.jsonl"
+    lines = file.read_text().split("\n")
+    file.write_text("\n".join([*lines[:2], lines[0]]))
+    with pytest.raises(ResultsError, match=r"b/predictions/Thai\.jsonl:3: the id 'th-0' stands twice"):
+        compare_results(folders)
+
+
+@pytest.mark.parametrize("name", ["predictions", evaluation_results.PARTIAL])
+def test_overwrite_removes_a_link_and_leaves_what_it_points_to(tmp_path, name):
+    """The end came after results.json was gone: "Cannot call rmtree on a symbolic link"."""
+    folder, target = tmp_path / "results", tmp_path / "elsewhere"
+    folder.mkdir()
+    target.mkdir()
+    (target / "Thai.jsonl").write_text("{}\n")
+    (folder / "results.json").write_text("{}")
+    (folder / name).symlink_to(target)
+    assert open_results(folder, {}, 9, overwrite=True) == (None, {})
+    assert {path.name for path in folder.iterdir()} == {evaluation_results.PARTIAL}
+    assert not (folder / name).is_symlink() and (target / "Thai.jsonl").read_text() == "{}\n"
+
+
+def test_overwrite_never_continues_over_what_it_cannot_remove(tmp_path, monkeypatch):
+    open_results(tmp_path, {}, 9, overwrite=False)
+    append(tmp_path / evaluation_results.PARTIAL, 0, batch(1))
+    # As a folder of another user: root may remove any.
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
+    with pytest.raises(ResultsError, match="--overwrite cannot remove .*/.partial: remove it"):
+        open_results(tmp_path, {}, 9, overwrite=True)

@@ -695,14 +695,31 @@ def test_answers_end_before_the_first_end_token_whatever_pads_them():
     ]
 
 
-def test_out_of_memory_names_sizes_and_flags():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_out_of_memory_names_sizes_and_flags(error):
     tokenizers = SimpleNamespace(llm=None, encoder_pad_id=0, llm_pad_id=0)
     columns = {"prompt_ids": [[1, 2]] * 3, "encoder_ids": [[1, 2, 3]] * 3}
     with pytest.raises(
         UserError, match="3 examples .*3 encoder_input_ids, 2 prompt_ids, up to 9 .*--eval_batch_size"
     ) as e:
-        generate_batch(EchoModel(error=torch.cuda.OutOfMemoryError()), tokenizers, columns, [0, 1, 2], 9)
-    assert "\n" not in str(e.value)
+        generate_batch(EchoModel(error=error), tokenizers, columns, [0, 1, 2], 9)
+    assert str(e.value).startswith("out of memory on a batch") and "\n" not in str(e.value)
+
+
+def test_an_error_that_is_not_of_memory_stays_what_it_is():
+    tokenizers = SimpleNamespace(llm=None, encoder_pad_id=0, llm_pad_id=0)
+    error = RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="^shapes cannot be multiplied$") as e:
+        generate_batch(EchoModel(error=error), tokenizers, {"prompt_ids": [[1]]}, [0], 9)
+    assert e.value is error
 
 
 # -- answer()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import unfollowed, write_json_atomic, write_text_atomic
+from mindmerger.runtime.files import remove, unfollowed, write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import log, warn
 
 PARTIAL = ".partial"
@@ -54,8 +54,9 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
             final.unlink(missing_ok=True)
             (folder / "scores.tsv").unlink(missing_ok=True)
             for part in (folder / "predictions", partial):
-                if part.is_dir():
-                    shutil.rmtree(part)
+                remove(part)
+                if os.path.lexists(part):
+                    raise ResultsError(f"--overwrite cannot remove {part}: remove it, or use another --save_name")
         if final.is_file():
             results = _read_json(final)
             _require_same(folder, identity, results, "a finished evaluation")
@@ -234,6 +235,10 @@ def read_results(folder: str) -> dict:
         results = json.loads(file.read_text(encoding="utf-8"))
         wrong = [name for name in ("task", "form") if not isinstance(results[name], str)]
         wrong += [f"n of {name}" for name, one in results["languages"].items() if not isinstance(one["n"], int)]
+        if (parallel := results.get("parallel_input")) is not None:
+            found = parallel if isinstance(parallel, dict) else {}
+            texts = ("translations", "order", "name")
+            wrong += [f"{name} of parallel_input" for name in texts if not isinstance(found.get(name), str)]
         if wrong:
             raise ValueError(f"{wrong[0]} is of a wrong type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -245,7 +250,8 @@ def read_predictions(folder: str, language: str) -> dict[str, dict]:
     """One language's predictions by item id.
 
     Raises:
-        ResultsError: naming file and line, or both numbers where `results.json` counts other than are there.
+        ResultsError: naming file and line, and the id where one stands twice, or both numbers where `results.json`
+            counts other than are there.
     """
     file = Path(folder) / "predictions" / f"{language}.jsonl"
     if not file.is_file():
@@ -263,9 +269,11 @@ def read_predictions(folder: str, language: str) -> dict[str, dict]:
             wrong = [name for name, text in texts.items() if not isinstance(text, str)]
             if wrong:
                 raise TypeError(f"{wrong[0]} is {texts[wrong[0]]!r:.40}, not text")
-            items[item["id"]] = {**texts, "correct": bool(item["correct"])}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ResultsError(f"{file}:{number}: not a prediction ({type(error).__name__} {error})") from error
+        if item["id"] in items:
+            raise ResultsError(f"{file}:{number}: the id {item['id']!r:.80} stands twice: evaluate again")
+        items[item["id"]] = {**texts, "correct": bool(item["correct"])}
     counted = read_results(folder)["languages"].get(language, {"n": len(items)})["n"]
     if len(items) != counted:
         raise ResultsError(f"{file} holds {len(items)} predictions but results.json counts {counted}: evaluate again")

@@ -116,17 +116,22 @@ def batch_inputs(model, tokenizers, columns: dict, batch: list[int]) -> dict:
 
 @contextlib.contextmanager
 def out_of_memory_named(inputs: dict, max_new_tokens: int):
-    """Turns running out of GPU memory into an error that names the batch's size and what to lower."""
-    import torch
+    """Turns running out of memory, on a GPU or on the host, into an error that names the batch's size and what to
+    lower.
 
+    Raises:
+        UserError: when memory ran out within it.
+    """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         sizes = {name: value.shape for name, value in inputs.items() if name.endswith("_ids")}
         rows = next(iter(sizes.values()))[0]
         tokens = ", ".join(f"{shape[1]} {name}" for name, shape in sizes.items())
         raise UserError(
-            f"out of GPU memory on a batch of {rows} examples ({tokens}, up to {max_new_tokens} new tokens): "
+            f"out of memory on a batch of {rows} examples ({tokens}, up to {max_new_tokens} new tokens): "
             "lower --eval_max_tokens, --eval_batch_size (it continues where this run stopped), --max_new_tokens or "
             "--max_gen_len"
         ) from error
@@ -143,7 +148,7 @@ def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_t
     """Greedy answers to the examples numbered `batch`, in that order.
 
     Raises:
-        UserError: out of GPU memory, naming what to lower.
+        UserError: out of memory, naming what to lower.
     """
     inputs = batch_inputs(model, tokenizers, columns, batch)
     with out_of_memory_named(inputs, max_new_tokens):
@@ -155,7 +160,7 @@ def merge_batch(model, plan, batch: list[int]) -> list:
     """The merged embeddings (L, D) of each example numbered `batch`, without padding, on the CPU.
 
     Raises:
-        UserError: out of GPU memory, or for embeddings that are not numbers.
+        UserError: out of memory, or for embeddings that are not numbers.
     """
     inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
     with out_of_memory_named(inputs, plan.max_new_tokens):

@@ -53,15 +53,16 @@ def _plain_character(character: str) -> str:
     return character
 
 
+# A command's name ends at the first character that is no letter, a digit too, and takes the blanks behind it.
 _LATEX = (
     (re.compile(r"\\!"), ""),
-    (re.compile(r"\\(?:[,;: ]|thinspace\b)"), _GROUP_SPACE),
+    (re.compile(r"\\(?:[,;: ]|thinspace(?![A-Za-z])[ \t]*)"), _GROUP_SPACE),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\{([,.'\u00a0])\}"), r"\1"),
-    (re.compile(r"\{\s*(\d{1,40})\s*\\over\b\s*(\d{1,40})\s*\}"), _PLUS + r"\1/\2"),
+    (re.compile(r"\{\s*(\d{1,40})\s*\\over(?![A-Za-z])\s*(\d{1,40})\s*\}"), _PLUS + r"\1/\2"),
 )
 _ARGUMENT = r"\s*(?:\{\s*([-\u2212]?)\s*(\d[\d.,'\u00a0]{0,40})\s*\}|(\d))"
-_FRAC = re.compile(r"\\[dtc]?frac" + _ARGUMENT + _ARGUMENT)
+_FRAC = re.compile(r"\\(?:[dtcs]|nice)?frac" + _ARGUMENT + _ARGUMENT)
 
 
 def _plain_fraction(match: re.Match) -> str:
@@ -82,10 +83,17 @@ def _plain(text: str) -> str:
 
 @lru_cache
 def _separators(code: str) -> tuple[str, str]:
-    """The decimal and the group separator of a language, as CLDR has them; every group blank is a no-break one."""
-    from babel import Locale
+    """The decimal and the group separator of a language, as CLDR has them; every group blank is a no-break one.
 
-    symbols = Locale.parse(code).number_symbols["latn"]
+    A language that CLDR does not have, such as Classical Chinese, is taken to write numbers as English does.
+    """
+    from babel import Locale, UnknownLocaleError
+
+    try:
+        locale = Locale.parse(code.replace("-", "_"))
+    except (UnknownLocaleError, ValueError):
+        locale = Locale.parse("en")
+    symbols = locale.number_symbols["latn"]
     return symbols["decimal"], _SAME.get(symbols["group"], symbols["group"])
 
 
