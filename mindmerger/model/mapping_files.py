@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 MAPPING_FILE = "mapping.safetensors"
 RELEASED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -162,7 +163,7 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
 
     Raises:
         ModelError: naming both shapes and both models, the parameters that are missing or too many, or the first one
-            with values that are not finite.
+            that is not a plain tensor of floating-point numbers or has values that are not finite.
     """
     state = read_mapping(path)
     expected = {name: tuple(p.shape) for name, p in empty_bridge(config).named_parameters()}
@@ -170,18 +171,33 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
         missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         raise ModelError(f"{path} is not a mapping: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")
     for name, shape in expected.items():
+        _refuse_other_than_numbers(path, name, state[name])
         if tuple(state[name].shape) != shape:
             raise ModelError(
                 f"{path}: {name} has shape {tuple(state[name].shape)} but encoder {config.mt_path} (width "
                 f"{config.encoder_width}) and LLM {config.llm_path} (width {config.llm_width}) need {shape}: pass the "
                 "models this mapping was trained with"
             )
-        if not torch.isfinite(state[name]).all():
+        if not torch.isfinite(state[name].float()).all():  # as fp32, which the mapping is
             raise ModelError(
                 f"{path}: {name} has values that are NaN or infinite: the file is damaged or its training diverged; "
                 "take an earlier checkpoint, or train again with a lower --lr"
             )
     return state
+
+
+def _refuse_other_than_numbers(path: str, name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor without plain storage or of a dtype whose values are not a mapping's, such as float8 codes."""
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_meta:
+            kind += " without values (meta)"
+        elif tensor.is_nested or tensor.layout != torch.strided:
+            kind += " in a nested or sparse layout"
+        raise ModelError(
+            f"{path}: {name} is {kind}: a mapping is read from dense tensors in "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, save it as one of these"
+        )
 
 
 def save_released(path: str, state: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,61 @@
+"""Damaged mapping and model files that are refused in one line, with the file's name and the cause."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mindmerger.model.mapping_files import MindMergerConfig, check_mapping, empty_bridge
+from mindmerger.runtime.errors import UserError
+
+BETWEEN = MindMergerConfig(mt_path="encoder", llm_path="llm", encoder_width=16, llm_width=16)
+
+
+def refusal(call, *arguments, **named) -> str:
+    """The one line that a call is refused with."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def mapping_state() -> dict:
+    """A mapping's tensors, all zero."""
+    return {name: torch.zeros(p.shape) for name, p in empty_bridge(BETWEEN).named_parameters()}
+
+
+def of_dtype(dtype):
+    return lambda tensor: tensor.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (of_dtype(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (of_dtype(torch.int64), "int64"),
+        (of_dtype(torch.bool), "bool"),
+        (of_dtype(torch.complex64), "complex64"),
+        (torch.Tensor.to_sparse, "float32 in a nested or sparse layout"),
+        (lambda tensor: tensor.to("meta"), "float32 without values (meta)"),
+    ],
+)
+def test_a_mapping_of_other_than_dense_floating_point_tensors_is_refused_by_name_and_dtype(tmp_path, damage, named):
+    state = mapping_state()
+    state["end_boundary"] = damage(state["end_boundary"])
+    file = tmp_path / "mapping.bin"
+    torch.save(state, file)
+    message = refusal(check_mapping, str(file), BETWEEN)
+    assert message.startswith(f"{file}: end_boundary is {named}: ")
+    if state["end_boundary"].layout == torch.strided and not state["end_boundary"].is_meta:
+        save_file(state, tmp_path / "mapping.safetensors")
+        assert f": end_boundary is {named}: " in refusal(check_mapping, str(tmp_path / "mapping.safetensors"), BETWEEN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mapping_is_taken_in_every_floating_point_dtype_whose_values_fp32_can_hold(tmp_path, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in mapping_state().items()}
+    save_file(state, tmp_path / "mapping.safetensors")
+    assert check_mapping(str(tmp_path / "mapping.safetensors"), BETWEEN).keys() == state.keys()
+    if dtype == torch.float64:
+        state["end_boundary"].fill_(1e300)
+        save_file(state, tmp_path / "mapping.safetensors")
+        assert "NaN or infinite" in refusal(check_mapping, str(tmp_path / "mapping.safetensors"), BETWEEN)
