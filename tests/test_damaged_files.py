@@ -1,10 +1,15 @@
 """Damaged mapping and model files that are refused in one line, with the file's name and the cause."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from mindmerger.model.mapping_files import MindMergerConfig, check_mapping, empty_bridge
+from mindmerger.hub.model_files import check_models
+from mindmerger.model.mapping_files import MindMergerConfig, check_mapping, empty_bridge, read_config
 from mindmerger.runtime.errors import UserError
 
 BETWEEN = MindMergerConfig(mt_path="encoder", llm_path="llm", encoder_width=16, llm_width=16)
@@ -16,6 +21,17 @@ def refusal(call, *arguments, **named) -> str:
         call(*arguments, **named)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture
+def llm(tmp_path, tiny_llm):
+    """A copy of the tiny LLM to damage."""
+    return Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
+
+
+def edit_json(file, **changes):
+    """Changes values of a JSON object in a file."""
+    Path(file).write_text(json.dumps(json.loads(Path(file).read_text()) | changes))
 
 
 def mapping_state() -> dict:
@@ -59,3 +75,25 @@ def test_a_mapping_is_taken_in_every_floating_point_dtype_whose_values_fp32_can_
         state["end_boundary"].fill_(1e300)
         save_file(state, tmp_path / "mapping.safetensors")
         assert "NaN or infinite" in refusal(check_mapping, str(tmp_path / "mapping.safetensors"), BETWEEN)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "cause"),
+    [
+        ("generation_config.json", {"eos_token_id": [[2]]}, "eos_token_id must be a number or a list of numbers, not"),
+        ("generation_config.json", {"eos_token_id": {"a": 2}}, "eos_token_id must be a number or a list of numbers"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id must be a number or a list of numbers"),
+        ("config.json", {"model_type": ["x"]}, 'model_type must be a text, not ["x"]'),
+        ("config.json", {"model_type": {}}, "model_type must be a text, not {}"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_in_a_model_folder_is_refused_with_its_file(llm, name, changes, cause):
+    edit_json(llm / name, **changes)
+    assert refusal(check_models, None, str(llm), backward=False).startswith(f"{llm / name}: {cause}")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b"])
+def test_a_path_in_a_mapping_config_that_no_file_can_have_is_refused_with_its_file(tmp_path, path):
+    known = {"llm_width": 16, "encoder_width": 16, "mt_path": "encoder", "model_type": "mindmerger"}
+    (tmp_path / "config.json").write_text(json.dumps({**known, "llm_path": path}))
+    assert refusal(read_config, str(tmp_path)).startswith(f"{tmp_path / 'config.json'}: llm_path cannot be 'a\\")

@@ -200,6 +200,10 @@ def load_config(path: str):
         file = Path(path) / "config.json"
         if os.path.lexists(file):
             values = read_json_object(file)
+            if not isinstance(values.get("model_type"), str | None):
+                raise ModelError(
+                    f"{file}: model_type must be a text, not {json.dumps(values['model_type'])[:40]}"
+                ) from error
             _refuse_own_code(path, values, values.get("model_type") not in CONFIG_MAPPING)
         if not is_folder(path) and (advice := hub_advice(path, error)) is not None:
             raise ModelError(f"cannot fetch {path} from the Hugging Face hub: {advice}") from error
@@ -405,6 +409,14 @@ def special_token_ids(llm_path: str, config) -> tuple[int | None, int | None]:
     return config.get_text_config().bos_token_id, None
 
 
+def _end_tokens(where, ids) -> list[int]:
+    """An `eos_token_id` as a list; `where` is the file or the folder that an error names."""
+    found = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in found):
+        raise ModelError(f"{where}: eos_token_id must be a number or a list of numbers, not {str(ids)[:80]}")
+    return list(found)
+
+
 def end_token_ids(path: str, configured: list, tokenizer_eos: int | None) -> list[int]:
     """Every id that ends a generation: those of the configs, of which an instruction-tuned LLM may have several, and
     the tokenizer's, in which the targets of the training end.
@@ -415,10 +427,8 @@ def end_token_ids(path: str, configured: list, tokenizer_eos: int | None) -> lis
     Raises:
         ModelError: when there is none, or one is not a number.
     """
-    lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in (*configured, tokenizer_eos) if ids is not None]
-    found = list(dict.fromkeys(one for ids in lists for one in ids))
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in found):
-        raise ModelError(f"{path}: eos_token_id must be a number or a list of numbers, not {found}")
+    sources = (*configured, tokenizer_eos)
+    found = list(dict.fromkeys(one for ids in sources for one in _end_tokens(path, ids)))
     found = [one for one in found if one >= 0]
     if not found:
         raise ModelError(f"the LLM {path} names no end token, neither its configs nor its tokenizer: set eos_token_id")
@@ -434,6 +444,7 @@ def check_ends(llm_path: str) -> None:
     path = strip_slash(llm_path)
     file, (config, _) = find_file(path, "generation_config.json"), llm_config(path)
     own = read_json_object(file).get("eos_token_id") if file is not None else None
+    _end_tokens(file, own)
     configured = [own, config.get_text_config().eos_token_id]
     named = any(one is not None for one in configured)  # a tokenizer takes its time to load
     end_token_ids(path, configured, None if named else special_token_ids(path, config)[1])

@@ -4,6 +4,7 @@ A released file is unpickled with `weights_only=True` only; anything else in it 
 """
 
 import dataclasses
+import os
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def read_config(path: str) -> MindMergerConfig | None:
         return None
     known = {field.name: field.type for field in dataclasses.fields(MindMergerConfig)}
     for name, value in values.items():
-        if name in known and not isinstance(value, known[name]):
+        if name in known and not (isinstance(value, known[name]) and _could_name_a_file(value)):
             raise ModelError(f"{file}: {name} cannot be {str(value)[:80]!r}")
     if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ModelError(f"{file} has format version {values['format_version']}, this program knows {FORMAT_VERSION}")
@@ -109,6 +110,14 @@ def read_config(path: str) -> MindMergerConfig | None:
         return MindMergerConfig(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
         raise ModelError(f"{file} is incomplete: {first_line(error)}") from error
+
+
+def _could_name_a_file(value) -> bool:
+    """False for a text with a NUL or half a surrogate pair, which the system's calls refuse in a path."""
+    try:
+        return not isinstance(value, str) or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def find_mapping_file(path: str) -> Path:
