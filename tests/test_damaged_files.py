@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mindmerger.hub.model_files import check_models
-from mindmerger.model.mapping_files import MindMergerConfig, check_mapping, empty_bridge, read_config
+from mindmerger.baselines.model_folder import open_model
+from mindmerger.hub.model_files import check_models, load_config, one_line
+from mindmerger.model.mapping_files import MindMergerConfig, check_mapping, empty_bridge, read_config, read_mapping
 from mindmerger.runtime.errors import UserError
 
 BETWEEN = MindMergerConfig(mt_path="encoder", llm_path="llm", encoder_width=16, llm_width=16)
@@ -97,3 +98,30 @@ def test_a_path_in_a_mapping_config_that_no_file_can_have_is_refused_with_its_fi
     known = {"llm_width": 16, "encoder_width": 16, "mt_path": "encoder", "model_type": "mindmerger"}
     (tmp_path / "config.json").write_text(json.dumps({**known, "llm_path": path}))
     assert refusal(read_config, str(tmp_path)).startswith(f"{tmp_path / 'config.json'}: llm_path cannot be 'a\\")
+
+
+def test_a_config_value_of_the_wrong_type_is_refused_with_its_reason(llm):
+    edit_json(llm / "config.json", vocab_size="many")
+    message = refusal(load_config, str(llm))
+    assert str(llm) in message and "vocab_size" in message and "'many'" in message
+
+
+def test_the_reason_of_an_error_is_one_line_of_bounded_length_with_the_type_of_a_bare_key():
+    assert one_line(ValueError("Validation error for 'x':\n    it is\ttoo large\n")) == (
+        "Validation error for 'x': it is too large"
+    )
+    assert one_line(KeyError("metadata")) == "KeyError: 'metadata'"
+    assert one_line(EOFError()) == "EOFError"
+    assert len(one_line(ValueError("long " * 1000))) == 300
+
+
+def test_text_in_the_place_of_torch_weights_is_refused_by_file_as_model_mapping_and_expert(llm):
+    (llm / "model.safetensors").unlink()
+    file = llm / "pytorch_model.bin"
+    file.write_text("hello, these are no weights")
+    for message in (
+        refusal(check_models, None, str(llm), backward=False),
+        refusal(read_mapping, str(file)),
+        refusal(open_model, "math expert", str(llm)),
+    ):
+        assert message.startswith(f"{file} is not a file that torch saved")

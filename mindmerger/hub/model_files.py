@@ -50,9 +50,11 @@ def strip_slash(path: str | None) -> str | None:
     return str(path).rstrip("/") or "/" if path is not None else None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: BaseException) -> str:
+    """An error's message in one line of at most 300 characters, its type where it has none or is a bare key."""
+    prefix = "KeyError: " if isinstance(error, KeyError) else ""
+    message = prefix + (" ".join(str(error).split()) or type(error).__name__)
+    return message if len(message) <= 300 else message[:297] + "..."
 
 
 def hub_advice(name: str, error: BaseException) -> str | None:
@@ -104,7 +106,7 @@ def read_json_object(file) -> dict:
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON, it may be cut short: {first_line(error)}") from error
+        raise ModelError(f"{file} is not valid JSON, it may be cut short: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file} must hold a JSON object, it holds {json.dumps(values)[:40]}")
     return values
@@ -177,12 +179,23 @@ def _check_weight_file(file: Path) -> None:
             with safe_open(file, framework="pt"):  # compares the header with the file's size
                 return
     except Exception as error:  # its own type and OSError
-        raise ModelError(f"{file} is damaged or cut short: {first_line(error)}; fetch it again") from error
-    with open(file, "rb") as content:
-        zipped = content.read(2) == b"PK"
+        raise ModelError(f"{file} is damaged or cut short: {one_line(error)}; fetch it again") from error
     # The directory of a zip file is at its end. Files of the older format tell only when they are read.
-    if file.stat().st_size == 0 or zipped and not zipfile.is_zipfile(file):
+    if file.stat().st_size == 0 or begins_as_zip(file) and not zipfile.is_zipfile(file):
         raise ModelError(f"{file} is cut short: fetch it again")
+
+
+def begins_as_zip(file) -> bool:
+    """Whether a file that torch saved is a zip file and not the older pickle, by how it begins.
+
+    Raises:
+        ModelError: when it begins as neither and is not empty.
+    """
+    with open(file, "rb") as content:
+        start = content.read(2)
+    if start and start != b"PK" and start[0] != 0x80:
+        raise ModelError(f"{file} is not a file that torch saved, it begins with {start!r}: fetch it again")
+    return start == b"PK"
 
 
 def load_config(path: str):
@@ -200,16 +213,14 @@ def load_config(path: str):
         file = Path(path) / "config.json"
         if os.path.lexists(file):
             values = read_json_object(file)
-            if not isinstance(values.get("model_type"), str | None):
-                raise ModelError(
-                    f"{file}: model_type must be a text, not {json.dumps(values['model_type'])[:40]}"
-                ) from error
-            _refuse_own_code(path, values, values.get("model_type") not in CONFIG_MAPPING)
+            if not isinstance(kind := values.get("model_type"), str | None):
+                raise ModelError(f"{file}: model_type must be a text, not {json.dumps(kind)[:40]}") from error
+            _refuse_own_code(path, values, kind not in CONFIG_MAPPING)
         if not is_folder(path) and (advice := hub_advice(path, error)) is not None:
             raise ModelError(f"cannot fetch {path} from the Hugging Face hub: {advice}") from error
         raise ModelError(
             f"cannot load a model config from {path}: neither a folder with a usable config.json here nor a reachable "
-            f"hub name ({first_line(error)})"
+            f"hub name ({one_line(error)})"
         ) from error
     _ignore_unusable_pad(config)
     return config
@@ -311,7 +322,7 @@ def check_quantisation(path: str, config, backward: bool) -> None:
             raise ImportError("its kernels need the package kernels")
     except Exception as error:  # each method has its own ways to say that something is missing
         raise ModelError(
-            f"{path} is quantised ({method}) and cannot be loaded here: {first_line(error)}; pass weights in bf16, "
+            f"{path} is quantised ({method}) and cannot be loaded here: {one_line(error)}; pass weights in bf16, "
             "fp16 or fp32"
         ) from error
     finally:
@@ -387,7 +398,7 @@ def _check_tokenizer_files(path: str) -> None:
                 try:
                     Tokenizer.from_file(str(file))
                 except Exception as error:  # its own bare type
-                    raise ModelError(f"{file} is not a tokenizer: {first_line(error)}") from error
+                    raise ModelError(f"{file} is not a tokenizer: {one_line(error)}") from error
     vocabularies = (*VOCABULARY_FILES, "vocab.txt")
     if files and not any(os.path.lexists(file) for file in files if file.name in vocabularies):
         raise ModelError(f"it holds none of {', '.join(vocabularies)}")
@@ -427,8 +438,7 @@ def end_token_ids(path: str, configured: list, tokenizer_eos: int | None) -> lis
     Raises:
         ModelError: when there is none, or one is not a number.
     """
-    sources = (*configured, tokenizer_eos)
-    found = list(dict.fromkeys(one for ids in sources for one in _end_tokens(path, ids)))
+    found = list(dict.fromkeys(one for ids in (*configured, tokenizer_eos) for one in _end_tokens(path, ids)))
     found = [one for one in found if one >= 0]
     if not found:
         raise ModelError(f"the LLM {path} names no end token, neither its configs nor its tokenizer: set eos_token_id")

@@ -17,8 +17,9 @@ from safetensors.torch import load
 from mindmerger.bridges import BRIDGES, Bridge
 from mindmerger.hub.model_files import (
     ModelError,
-    first_line,
+    begins_as_zip,
     load_config,
+    one_line,
     read_json_object,
     refuse_unreadable,
     strip_slash,
@@ -109,7 +110,7 @@ def read_config(path: str) -> MindMergerConfig | None:
     try:
         return MindMergerConfig(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
-        raise ModelError(f"{file} is incomplete: {first_line(error)}") from error
+        raise ModelError(f"{file} is incomplete: {one_line(error)}") from error
 
 
 def _could_name_a_file(value) -> bool:
@@ -150,7 +151,8 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
         try:
             return load(file.read_bytes())  # not by name: the library opens no path that is not UTF-8
         except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
+            raise ModelError(f"{file} cannot be read: {one_line(error)}") from error
+    begins_as_zip(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle's protocol, before the error that matters
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -160,7 +162,7 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
             "its origin, save its tensors alone with safetensors.torch.save_file and pass that"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{file} cannot be read, it may be cut short: {first_line(error)}") from error
+        raise ModelError(f"{file} cannot be read, it may be cut short: {one_line(error)}") from error
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{file} holds no 'model_state_dict' of tensors, as released mappings do")
