@@ -535,6 +535,17 @@ def test_flags_without_effect_are_said(flags, capsys):
     assert "--overwrite_output_dir is ignored" in capsys.readouterr().err
 
 
+def test_an_automatic_dev_split_of_nothing_is_said(flags, tmp_path, monkeypatch, capsys):
+    import run_training
+
+    monkeypatch.chdir(tmp_path)
+    for number, said in ((9, True), (10, False)):
+        given = [*flags, "--languages", "Swahili", "--train_num", str(number), "--dev_size", "auto"]
+        *_, (dev, train) = run_training.prepare(training_settings.build_parser().parse_args(given))
+        assert (len(dev), len(train)) == ((0, 9) if said else (1, 9))
+        assert ("--dev_size auto takes a tenth, none of 9 examples" in capsys.readouterr().err) == said
+
+
 class Engine:
     """Runs out of memory above a number of tokens of one kind, as logits or encoder states would."""
 
