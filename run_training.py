@@ -78,6 +78,11 @@ def load_data(args, plan: Plan, cache_dir=None):
     if args.dev_size == "auto":  # the number is what a checkpoint knows
         args.dev_size = automatic_dev_size(number)
         log(f"--dev_size auto: {args.dev_size} of {number} examples")
+        if args.dev_size == 0:
+            warn(
+                f"--dev_size auto takes a tenth, none of {number} examples: nothing is evaluated and the last mapping "
+                "counts as the best; give a number for a dev split"
+            )
     dev, train = together(split_dev, number, args.dev_size, args.seed)
     if len(dev) > len(train):
         warn(f"--dev_size {len(dev)} takes {len(dev) / number:.0%} of the examples: --dev_size auto takes a tenth")

@@ -1,21 +1,23 @@
 """What DeepSpeed does to models while they are made, and which settings it is given."""
 
 import json
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT, clean_environment, free_port
 
 from mindmerger.runtime.errors import UserError
 from mindmerger.training.deepspeed_config import effective_config, gradient_clipping, read_deepspeed_config
 
-DTYPES_UNDER_ZERO_3 = """
+STARTED = """
 import os, sys
 
 sys.path.insert(0, sys.argv[1])
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
-from mindmerger.training.deepspeed_engine import keeping_explicit_dtypes, quiet_start
+from mindmerger.runtime.errors import UserError
+from mindmerger.training.deepspeed_engine import keeping_explicit_dtypes, make_engine, quiet_start
 
 quiet_start()
 import deepspeed
@@ -34,16 +36,42 @@ def dtypes():
 without = dtypes()
 with keeping_explicit_dtypes():
     within = dtypes()
-print(without, within, dtypes() == without)
+print("dtypes:", without, within, dtypes() == without)
+
+
+class Model(torch.nn.Linear):
+    def trained_parameters(self):
+        return dict(self.named_parameters())
+
+
+config = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2, "zero_allow_untested_optimizer": True}
+for batch_size in (2, 3):
+    try:
+        make_engine(Model(4, 4), config | {"train_batch_size": batch_size, "train_micro_batch_size_per_gpu": 1}, 1e-3)
+        print(f"batch of {batch_size}: taken")
+    except UserError as error:
+        print(f"batch of {batch_size}: {error}")
 """
 
 
-def test_rotary_frequencies_stay_in_fp32_while_zero_3_makes_a_bf16_model(run):
-    """Rounded to bf16 they turn the later positions of a long text by more than a radian."""
-    done = run(sys.executable, "-c", DTYPES_UNDER_ZERO_3, ROOT, free_port())
+@pytest.fixture(scope="module")
+def started():
+    """What a process in which DeepSpeed has started prints, by the names of its lines."""
+    command = [sys.executable, "-c", STARTED, str(ROOT), str(free_port())]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    last = done.stdout.strip().splitlines()[-1]
-    assert last == "(torch.bfloat16, torch.bfloat16) (torch.bfloat16, torch.float32) True"
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+
+
+def test_rotary_frequencies_stay_in_fp32_while_zero_3_makes_a_bf16_model(started):
+    """Rounded to bf16 they turn the later positions of a long text by more than a radian."""
+    assert started["dtypes"] == "(torch.bfloat16, torch.bfloat16) (torch.bfloat16, torch.float32) True"
+
+
+def test_settings_that_deepspeed_asserts_only_at_its_start_are_refused_in_one_line(started):
+    assert started["batch of 2"] == "taken"
+    assert started["batch of 3"].startswith("DeepSpeed refuses this configuration: Check batch related parameters")
+    assert started["batch of 3"].endswith("3 != 1 * 2 * 1; see --deepspeed_config")
 
 
 @pytest.fixture
@@ -98,6 +126,20 @@ WRONG_VALUES = [
     ({"flops_profiler": True}, "flops_profiler must be an object, not true"),
     ({"activation_checkpointing": {"number_checkpoints": -2}}, "activation_checkpointing.number_checkpoints is -2"),
     ({"comms_logger": {"prof_ops": "all_reduce"}}, 'comms_logger.prof_ops is "all_reduce"'),
+    (zero(3, zenflow={}), "zero_optimization.zenflow is {}: this training loop has not been made to work with it"),
+    (zero(1, legacy_stage1=True), "zero_optimization.legacy_stage1 is true: this training loop"),
+    (zero(3, zero_hpz_partition_size=2), "zero_optimization.zero_hpz_partition_size is 2: this training loop"),
+    (zero(3, zero_quantized_weights=True), "zero_optimization.zero_quantized_weights is true: this training loop"),
+    (zero(3, zero_quantized_nontrainable_weights=True), "zero_quantized_nontrainable_weights is true: this training"),
+    (zero(3, zero_quantized_gradients=True), "zero_optimization.zero_quantized_gradients is true: this training loop"),
+    (
+        zero(3, offload_optimizer={"device": "cpu", "super_offload": True}),
+        "zero_optimization.offload_optimizer.super_offload is true: this training loop",
+    ),
+    (
+        zero(3, prefetch_bucket_size=5, stage3_prefetch_bucket_size=5),
+        "zero_optimization: prefetch_bucket_size: Extra inputs are not permitted",
+    ),
     ('{"zero_optimization": {"stage": 2, "stage": 3}}', "is not readable JSON: Duplicate keys"),
 ]
 
@@ -120,6 +162,7 @@ def test_deepspeed_values_as_its_documentation_writes_them_are_taken(read, capsy
     config = read(written)
     assert config["zero_optimization"]["reduce_bucket_size"] == 500_000_000
     assert type(config["aio"]["block_size"]) is int
+    read(zero(3, zenflow=None, legacy_stage1=False, zero_hpz_partition_size=1, zero_quantized_weights=False))
     for preset in sorted((ROOT / "scripts").glob("ds_*.json")):
         read_deepspeed_config(str(preset))
     assert capsys.readouterr().err == ""

@@ -447,6 +447,10 @@ def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, t
         (["--seed", "-1"], "--seed must be at least 0 and below 2.64, not -1"),
         (["--seed", str(2**64)], "--seed must be at least 0 and below 2.64"),
         (["--max_seq_len", str(10**30)], "--max_seq_len must be below 2.63"),
+        # Written to ds_config.json as Infinity, which is no JSON.
+        (["--max_grad_norm", "inf"], "--max_grad_norm must be a finite number above 0, not inf"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm must be a finite number above 0, not nan"),
+        (["--lr", "inf"], "--lr must be a finite number above 0, not inf"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_anything_loads(flags, more, message):
@@ -531,6 +535,17 @@ def test_flags_without_effect_are_said(flags, capsys):
     assert "--eval_steps is ignored: with --dev_size 0 nothing is evaluated" in capsys.readouterr().err
     settled(flags, "--dry_run", "--overwrite_output_dir")
     assert "--overwrite_output_dir is ignored" in capsys.readouterr().err
+
+
+def test_an_automatic_dev_split_of_nothing_is_said(flags, tmp_path, monkeypatch, capsys):
+    import run_training
+
+    monkeypatch.chdir(tmp_path)
+    for number, said in ((9, True), (10, False)):
+        given = [*flags, "--languages", "Swahili", "--train_num", str(number), "--dev_size", "auto"]
+        *_, (dev, train) = run_training.prepare(training_settings.build_parser().parse_args(given))
+        assert (len(dev), len(train)) == ((0, 9) if said else (1, 9))
+        assert ("--dev_size auto takes a tenth, none of 9 examples" in capsys.readouterr().err) == said
 
 
 class Engine:

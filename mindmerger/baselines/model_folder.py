@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mindmerger.hub.model_files import refuse_unreadable
+from mindmerger.hub.model_files import begins_as_zip, one_line, refuse_unreadable
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import warn
 
@@ -116,7 +116,7 @@ class ModelFolder:
         try:
             block = _entry(self._open[1], name)[start:stop]
         except READ_ERRORS as error:
-            raise MergeError(f"cannot read {name} from {stored.file}: {_first_line(error)}") from error
+            raise MergeError(f"cannot read {name} from {stored.file}: {one_line(error)}") from error
         self._bytes_read += block.numel() * block.element_size()
         return block
 
@@ -209,7 +209,7 @@ def _locate(role: str, folder: Path) -> dict[str, Stored]:
             for name, file in weight_map.items():
                 names_of.setdefault(file, []).append(name)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise MergeError(f"{folder / source} cannot be read: {_first_line(error)}") from error
+            raise MergeError(f"{folder / source} cannot be read: {one_line(error)}") from error
         missing = sorted(file for file in names_of if not (folder / file).is_file())
         if missing:
             raise MergeError(
@@ -250,9 +250,10 @@ def _open_weights(file: Path):
     try:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt")
+        begins_as_zip(file)
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except READ_ERRORS as error:
-        raise MergeError(f"{file} cannot be read without running code or is cut short: {_first_line(error)}") from error
+        raise MergeError(f"{file} cannot be read without running code or is cut short: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise MergeError(f"{file} holds a {type(content).__name__}, expected a state dict")
     return content
@@ -288,7 +289,3 @@ def row_blocks(shape: tuple[int, ...], start: int = 0, stop: int | None = None) 
     step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
     for first in range(start, stop, step):
         yield first, min(stop, first + step)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

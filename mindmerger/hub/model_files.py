@@ -50,9 +50,11 @@ def strip_slash(path: str | None) -> str | None:
     return str(path).rstrip("/") or "/" if path is not None else None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: BaseException) -> str:
+    """An error's message in one line of at most 300 characters, its type where it has none or is a bare key."""
+    prefix = "KeyError: " if isinstance(error, KeyError) else ""
+    message = prefix + (" ".join(str(error).split()) or type(error).__name__)
+    return message if len(message) <= 300 else message[:297] + "..."
 
 
 def hub_advice(name: str, error: BaseException) -> str | None:
@@ -104,7 +106,7 @@ def read_json_object(file) -> dict:
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON, it may be cut short: {first_line(error)}") from error
+        raise ModelError(f"{file} is not valid JSON, it may be cut short: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file} must hold a JSON object, it holds {json.dumps(values)[:40]}")
     return values
@@ -177,12 +179,23 @@ def _check_weight_file(file: Path) -> None:
             with safe_open(file, framework="pt"):  # compares the header with the file's size
                 return
     except Exception as error:  # its own type and OSError
-        raise ModelError(f"{file} is damaged or cut short: {first_line(error)}; fetch it again") from error
-    with open(file, "rb") as content:
-        zipped = content.read(2) == b"PK"
+        raise ModelError(f"{file} is damaged or cut short: {one_line(error)}; fetch it again") from error
     # The directory of a zip file is at its end. Files of the older format tell only when they are read.
-    if file.stat().st_size == 0 or zipped and not zipfile.is_zipfile(file):
+    if file.stat().st_size == 0 or begins_as_zip(file) and not zipfile.is_zipfile(file):
         raise ModelError(f"{file} is cut short: fetch it again")
+
+
+def begins_as_zip(file) -> bool:
+    """Whether a file that torch saved is a zip file and not the older pickle, by how it begins.
+
+    Raises:
+        ModelError: when it begins as neither and is not empty.
+    """
+    with open(file, "rb") as content:
+        start = content.read(2)
+    if start and start != b"PK" and start[0] != 0x80:
+        raise ModelError(f"{file} is not a file that torch saved, it begins with {start!r}: fetch it again")
+    return start == b"PK"
 
 
 def load_config(path: str):
@@ -200,12 +213,14 @@ def load_config(path: str):
         file = Path(path) / "config.json"
         if os.path.lexists(file):
             values = read_json_object(file)
-            _refuse_own_code(path, values, values.get("model_type") not in CONFIG_MAPPING)
+            if not isinstance(kind := values.get("model_type"), str | None):
+                raise ModelError(f"{file}: model_type must be a text, not {json.dumps(kind)[:40]}") from error
+            _refuse_own_code(path, values, kind not in CONFIG_MAPPING)
         if not is_folder(path) and (advice := hub_advice(path, error)) is not None:
             raise ModelError(f"cannot fetch {path} from the Hugging Face hub: {advice}") from error
         raise ModelError(
             f"cannot load a model config from {path}: neither a folder with a usable config.json here nor a reachable "
-            f"hub name ({first_line(error)})"
+            f"hub name ({one_line(error)})"
         ) from error
     _ignore_unusable_pad(config)
     return config
@@ -307,7 +322,7 @@ def check_quantisation(path: str, config, backward: bool) -> None:
             raise ImportError("its kernels need the package kernels")
     except Exception as error:  # each method has its own ways to say that something is missing
         raise ModelError(
-            f"{path} is quantised ({method}) and cannot be loaded here: {first_line(error)}; pass weights in bf16, "
+            f"{path} is quantised ({method}) and cannot be loaded here: {one_line(error)}; pass weights in bf16, "
             "fp16 or fp32"
         ) from error
     finally:
@@ -383,7 +398,7 @@ def _check_tokenizer_files(path: str) -> None:
                 try:
                     Tokenizer.from_file(str(file))
                 except Exception as error:  # its own bare type
-                    raise ModelError(f"{file} is not a tokenizer: {first_line(error)}") from error
+                    raise ModelError(f"{file} is not a tokenizer: {one_line(error)}") from error
     vocabularies = (*VOCABULARY_FILES, "vocab.txt")
     if files and not any(os.path.lexists(file) for file in files if file.name in vocabularies):
         raise ModelError(f"it holds none of {', '.join(vocabularies)}")
@@ -405,6 +420,14 @@ def special_token_ids(llm_path: str, config) -> tuple[int | None, int | None]:
     return config.get_text_config().bos_token_id, None
 
 
+def _end_tokens(where, ids) -> list[int]:
+    """An `eos_token_id` as a list; `where` is the file or the folder that an error names."""
+    found = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in found):
+        raise ModelError(f"{where}: eos_token_id must be a number or a list of numbers, not {str(ids)[:80]}")
+    return list(found)
+
+
 def end_token_ids(path: str, configured: list, tokenizer_eos: int | None) -> list[int]:
     """Every id that ends a generation: those of the configs, of which an instruction-tuned LLM may have several, and
     the tokenizer's, in which the targets of the training end.
@@ -415,10 +438,7 @@ def end_token_ids(path: str, configured: list, tokenizer_eos: int | None) -> lis
     Raises:
         ModelError: when there is none, or one is not a number.
     """
-    lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in (*configured, tokenizer_eos) if ids is not None]
-    found = list(dict.fromkeys(one for ids in lists for one in ids))
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in found):
-        raise ModelError(f"{path}: eos_token_id must be a number or a list of numbers, not {found}")
+    found = list(dict.fromkeys(one for ids in (*configured, tokenizer_eos) for one in _end_tokens(path, ids)))
     found = [one for one in found if one >= 0]
     if not found:
         raise ModelError(f"the LLM {path} names no end token, neither its configs nor its tokenizer: set eos_token_id")
@@ -434,6 +454,7 @@ def check_ends(llm_path: str) -> None:
     path = strip_slash(llm_path)
     file, (config, _) = find_file(path, "generation_config.json"), llm_config(path)
     own = read_json_object(file).get("eos_token_id") if file is not None else None
+    _end_tokens(file, own)
     configured = [own, config.get_text_config().eos_token_id]
     named = any(one is not None for one in configured)  # a tokenizer takes its time to load
     end_token_ids(path, configured, None if named else special_token_ids(path, config)[1])

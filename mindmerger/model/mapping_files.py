@@ -4,6 +4,7 @@ A released file is unpickled with `weights_only=True` only; anything else in it 
 """
 
 import dataclasses
+import os
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from safetensors.torch import load
 from mindmerger.bridges import BRIDGES, Bridge
 from mindmerger.hub.model_files import (
     ModelError,
-    first_line,
+    begins_as_zip,
     load_config,
+    one_line,
     read_json_object,
     refuse_unreadable,
     strip_slash,
@@ -28,6 +30,7 @@ FORMAT_VERSION = 1
 MAPPING_FILE = "mapping.safetensors"
 RELEASED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -100,14 +103,22 @@ def read_config(path: str) -> MindMergerConfig | None:
         return None
     known = {field.name: field.type for field in dataclasses.fields(MindMergerConfig)}
     for name, value in values.items():
-        if name in known and not isinstance(value, known[name]):
+        if name in known and not (isinstance(value, known[name]) and _could_name_a_file(value)):
             raise ModelError(f"{file}: {name} cannot be {str(value)[:80]!r}")
     if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ModelError(f"{file} has format version {values['format_version']}, this program knows {FORMAT_VERSION}")
     try:
         return MindMergerConfig(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
-        raise ModelError(f"{file} is incomplete: {first_line(error)}") from error
+        raise ModelError(f"{file} is incomplete: {one_line(error)}") from error
+
+
+def _could_name_a_file(value) -> bool:
+    """False for a text with a NUL or half a surrogate pair, which the system's calls refuse in a path."""
+    try:
+        return not isinstance(value, str) or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def find_mapping_file(path: str) -> Path:
@@ -140,7 +151,8 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
         try:
             return load(file.read_bytes())  # not by name: the library opens no path that is not UTF-8
         except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
+            raise ModelError(f"{file} cannot be read: {one_line(error)}") from error
+    begins_as_zip(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle's protocol, before the error that matters
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -150,7 +162,7 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
             "its origin, save its tensors alone with safetensors.torch.save_file and pass that"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{file} cannot be read, it may be cut short: {first_line(error)}") from error
+        raise ModelError(f"{file} cannot be read, it may be cut short: {one_line(error)}") from error
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{file} holds no 'model_state_dict' of tensors, as released mappings do")
@@ -162,7 +174,7 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
 
     Raises:
         ModelError: naming both shapes and both models, the parameters that are missing or too many, or the first one
-            with values that are not finite.
+            that is not a plain tensor of floating-point numbers or has values that are not finite.
     """
     state = read_mapping(path)
     expected = {name: tuple(p.shape) for name, p in empty_bridge(config).named_parameters()}
@@ -170,18 +182,33 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
         missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         raise ModelError(f"{path} is not a mapping: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")
     for name, shape in expected.items():
+        _refuse_other_than_numbers(path, name, state[name])
         if tuple(state[name].shape) != shape:
             raise ModelError(
                 f"{path}: {name} has shape {tuple(state[name].shape)} but encoder {config.mt_path} (width "
                 f"{config.encoder_width}) and LLM {config.llm_path} (width {config.llm_width}) need {shape}: pass the "
                 "models this mapping was trained with"
             )
-        if not torch.isfinite(state[name]).all():
+        if not torch.isfinite(state[name].float()).all():  # as fp32, which the mapping is
             raise ModelError(
                 f"{path}: {name} has values that are NaN or infinite: the file is damaged or its training diverged; "
                 "take an earlier checkpoint, or train again with a lower --lr"
             )
     return state
+
+
+def _refuse_other_than_numbers(path: str, name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor without plain storage or of a dtype whose values are not a mapping's, such as float8 codes."""
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_meta:
+            kind += " without values (meta)"
+        elif tensor.is_nested or tensor.layout != torch.strided:
+            kind += " in a nested or sparse layout"
+        raise ModelError(
+            f"{path}: {name} is {kind}: a mapping is read from dense tensors in "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, save it as one of these"
+        )
 
 
 def save_released(path: str, state: dict[str, torch.Tensor]) -> None:

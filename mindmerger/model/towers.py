@@ -18,11 +18,11 @@ from mindmerger.hub.model_files import (
     check_quantisation,
     check_weights,
     find_file,
-    first_line,
     hub_advice,
     is_folder,
     llm_config,
     load_config,
+    one_line,
     read_json_object,
     strip_slash,
 )
@@ -106,7 +106,7 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
         if is_out_of_memory(error):
             raise
         reason = None if is_folder(path) else hub_advice(strip_slash(path), error)
-        raise ModelError(f"cannot load the model in {path}: {reason or first_line(error)}") from error
+        raise ModelError(f"cannot load the model in {path}: {reason or one_line(error)}") from error
     finally:
         logging.set_verbosity(previous)
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())

@@ -38,6 +38,17 @@ FROM_COMMAND_LINE = {
     "train_micro_batch_size_per_gpu": "--train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps": "--train_batch_size / (--train_micro_batch_size_per_gpu x processes)",
 }
+# Keys of zero_optimization with the values that training runs at: DeepSpeed takes others, and fails once models are
+# loaded, or trains with them what nobody has compared.
+UNSUPPORTED = {
+    "zenflow": (None,),
+    "legacy_stage1": (False,),
+    "zero_hpz_partition_size": (0, 1),
+    "zero_quantized_weights": (False,),
+    "zero_quantized_nontrainable_weights": (False,),
+    "zero_quantized_gradients": (False,),
+    "offload_optimizer.super_offload": (False,),
+}
 
 
 def read_deepspeed_config(path: str | None) -> dict:
@@ -125,6 +136,14 @@ def _check_zero(zero: dict, where: str) -> None:
     stage = zero.get("stage", 0)
     if zero.get("compute_grad_norm") is False:
         raise UserError(f"{where}.compute_grad_norm must be true: training records the norm and stops when it is NaN")
+    for path, values in UNSUPPORTED.items():
+        section, _, key = path.rpartition(".")
+        given = ((zero.get(section) or {}) if section else zero).get(key, "auto")
+        if given != "auto" and given not in values:
+            raise UserError(
+                f"{where}.{path} is {json.dumps(given)[:80]}: this training loop has not been made to work with it, "
+                "leave it out"
+            )
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         section = zero.get(key) or {}
         if section.get("device") == "nvme" and not os.path.isdir(section.get("nvme_path") or ""):
@@ -198,9 +217,17 @@ def _check_values(given: dict, fields: dict, where: str) -> None:
             # As JSON: strictly, Python values would have to be enumerators and Path objects.
             adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].replace("Input", "it", 1)
+            reason = _reason(error).replace("Input", "it", 1)
         if reason is not None:
             raise UserError(f"{where}{key} is {json.dumps(value)[:80]}: {reason}")
+
+
+def _reason(error) -> str:
+    """The first fault of a pydantic error, with its key where the message is one that leaves the key open."""
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Assertion failed, ").removeprefix("Value error, ")
+    key = ".".join(map(str, first["loc"])) if first["type"] == "extra_forbidden" else ""
+    return f"{key}: {reason}" if key else reason
 
 
 def _check_model(given, model, where: str) -> None:
@@ -229,8 +256,7 @@ def _check_model(given, model, where: str) -> None:
     try:
         model(**told)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Assertion failed, ").removeprefix("Value error, ")
-        raise UserError(f"{where}: {reason}") from error
+        raise UserError(f"{where}: {_reason(error)}") from error
     except AssertionError as error:  # two names of one setting
         raise UserError(f"{where}: {error}") from error
 

@@ -7,6 +7,7 @@ towers, and where the optimizer's state lives. Heavy imports happen inside the f
 import os
 from contextlib import contextmanager
 
+from mindmerger.runtime.errors import UserError
 from mindmerger.training.deepspeed_config import zero_stage
 
 
@@ -79,6 +80,9 @@ def make_engine(model, config: dict, lr: float):
 
     Returns:
         the engine; its `basic_optimizer` is the torch AdamW whose learning rate the loop sets.
+
+    Raises:
+        UserError: for settings that DeepSpeed finds at odds with each other, the model or the machine.
     """
     import deepspeed
     import torch
@@ -92,9 +96,13 @@ def make_engine(model, config: dict, lr: float):
     if zero_stage(config) == 0:
         # The loop clips by itself there: DeepSpeed neither reports the norm nor stops at one that is not finite.
         config = config | {"gradient_clipping": 0.0}
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
+        )
+    except (AssertionError, ValueError) as error:  # what it asserts of its settings, one beside another
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"DeepSpeed refuses this configuration: {reason}; see --deepspeed_config") from error
     return engine
 
 

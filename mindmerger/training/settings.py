@@ -238,8 +238,10 @@ def check_numbers(args) -> None:
     check_seed(args.seed)
     if not 0 <= args.warmup_ratio < 1:
         raise UserError(f"--warmup_ratio must be at least 0 and below 1, not {args.warmup_ratio}")
-    if not (0 < args.lr < math.inf and (args.max_grad_norm is None or args.max_grad_norm > 0)):
-        raise UserError(f"--lr and --max_grad_norm must be above 0, not {args.lr} and {args.max_grad_norm}")
+    for name in ("lr", "max_grad_norm"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} must be a finite number above 0, not {value}")
 
 
 def refuse_to_remove_the_start(args, plan: Plan) -> None:
