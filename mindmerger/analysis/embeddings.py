@@ -18,7 +18,7 @@ import io
 import sys
 from pathlib import Path
 
-from mindmerger.runtime.command import CommandParser, run_main, versions
+from mindmerger.runtime.command import CommandParser, check_seed, run_main, versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import log, warn
@@ -285,6 +285,7 @@ def prepare(args: argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
+    check_seed(args.seed)
     import torch
     from tqdm import tqdm
 

@@ -24,7 +24,7 @@ from mindmerger.evaluation.parallel_input import (
     default_languages,
     options_of,
 )
-from mindmerger.runtime.command import CommandParser, run_main
+from mindmerger.runtime.command import CommandParser, check_seed, run_main
 from mindmerger.runtime.files import write_text_atomic
 from mindmerger.runtime.processes import log
 from mindmerger.tasks import find_task
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
+    check_seed(args.seed)
     task = find_task(args.task)
     if not task.evaluation_languages:
         raise DataError(f"task {task.name} has no evaluation set")

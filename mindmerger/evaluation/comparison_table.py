@@ -30,7 +30,7 @@ from pathlib import Path
 from mindmerger.evaluation.comparison import Cell, Mean, Row, build_cells, keep_common, read_row
 from mindmerger.evaluation.results import ResultsError, warn_of_scorers
 from mindmerger.evaluation.statistics import describe_questions, format_p, resampling_note
-from mindmerger.runtime.command import CommandParser, run_main
+from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, run_main
 from mindmerger.runtime.files import write_text_atomic
 from mindmerger.runtime.processes import log
 from mindmerger.tasks.languages import find_language
@@ -211,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     from mindmerger.evaluation.plots import save_figure
 
     args = build_parser().parse_args(argv)
+    check_seed(args.seed)
+    check_save_name(args.name, "--name")
     order, rows, asked, missing = [], [], [], {}
     for kind, label, value in args.entries:
         if kind == "missing":

@@ -55,18 +55,21 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
 
 
-def check_save_name(name: str) -> None:
-    """Makes sure that --save_name names a folder inside the outputs.
+def check_save_name(name: str, flag: str = "--save_name") -> None:
+    """Makes sure that a flag names something inside the outputs.
+
+    Args:
+        flag: the one to blame.
 
     Raises:
         UserError: for a name that is empty, leaves the folder, or has characters that no terminal shows.
     """
-    if not os.path.normpath(name).strip(". \t"):
-        raise UserError(f"--save_name {name!r} names no folder: give the run a name")
+    if all(c == "." or c.isspace() for c in os.path.normpath(name)):
+        raise UserError(f"{flag} {name!r} names no folder: give the run a name")
     if os.path.isabs(name) or ".." in Path(name).parts:
-        raise UserError(f"--save_name {name!r} leaves the outputs: give a plain name, the folder has a flag of its own")
-    if any(unicodedata.category(c) == "Cc" for c in name):
-        raise UserError(f"--save_name {name!r} has control characters: leave them out")
+        raise UserError(f"{flag} {name!r} leaves the outputs: give a plain name, the folder has a flag of its own")
+    if any(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") for c in name):
+        raise UserError(f"{flag} {name!r} has control characters or other invisible ones: leave them out")
 
 
 def check_seed(seed: int) -> None:

@@ -157,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     args = build_parser().parse_args(arguments)
+    command.check_seed(args.seed)
     for name in (
         "pairs",
         "problems",
