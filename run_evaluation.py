@@ -153,7 +153,7 @@ def collect_answers(plan: Plan) -> None:
     if world_size() == 1:
         return
     finished = read_finished(plan.folder / PARTIAL) if (plan.folder / PARTIAL).is_dir() else {}
-    known = set(gather_objects(set(finished))[0])
+    known = broadcast_object(set(finished))
     others = gather_objects({index: record for index, record in finished.items() if index not in known})
     lacking = {index: record for one in others for index, record in one.items()}
 

@@ -17,6 +17,7 @@ from mindmerger.generation.answers import answer, input_positions
 from mindmerger.model.mapping_files import MindMergerConfig, empty_bridge, read_config
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
+from mindmerger.training.settings import find_stage
 
 READ = ["--bridge", "toy", "--stage_name", "read"]
 SOLVE = ["--bridge", "toy", "--stage_name", "solve", "--max_gen_len", "300", "--max_steps", "1"]
@@ -154,3 +155,24 @@ def test_every_bridge_counts_the_positions_that_it_makes(name):
     assert list(bridge.stages) and all(
         stage.starts_from is None or stage.starts_from in bridge.stages for stage in bridge.stages.values()
     )
+
+
+@pytest.mark.parametrize(
+    "more", [{"trains": ("bridge", "lm_head")}, {"encoder_text": "prompt"}, {"data": "english_task"}]
+)
+def test_a_stage_that_asks_for_more_than_the_loop_does_is_refused(monkeypatch, more):
+    """Its wish would else be passed over silently: nobody reads these fields yet."""
+    stage = ToyBridge.stages["read"]._replace(**more)
+    monkeypatch.setattr(ToyBridge, "stages", {"read": stage, "solve": ToyBridge.stages["solve"]})
+    with pytest.raises(UserError, match="--stage_name read of --bridge toy is .* only the bridge is trained so far"):
+        find_stage("toy", "read")
+    assert find_stage("toy", "solve").data == "task"
+
+
+def test_a_memory_for_the_llms_attention_is_refused_until_something_reads_it(tiny_llm, tiny_encoder, monkeypatch):
+    model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
+    forward = model.mapping.forward
+    monkeypatch.setattr(model.mapping, "forward", lambda *given: forward(*given)._replace(memory=[]))
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(UserError, match="bridge mindmerger gives a memory for the LLM's attention: not supported"):
+        model.generate(encoder_input_ids=ids, encoder_attention_mask=torch.ones_like(ids))

@@ -14,7 +14,7 @@ class BridgeOutput(NamedTuple):
 
     prefix_BKD: soft tokens, markers included, in the bridge's own dtype. prefix_mask_BK: 1 on real ones, on the device
     of the mask that the bridge was given. memory: keys and values for the attention of each LLM layer; None leaves the
-    LLM's attention untouched.
+    LLM's attention untouched, and anything else is refused so far.
     """
 
     prefix_BKD: torch.Tensor
@@ -27,7 +27,7 @@ class Stage(NamedTuple):
 
     data: "pairs" (sentences, X → English) or "task" (the task's queries). with_prompt: whether the LLM reads the prompt
     after the prefix. encoder_text: what the encoder reads. trains: the parts that get gradients. starts_from: the stage
-    whose best result this one continues.
+    whose best result this one continues. Other values of `encoder_text` and `trains` than these are refused so far.
     """
 
     data: str

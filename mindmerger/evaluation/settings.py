@@ -361,7 +361,7 @@ def check_inputs(tokenizers, columns: dict, bridge, mt_path: str | None, llm_pat
 
 def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, str | None, str, str]:
     """(mapping file, encoder, LLM, bridge): from the flags, else the mapping's config.json, else the defaults."""
-    from mindmerger.model.mapping_files import find_mapping_file, read_config
+    from mindmerger.model.mapping_files import find_bridge, find_mapping_file, read_config
 
     checkpoint = args.init_checkpoint
     if checkpoint is None and form != "llm_only":
@@ -388,8 +388,9 @@ def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, 
         return None, None, found["llm_path"], "mindmerger"
     if config is not None and config.task not in (None, task.training_name):
         warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
-    if config is not None and config.stage == "mapping":
-        warn("this mapping comes from the mapping stage: it has not been trained on the task yet")
+    stage = find_bridge(config.bridge).stages.get(config.stage) if config is not None else None
+    if stage is not None and stage.data == "pairs":
+        warn(f"this mapping comes from the {config.stage} stage: it has not been trained on the task yet")
     elif config is not None and config.augmentation not in (None, form == "soft"):
         name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
         warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[form == 'soft']}")

@@ -43,12 +43,6 @@ def check_tokens(tokenizers, columns: dict, encoder: tuple, llm: tuple) -> None:
         check_rows(tokenizers.llm, llm[0], [tokenizers.bos_id], llm[1])
 
 
-def input_lengths(columns: dict) -> list[int]:
-    """Encoder plus prompt tokens of each example, as far as the form has them."""
-    parts = [columns[name] for name in ("encoder_ids", "prompt_ids") if name in columns]
-    return [sum(len(ids) for ids in row) for row in zip(*parts, strict=True)]
-
-
 def input_positions(columns: dict, bridge) -> list[int]:
     """Positions of each example's merged input: BOS, prefix and prompt, as far as the form has them.
 
@@ -270,7 +264,7 @@ def answer(
     rows = [tower and tower.get_input_embeddings().num_embeddings for tower in (model.encoder, model.llm)]
     check_tokens(tokenizers, columns, (model.config.mt_path, rows[0]), (model.config.llm_path, rows[1]))
     outputs = [""] * len(texts)
-    for batch in cut_batches(list(range(len(texts))), input_lengths(columns), batch_size):
+    for batch in cut_batches(list(range(len(texts))), input_positions(columns, model.mapping), batch_size):
         answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)
         for i, one in zip(batch, answers, strict=True):
             outputs[i] = one.output

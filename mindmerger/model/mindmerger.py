@@ -96,7 +96,7 @@ class MindMerger(nn.Module):
         Arguments:
             mt_path: the multilingual encoder; of an encoder-decoder only the encoder half is loaded. None gives the
                 LLM alone, for evaluation.
-            llm_path: any causal language model.
+            llm_path: a causal language model that can generate from embeddings.
             dtype: of the towers; "auto" is what their files hold.
             attn_implementation: handed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...).
             bridge: a name of `mindmerger.bridges.BRIDGES`.
@@ -335,6 +335,8 @@ class MindMerger(nn.Module):
             states_BSE, states_mask_BS = self.encode(encoder_input_ids, encoder_attention_mask)
             self.mapping.llm_dtype = next(self.llm.parameters()).dtype
             prefix = self.mapping(states_BSE, states_mask_BS)
+            if prefix.memory is not None:
+                raise ModelError(f"bridge {self.config.bridge} gives a memory for the LLM's attention: not supported")
             embeds.append(prefix.prefix_BKD.to(self.mapping.llm_dtype))
             masks.append(prefix.prefix_mask_BK)
         if prompt_ids is not None:

@@ -40,8 +40,8 @@ def out_of_memory_named(batch: dict, instead: str = STEP_MEMORY_FLAGS, where: st
 
 
 def probe_memory(trainer: Trainer) -> None:
-    """Forward and backward passes on the heaviest micro-batches there can be, and forward passes on the dev split's, so
-    that memory runs out now or not at all.
+    """Forward and backward passes on the heaviest micro-batches there can be, and forward passes on the dev split's:
+    what does not fit ends the run before its first step. The update of the weights is not part of it.
 
     Raises:
         UserError: when it does.

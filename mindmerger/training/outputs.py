@@ -24,8 +24,8 @@ from mindmerger.training.settings import CHANGEABLE, FAULTS_FILE, Plan
 from mindmerger.training.trainer import Trainer
 
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
-LATER_ENTRIES = {"skip_faulty_rows", "init_checkpoint", "languages", "train_num", "max_seq_len", "max_gen_len"}
-LATER_ENTRIES.add("bridge")
+LATER_ENTRIES = {"bridge", "skip_faulty_rows", "init_checkpoint", "languages"}
+LATER_ENTRIES |= {"train_num", "max_seq_len", "max_gen_len"}
 
 
 def save_mapping(trainer: Trainer, folder: Path) -> None:

@@ -194,14 +194,19 @@ def find_stage(bridge: str, name: str):
     """The stage of a bridge, by the names of --bridge and --stage_name.
 
     Raises:
-        UserError: for a name that there is not, listing those that there are.
+        UserError: for a name that there is not, listing those that there are, and a stage that asks for more than
+            this loop does.
     """
     from mindmerger.model.mapping_files import find_bridge
 
     stages = find_bridge(bridge).stages
     if name not in stages:
         raise UserError(f"--stage_name {name!r} is not a stage of --bridge {bridge}: choose {' or '.join(stages)}")
-    return stages[name]
+    stage = stages[name]
+    if stage.data not in ("pairs", "task") or stage.encoder_text != "source" or stage.trains != ("bridge",):
+        raise UserError(f"--stage_name {name} of --bridge {bridge} is {stage}: only the bridge is trained so far, on "
+            "pairs or the task's queries, whose source the encoder reads")  # fmt: skip
+    return stage
 
 
 def warn_of_unused(args) -> None:

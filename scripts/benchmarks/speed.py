@@ -494,7 +494,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
         for example in evaluation_examples(task, args.data_root, find_language(code), args.questions // 3)
     ]
     columns = generation_answers.tokenise_form(tokenizers, examples, form, 512, 512)
-    lengths = [length + 2 for length in generation_answers.input_lengths(columns)]
+    lengths = generation_answers.input_positions(columns, model.mapping)
     every, new = list(range(len(examples))), args.max_new_tokens
     batches = {
         "ours": generation_answers.cut_batches(every, lengths, None, args.eval_max_tokens, new),
