@@ -3,11 +3,11 @@
 1. raw file → `Example`, validated, errors say file:line: `find_task`, `training_examples`, `evaluation_examples` (mindmerger/tasks)
 2. `Example` → ids on disk, tokenised once and memory-mapped: `load_tokenizers`, `tokenise`, `build_training_set` (mindmerger/data)
 3. ids → global batches, a function of (seed, epoch): `split_dev`, `epoch_batches`
-4. global batch → micro-batches of each rank → tensors: `cut_global_batch`, `collate`
+4. global batch → micro-batches of each rank → tensors: `split_global_batch`, `collate`
 5. answer → score: `corrected_number`, `reference_number`, `Task.score` (mindmerger/tasks/scoring.py)
 """  # noqa: E501
 
-from mindmerger.data.batches import MicroBatch, collate, cut_global_batch, epoch_batches, split_dev
+from mindmerger.data.batches import MicroBatch, collate, epoch_batches, split_dev, split_global_batch
 from mindmerger.data.tokenising import Tokenizers, load_tokenizers, source_language_code, tokenise
 from mindmerger.data.training_set import TrainingSet, build_training_set
 from mindmerger.tasks import TASKS, find_task
@@ -32,7 +32,6 @@ __all__ = [
     "build_training_set",
     "collate",
     "corrected_number",
-    "cut_global_batch",
     "epoch_batches",
     "evaluation_examples",
     "find_language",
@@ -43,6 +42,7 @@ __all__ = [
     "reference_number",
     "source_language_code",
     "split_dev",
+    "split_global_batch",
     "tokenise",
     "training_examples",
     "training_files",

@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from mindmerger.evaluation.settings import START, Plan, build_parser, find_models_on_rank_0, prepare
 from mindmerger.evaluation.summary import finish
-from mindmerger.generation.answers import answer, answer_batches, cut_evaluation, load_model, start_engine
+from mindmerger.generation.answers import answer, answer_batches, load_model, split_evaluation, start_engine
 from mindmerger.runtime.command import run_main
 from mindmerger.runtime.files import FolderLock
 from mindmerger.runtime.processes import (
@@ -26,9 +26,9 @@ from mindmerger.runtime.processes import (
     init_distributed,
     is_main,
     log,
+    on_all_ranks,
     progress_bar,
     rank,
-    together,
     warn,
     world_size,
 )
@@ -84,15 +84,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.engine == "vllm":
         from mindmerger.generation.vllm_engine import check_vllm
 
-        log(f"--engine vllm: version {together(check_vllm, device.type)}")
-    plan = together(prepare, args, device.type == "cuda", find_models_on_rank_0(args))
+        log(f"--engine vllm: version {on_all_ranks(check_vllm, device.type)}")
+    plan = on_all_ranks(prepare, args, device.type == "cuda", find_models_on_rank_0(args))
     plan.identity = agree_on(plan.identity, but=START)
     number = len(plan.examples)
     with contextlib.ExitStack() as stack:
-        lock = together(lambda: FolderLock(plan.folder) if is_main() else None)
+        lock = on_all_ranks(lambda: FolderLock(plan.folder) if is_main() else None)
         if lock is not None:
             stack.callback(lock.release)
-        opened = together(
+        opened = on_all_ranks(
             lambda: open_results(plan.folder, plan.identity, number, args.overwrite) if is_main() else None
         )
         results, finished = broadcast_object(opened)
@@ -118,23 +118,23 @@ def evaluate(plan: Plan, args: argparse.Namespace, device, finished: dict[int, d
 
     remaining = [i for i in range(len(plan.examples)) if i not in finished]
     # Dealing out batches of falling length one by one gives every rank about the same work.
-    batches = cut_evaluation(remaining, plan, args)[rank() :: world_size()]
+    batches = split_evaluation(remaining, plan, args)[rank() :: world_size()]
     start = time.perf_counter()
     if remaining:
         where = f"{world_size()} processes" if world_size() > 1 else device.type
         where += " by vLLM" if plan.engine == "vllm" else ""
         log(f"{plan.task.name}, {plan.form}: generating {len(remaining)} answers in {plan.precision} on {where}")
-        with together(open_shard, plan.folder, rank()) as shard:
-            model = together(load_model, plan, device, input_side_only=plan.engine == "vllm")
+        with on_all_ranks(open_shard, plan.folder, rank()) as shard:
+            model = on_all_ranks(load_model, plan, device, input_side_only=plan.engine == "vllm")
             if plan.checkpoint is not None:
                 broadcast_weights(model.mapping)
-            engine = together(start_engine, plan)
+            engine = on_all_ranks(start_engine, plan)
             start = time.perf_counter()
             generate_share(model, engine, plan, batches, shard)
     collect_answers(plan)  # the ranks may come to it far apart
     seconds = time.perf_counter() - start
-    results = together(lambda: finish(plan, args, set(remaining), seconds) if is_main() else None)
-    together(lambda: None if is_main() else leave_results(plan.folder))
+    results = on_all_ranks(lambda: finish(plan, args, set(remaining), seconds) if is_main() else None)
+    on_all_ranks(lambda: None if is_main() else leave_results(plan.folder))
     return results
 
 
@@ -142,7 +142,7 @@ def join_machines(plan: Plan, overwrite: bool) -> dict[int, dict]:
     """Makes the other ranks' results folders ready, and returns the records that an earlier run finished there."""
     from mindmerger.evaluation.results import join_results
 
-    found = together(lambda: {} if is_main() else join_results(plan.folder, plan.identity, overwrite))
+    found = on_all_ranks(lambda: {} if is_main() else join_results(plan.folder, plan.identity, overwrite))
     return {index: record for one in gather_objects(found) for index, record in one.items()}
 
 
@@ -162,7 +162,7 @@ def collect_answers(plan: Plan) -> None:
             with open_shard(plan.folder, rank()) as shard:
                 append_records(shard, list(lacking.values()))
 
-    together(write)
+    on_all_ranks(write)
 
 
 if __name__ == "__main__":

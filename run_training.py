@@ -23,8 +23,8 @@ from mindmerger.runtime.processes import (
     init_distributed,
     is_main,
     log,
+    on_all_ranks,
     progress_bar,
-    together,
     warn,
     world_size,
 )
@@ -34,11 +34,17 @@ from mindmerger.training.dry_run import print_estimate
 from mindmerger.training.guards import (
     EVAL_MEMORY_FLAGS,
     UPDATE_MEMORY_FLAGS,
-    not_finite,
+    not_finite_error,
     out_of_memory_named,
     probe_memory,
 )
-from mindmerger.training.outputs import read_resumable, save_checkpoint, save_mapping, start_over, write_settings
+from mindmerger.training.outputs import (
+    clear_outputs,
+    find_checkpoint_to_resume,
+    save_checkpoint,
+    save_mapping,
+    write_settings,
+)
 from mindmerger.training.record import Recorder, draw_loss, peak_memory_gb, perplexity
 from mindmerger.training.settings import FAULTS_FILE, Plan, build_parser, check_arguments, check_lengths, check_tokens
 from mindmerger.training.trainer import EpochCut, Trainer, build_trainer
@@ -56,7 +62,7 @@ def load_data(args, plan: Plan, cache_dir=None):
     from mindmerger.data.training_set import build_training_set
     from mindmerger.tasks.readers import describe_faults
 
-    tokenizers = together(load_tokenizers, args.mt_path, args.llm_path)
+    tokenizers = on_all_ranks(load_tokenizers, args.mt_path, args.llm_path)
     data = first_on_each_node(
         build_training_set,
         plan.task,
@@ -83,7 +89,7 @@ def load_data(args, plan: Plan, cache_dir=None):
                 f"--dev_size auto takes a tenth, none of {number} examples: nothing is evaluated and the last mapping "
                 "counts as the best; give a number for a dev split"
             )
-    dev, train = together(split_dev, number, args.dev_size, args.seed)
+    dev, train = on_all_ranks(split_dev, number, args.dev_size, args.seed)
     if len(dev) > len(train):
         warn(f"--dev_size {len(dev)} takes {len(dev) / number:.0%} of the examples: --dev_size auto takes a tenth")
     log(f"data: {len(train)} training and {len(dev)} dev examples; " + json.dumps(data.counts, ensure_ascii=False))
@@ -97,7 +103,7 @@ def train(trainer: Trainer, record) -> int:
         0, or the exit code of the signal that ended it; a checkpoint of that moment is then written.
 
     Raises:
-        UserError: as `train_step` and `evaluate_and_keep` do, and when the disk refuses what is written.
+        UserError: as `train_step` and `evaluate_and_save` do, and when the disk refuses what is written.
     """
     bar = progress_bar(total=trainer.total_steps, initial=trainer.step, desc=trainer.args.stage_name, unit="step")
     with bar:  # closed after an error too, whose line would else begin behind it
@@ -108,7 +114,7 @@ def train_steps(trainer: Trainer, record, bar) -> int:
     """The loop of `train`, which also says what it returns; `bar` shows how far it is."""
     code = 0
     if trainer.evaluation_due:  # the run was stopped between a step and its evaluation
-        code = evaluate_and_keep(trainer, record)
+        code = evaluate_and_save(trainer, record)
     while trainer.step < trainer.total_steps and not code:
         epoch, first = trainer.epoch, trainer.batch
         batches = iter(trainer.loader(EpochCut(trainer, epoch, first)))
@@ -126,7 +132,7 @@ def train_steps(trainer: Trainer, record, bar) -> int:
             due = len(trainer.dev) and (trainer.step % trainer.eval_steps == 0 or trainer.batch == 0 or end)
             if due:
                 trainer.evaluation_due = True
-                code = code or evaluate_and_keep(trainer, record)
+                code = code or evaluate_and_save(trainer, record)
             elif end:  # without a dev split the last mapping is the best known
                 save_mapping(trainer, trainer.plan.output_dir)
                 save_mapping(trainer, trainer.plan.output_dir / "last")
@@ -211,12 +217,12 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
     code, sums = trainer.signals.agree(trainer.device, step_loss, norm / world_size())
     loss, norm = sums.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise not_finite(trainer, loss, norm, losses, micro_batches)
+        raise not_finite_error(trainer, loss, norm, losses, micro_batches)
     engine.step()
     if not by_hand:
         norm = float(engine.get_global_grad_norm())
         if not engine.was_step_applied() or not math.isfinite(norm):
-            raise not_finite(trainer, loss, norm, losses, micro_batches)
+            raise not_finite_error(trainer, loss, norm, losses, micro_batches)
     return norm, loss, code
 
 
@@ -243,7 +249,7 @@ def dev_loss(trainer: Trainer) -> tuple[float, int]:
     return total.item() / target_tokens, code
 
 
-def evaluate_and_keep(trainer: Trainer, record) -> int:
+def evaluate_and_save(trainer: Trainer, record) -> int:
     """Evaluates on the dev split; keeps the mapping as the last one and, when it is, as the best.
 
     Returns:
@@ -275,7 +281,7 @@ def evaluate_and_keep(trainer: Trainer, record) -> int:
 
 def prepare(args):
     """Checks and settles everything that needs no model: the plan, the data, the checkpoint to continue from."""
-    plan = together(check_arguments, args)
+    plan = on_all_ranks(check_arguments, args)
     plan.init_file, plan.init_hash = broadcast_object((plan.init_file, plan.init_hash))
     cache_dir = None
     with contextlib.ExitStack() as stack:
@@ -284,10 +290,10 @@ def prepare(args):
         tokenizers, data, split = load_data(args, plan, cache_dir)
         inputs = {"data": data.fingerprint, "LLM (--llm_path)": plan.models[0], "encoder (--mt_path)": plan.models[1]}
         agree_on(inputs)
-        together(check_lengths, args, plan, data)
-        together(check_tokens, args, tokenizers, data)
+        on_all_ranks(check_lengths, args, plan, data)
+        on_all_ranks(check_tokens, args, tokenizers, data)
         if args.dry_run:
-            together(print_estimate, args, plan, data, split)
+            on_all_ranks(print_estimate, args, plan, data, split)
             return None
     return plan, tokenizers, data, split
 
@@ -298,24 +304,24 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
     from mindmerger.runtime.signals import Signals
 
     with contextlib.ExitStack() as stack:
-        lock = together(lambda: FolderLock(plan.output_dir) if is_main() else None)
+        lock = on_all_ranks(lambda: FolderLock(plan.output_dir) if is_main() else None)
         if lock is not None:
             stack.callback(lock.release)
             remove_leftovers(plan.output_dir)
         if args.overwrite_output_dir:
-            together(start_over, plan.output_dir)
-        checkpoint = broadcast_object(together(read_resumable, args, plan, data))
+            on_all_ranks(clear_outputs, plan.output_dir)
+        checkpoint = broadcast_object(on_all_ranks(find_checkpoint_to_resume, args, plan, data))
         trainer = build_trainer(args, plan, device, tokenizers, data, split, checkpoint)
         record = Recorder(args, plan.output_dir)
         stack.push(lambda kind, *_: record.close(failed=kind is not None))
-        together(write_settings, args, plan, data)
-        together(record.cut_back, trainer.step, trainer.evaluation_due)
+        on_all_ranks(write_settings, args, plan, data)
+        on_all_ranks(record.rewind, trainer.step, trainer.evaluation_due)
         trainer.engine.train()
-        together(probe_memory, trainer)
+        on_all_ranks(probe_memory, trainer)
         trainer.signals = Signals()
         code = train(trainer, record)
         with trainer.signals.saving():
-            together(record.flush)
+            on_all_ranks(record.flush)
             if is_main():
                 draw_loss(record.path, plan.output_dir / "loss.png")
         # Not after an error: a launcher's SIGTERM must not end this rank before it has said what happened.
@@ -335,10 +341,10 @@ def main(argv: list[str] | None = None) -> int:
     device = init_distributed(force=True)
     import torch
 
-    from mindmerger.training.deepspeed_engine import quiet_start
+    from mindmerger.training.deepspeed_engine import import_deepspeed_quietly
 
     torch.use_deterministic_algorithms(args.deterministic)
-    quiet_start()
+    import_deepspeed_quietly()
     prepared = prepare(args)
     return run(args, device, *prepared) if prepared is not None else 0
 

@@ -20,9 +20,9 @@ from mindmerger.data.batches import (
     MICRO_BATCH_COST,
     automatic_dev_size,
     collate,
-    cut_global_batch,
     epoch_batches,
     split_dev,
+    split_global_batch,
 )
 from mindmerger.data.tokenising import Tokenizers, load_tokenizers, source_language_code, tokenise
 from mindmerger.data.training_set import build_training_set
@@ -579,7 +579,7 @@ def test_every_rank_gets_equally_many_micro_batches_and_every_row_once(
     """A rank with fewer micro-batches than the others hangs the run; a row lost or doubled changes the gradient."""
     lengths = np.array(lengths)
     indices = np.array(data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True)))
-    ranks = cut_global_batch(indices, lengths, world_size, micro_batch_size, token_budget)
+    ranks = split_global_batch(indices, lengths, world_size, micro_batch_size, token_budget)
     assert len(ranks) == world_size and len({len(rank) for rank in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
     real = [batch for batch in batches if batch.weight == 1.0]
@@ -613,17 +613,17 @@ def test_a_token_budget_is_spent_on_the_cheapest_of_all_cuts(lengths, token_budg
         for parts in (np.split(lengths, cut) for cut in cuts)
         if all(len(part) == 1 or len(part) * part.max() <= token_budget for part in parts)
     ]
-    (mine,) = cut_global_batch(np.arange(len(lengths)), lengths, 1, 1, token_budget)
+    (mine,) = split_global_batch(np.arange(len(lengths)), lengths, 1, 1, token_budget)
     assert cost([lengths[batch.indices] for batch in mine]) == min(map(cost, fits))
 
 
 def test_full_global_batch_is_cut_into_full_micro_batches():
-    ranks = cut_global_batch(np.arange(128), np.arange(128), world_size=2, micro_batch_size=8)
+    ranks = split_global_batch(np.arange(128), np.arange(128), world_size=2, micro_batch_size=8)
     assert [[len(batch.indices) for batch in rank] for rank in ranks] == [[8] * 8] * 2
 
 
 def test_empty_global_batch_gives_every_rank_nothing():
-    assert cut_global_batch(np.array([], dtype=np.int64), np.arange(3), 2, 4) == [[], []]
+    assert split_global_batch(np.array([], dtype=np.int64), np.arange(3), 2, 4) == [[], []]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

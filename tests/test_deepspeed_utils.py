@@ -17,9 +17,9 @@ sys.path.insert(0, sys.argv[1])
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
 from mindmerger.runtime.errors import UserError
-from mindmerger.training.deepspeed_engine import keeping_explicit_dtypes, make_engine, quiet_start
+from mindmerger.training.deepspeed_engine import preserve_explicit_dtypes, make_engine, import_deepspeed_quietly
 
-quiet_start()
+import_deepspeed_quietly()
 import deepspeed
 import torch
 
@@ -34,7 +34,7 @@ def dtypes():
 
 
 without = dtypes()
-with keeping_explicit_dtypes():
+with preserve_explicit_dtypes():
     within = dtypes()
 print("dtypes:", without, within, dtypes() == without)
 

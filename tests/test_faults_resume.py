@@ -23,7 +23,7 @@ from mindmerger.runtime.files import write_text_atomic
 from mindmerger.training import checkpoints
 from mindmerger.training import outputs as training_outputs
 from mindmerger.training import settings as training_settings
-from mindmerger.training.checkpoints import fault_of, list_checkpoints, newest_valid, write_checkpoint
+from mindmerger.training.checkpoints import damage_in, list_checkpoints, newest_valid, write_checkpoint
 
 STEPS = ["--epoch_num", "2", "--eval_steps", "4", "--save_steps", "3", "--logging_steps", "1"]
 # Everything of a log line but how fast it went.
@@ -251,7 +251,7 @@ def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one
         # Step 7 is of a course that was abandoned for step 1: it never outlives the first checkpoint of the new one.
         assert step != 7 or not (folder / "checkpoint-000002").exists()
         checkpoints.remove_leftovers(folder)
-        assert all(fault_of(entry) is None for entry in folder.iterdir())
+        assert all(damage_in(entry) is None for entry in folder.iterdir())
         # A restart writes the same step again over whatever is there.
         small_checkpoint(folder, 2, keep=1)
         assert [entry.name for entry in folder.iterdir()] == ["checkpoint-000002"]
@@ -324,7 +324,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, d
 
 
 def test_linked_checkpoint_folders_are_unlinked_where_folders_would_be_removed(tmp_path):
-    """rmtree refuses links: pruning left them behind, the next discard of that number met one and failed, and starting
+    """rmtree refuses links: pruning left them behind, the next removal of that number met one and failed, and starting
     over resumed from one."""
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "run"
     for step in (1, 2, 3):
@@ -346,7 +346,7 @@ def test_linked_checkpoint_folders_are_unlinked_where_folders_would_be_removed(t
     assert [entry.name for entry in folder.iterdir()] == ["checkpoint-000003"]
     link("checkpoint-000004")
     (folder / "last").symlink_to(elsewhere)
-    training_outputs.start_over(folder)
+    training_outputs.clear_outputs(folder)
     assert list(folder.iterdir()) == [] and files_of(elsewhere) == before
 
 
@@ -364,9 +364,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_warned_of_and_the_new_one_s
     def refuse(folder):
         raise OSError(30, "Read-only file system", str(folder))
 
-    monkeypatch.setattr(checkpoints, "discard", refuse)
+    monkeypatch.setattr(checkpoints, "remove_atomically", refuse)
     new = small_checkpoint(tmp_path, 2, keep=1)
-    assert fault_of(new) is None and newest_valid(tmp_path)[0] == new
+    assert damage_in(new) is None and newest_valid(tmp_path)[0] == new
     assert "cannot remove an old checkpoint" in capsys.readouterr().err
 
 
@@ -374,7 +374,7 @@ def test_starting_over_ends_when_a_checkpoint_cannot_be_removed(tmp_path, monkey
     folder = small_checkpoint(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(UserError, match=f"cannot remove {folder}"):
-        training_outputs.start_over(tmp_path)
+        training_outputs.clear_outputs(tmp_path)
 
 
 @pytest.mark.slow
@@ -448,7 +448,7 @@ def test_checkpoints_of_foreign_content_are_refused_in_one_line_and_those_of_old
     cases += [(remade(original, tmp_path / name, tensors=other), part) for name, (other, part) in contents.items()]
 
     def as_before(state):
-        for name in training_outputs.LATER_ENTRIES:
+        for name in training_outputs.ABSENT_IN_OLD_CHECKPOINTS:
             del state["identity"][name]
 
     older = remade(original, tmp_path / "older", change=as_before)
@@ -523,7 +523,7 @@ def test_a_full_disk_names_path_and_bytes_and_leaves_earlier_work_valid(run, fla
     assert len(error) == 1 and "training.safetensors" in error[0] and "bytes" in error[0], error
     assert "Traceback" not in done.stderr
     assert {p: p.read_bytes() for p in before} == before
-    assert fault_of(folder / "checkpoint-000003") is None
+    assert damage_in(folder / "checkpoint-000003") is None
     assert not list(folder.rglob("*.tmp"))
     load_file(folder / "mapping.safetensors")
     done = run(ROOT / "run_training.py", *more)
@@ -544,7 +544,7 @@ def test_a_full_tmpfs_leaves_the_earlier_checkpoint_valid(tmp_path):
         with pytest.raises(UserError, match=r"cannot write .*training.safetensors \(\d+ bytes\): No space left"):
             write_checkpoint(disk, 2, {"mapping.w": torch.zeros(30_000)}, {"step": 2}, 1)
         assert [entry.name for entry in disk.iterdir()] == ["checkpoint-000001"]
-        assert fault_of(disk / "checkpoint-000001") is None
+        assert damage_in(disk / "checkpoint-000001") is None
     finally:
         subprocess.run([shutil.which("umount"), str(disk)], check=True)
 
@@ -664,13 +664,13 @@ def test_a_resume_from_an_output_folder_takes_its_newest_valid_checkpoint(flags,
     for step in (1, 2, 3):
         write_checkpoint(folder, step, tensors, state | {"step": step}, None)
     (folder / "checkpoint-000003" / "state.json").write_text("{}")
-    found, _, state = training_outputs.read_resumable(args, plan, data)
+    found, _, state = training_outputs.find_checkpoint_to_resume(args, plan, data)
     assert (found.name, state["step"]) == ("checkpoint-000002", 2)
     assert "skipped checkpoint-000003" in capsys.readouterr().err
     for step in (1, 2):
         (folder / f"checkpoint-00000{step}" / "state.json").unlink()
     with pytest.raises(UserError, match="no checkpoint in .*stage is whole"):
-        training_outputs.read_resumable(args, plan, data)
+        training_outputs.find_checkpoint_to_resume(args, plan, data)
 
 
 def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):

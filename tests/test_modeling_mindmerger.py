@@ -14,7 +14,7 @@ from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
 from mindmerger.model.mapping_files import read_config, save_released
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.model.packing import plan_packing, take_rows
-from mindmerger.model.towers import load_encoder, usable_positions
+from mindmerger.model.towers import load_encoder, max_positions
 
 CASES = {"mt5-llama": "mt5-tiny", "m2m100-llama-gqa": "nllb-tiny"}
 
@@ -483,10 +483,10 @@ def test_positions_behind_robertas_padding_are_not_usable():
     from transformers import BertConfig, GPT2Config, MT5Config, XLMRobertaConfig
 
     sizes = {"max_position_embeddings": 514, "pad_token_id": 1}
-    assert usable_positions(XLMRobertaConfig(**sizes)) == 512
-    assert usable_positions(BertConfig(**sizes)) == 514
-    assert usable_positions(GPT2Config(n_positions=64)) == 64
-    assert usable_positions(MT5Config()) is None
+    assert max_positions(XLMRobertaConfig(**sizes)) == 512
+    assert max_positions(BertConfig(**sizes)) == 514
+    assert max_positions(GPT2Config(n_positions=64)) == 64
+    assert max_positions(MT5Config()) is None
 
 
 def test_unreadable_mapping_files_are_named(tmp_path, tiny_encoder, tiny_llm):

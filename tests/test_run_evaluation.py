@@ -22,7 +22,7 @@ from mindmerger.evaluation import settings as evaluation_settings
 from mindmerger.evaluation import summary
 from mindmerger.evaluation.settings import build_parser, prepare
 from mindmerger.generation import answers
-from mindmerger.generation.answers import Generation, answer, cut_batches, generate_batch
+from mindmerger.generation.answers import Generation, answer, generate_batch, split_batches
 from mindmerger.model.mapping_files import save_released
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.model.towers import check_positions, model_fingerprint
@@ -437,9 +437,9 @@ def test_the_mapping_that_training_left_is_found_and_named(evaluate, tmp_path, w
 
 def test_batches_are_longest_first_and_survive_the_removal_of_others():
     lengths = [3, 9, 9, 1, 7, 5, 2]
-    batches = cut_batches(list(range(7)), lengths, 2)
+    batches = split_batches(list(range(7)), lengths, 2)
     assert batches == [[1, 2], [4, 5], [0, 6], [3]]
-    assert cut_batches([4, 5, 3, 1, 2], lengths, 2) == [[1, 2], [4, 5], [3]]
+    assert split_batches([4, 5, 3, 1, 2], lengths, 2) == [[1, 2], [4, 5], [3]]
 
 
 @given(
@@ -452,7 +452,7 @@ def test_batches_are_longest_first_and_survive_the_removal_of_others():
 def test_batches_by_token_budget_keep_both_limits_and_survive_the_removal_of_others(
     lengths, batch_size, token_budget, new_tokens, data
 ):
-    batches = cut_batches(list(range(len(lengths))), lengths, batch_size, token_budget, new_tokens)
+    batches = split_batches(list(range(len(lengths))), lengths, batch_size, token_budget, new_tokens)
     assert sorted(sum(batches, [])) == list(range(len(lengths)))
     for i, batch in enumerate(batches):
         positions = len(batch) * (max(lengths[i] for i in batch) + new_tokens)
@@ -462,7 +462,7 @@ def test_batches_by_token_budget_keep_both_limits_and_survive_the_removal_of_oth
             one_more = (len(batch) + 1) * (max(lengths[i] for i in batch) + new_tokens)
             assert one_more > token_budget, "the batch could have been larger"
     kept = [batch for batch in batches if data.draw(st.booleans())]
-    assert cut_batches(sum(kept, []), lengths, batch_size, token_budget, new_tokens) == kept
+    assert split_batches(sum(kept, []), lengths, batch_size, token_budget, new_tokens) == kept
 
 
 def test_batch_size_changes_no_answer(evaluate, tmp_path):

@@ -34,7 +34,7 @@ from mindmerger.runtime import processes
 
 def main():
     processes.init_distributed()
-    processes.together(lambda: None)
+    processes.on_all_ranks(lambda: None)
     if processes.rank() == int(sys.argv[1]):
         time.sleep(3)
     print(time.time(), flush=True)
@@ -87,7 +87,7 @@ watch.BEAT_S, watch.LOST_S, watch.PATIENCE_S = 0.2, 2.0, 1.0
 
 def main():
     processes.init_distributed()
-    processes.together(lambda: None)
+    processes.on_all_ranks(lambda: None)
     if processes.rank() == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGSTOP if sys.argv[2] == "stops" else signal.SIGKILL)
     time.sleep(60)
@@ -341,7 +341,7 @@ def test_a_checkpoint_never_writes_into_the_folder_a_link_leads_to(tmp_path, vic
     outputs.mkdir()
     (outputs / "checkpoint-000001.tmp").symlink_to(victim.parent)
     checkpoints.write_checkpoint(outputs, 1, {"x": torch.zeros(1)}, {}, None)
-    assert checkpoints.fault_of(outputs / "checkpoint-000001") is None
+    assert checkpoints.damage_in(outputs / "checkpoint-000001") is None
     (outputs / ".args.json.1.tmp").mkdir()  # a folder where a temporary file would be
     checkpoints.remove_leftovers(outputs)
     assert [entry.name for entry in victim.parent.iterdir()] == ["victim"]
@@ -364,7 +364,7 @@ def test_unfinished_answers_and_logs_never_go_through_a_link(tmp_path, victim):
     record = Recorder(argparse.Namespace(report_to="none", logging_steps=1), tmp_path)
     with pytest.raises(UserError, match=r"cannot write .*log\.jsonl"):
         record({"loss": 1.0}, 0)
-    record.cut_back(0)  # a run begins so: the link is replaced by a file
+    record.rewind(0)  # a run begins so: the link is replaced by a file
     record({"loss": 1.0}, 0)
 
 

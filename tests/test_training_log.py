@@ -31,9 +31,9 @@ def steps(record):
 def test_an_evaluation_that_will_be_made_again_leaves_the_log_and_any_other_stays(record):
     """The checkpoint of a stop before its evaluation stays as it is when the evaluation has been made up for: a second
     resume from it wrote the evaluation's line twice."""
-    record.cut_back(4, evaluation_due=False)
+    record.rewind(4, evaluation_due=False)
     assert steps(record) == [(1, False), (2, False), (3, False), (4, False), (4, True)]
-    record.cut_back(4, evaluation_due=True)
+    record.rewind(4, evaluation_due=True)
     assert steps(record) == [(1, False), (2, False), (3, False), (4, False)]
 
 
@@ -41,7 +41,7 @@ def test_an_evaluation_that_will_be_made_again_leaves_the_log_and_any_other_stay
 def test_damaged_lines_of_the_log_are_dropped_by_name_and_do_not_stop_a_resume(record, damage, capsys):
     whole = record.path.read_bytes()
     record.path.write_bytes(damage + b"\n" + whole)
-    record.cut_back(5)
+    record.rewind(5)
     assert record.path.read_bytes() == whole
     assert f"{record.path}: dropped a damaged line" in capsys.readouterr().err
 
@@ -64,7 +64,7 @@ def target(tmp_path, monkeypatch):
     def open_at(name, step, evaluation_due=False, **more):
         arguments = {"report_to": name, "logging_steps": 1, "save_name": "s", "lr": 0.1, "languages": None, **more}
         record = Recorder(argparse.Namespace(**arguments), tmp_path)
-        record.cut_back(step, evaluation_due)
+        record.rewind(step, evaluation_due)
         return record
 
     yield open_at

@@ -353,12 +353,12 @@ def write_tables(folder: Path, vectors: dict, scores: dict, sentences: dict, arg
     for method in methods:
         stages, labels = {}, {}
         for name, by_code in vectors.items():
-            together = torch.cat([by_code[code] for code in codes])
+            on_all_ranks = torch.cat([by_code[code] for code in codes])
             if method == "pca":
-                points, share = principal_components(together)
+                points, share = principal_components(on_all_ranks)
                 labels[name] = tuple(f"component {i + 1} ({100 * s:.0f} % of variance)" for i, s in enumerate(share))
             else:
-                points, labels[name] = _tsne(together, args.seed), ("t-SNE 1", "t-SNE 2")
+                points, labels[name] = _tsne(on_all_ranks, args.seed), ("t-SNE 1", "t-SNE 2")
             stages[name] = {code: points[i * number : (i + 1) * number] for i, code in enumerate(codes)}
             rows += [
                 [name, method, code, id, f"{float(x):.6f}", f"{float(y):.6f}"]

@@ -41,7 +41,7 @@ def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]
     """
     import torch
 
-    from mindmerger.generation.answers import batch_inputs, cut_evaluation
+    from mindmerger.generation.answers import batch_inputs, split_evaluation
     from mindmerger.tasks.languages import find_language
 
     tensors: dict[str, torch.Tensor] = {}
@@ -52,7 +52,7 @@ def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]
     with progress_bar(total=len(plan.examples), unit="example", desc="counting") as progress:
         for language, indices in by_language.items():
             code = find_language(language).code
-            for batch in cut_evaluation(indices, plan, args):
+            for batch in split_evaluation(indices, plan, args):
                 inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
                 if args.tower == "encoder":
                     seen = observe_encoder(model, inputs)

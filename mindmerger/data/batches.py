@@ -61,7 +61,7 @@ class MicroBatch:
     weight: float
 
 
-def cut_global_batch(
+def split_global_batch(
     indices: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int, token_budget: int | None = None
 ) -> list[list[MicroBatch]]:
     """Cuts a global batch into micro-batches of rows of like length: `[rank][i]`, equally many for every rank.

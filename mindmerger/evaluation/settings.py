@@ -13,7 +13,7 @@ from mindmerger.evaluation.parallel_input import add_arguments as add_parallel_a
 from mindmerger.generation.answers import DEFAULT_MAX_LEN, check_tokens, input_positions, tokenise_form
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.processes import broadcast_object, is_main, log, together, warn, world_size
+from mindmerger.runtime.processes import broadcast_object, is_main, log, on_all_ranks, warn, world_size
 
 # torch, transformers and our modules that need them are imported where they are used: --help answers at once.
 DEFAULT_LLM = "../LLMs/Llama-2-7b-hf"
@@ -196,7 +196,7 @@ def find_models_on_rank_0(args: argparse.Namespace) -> tuple[str | None, str | N
         check_save_name(args.save_name)
         return find_models(args, find_task(args.task), form_of(args)) if is_main() else None
 
-    return broadcast_object(together(find))
+    return broadcast_object(on_all_ranks(find))
 
 
 def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None) -> Plan:

@@ -65,7 +65,7 @@ class Generation:
     hit_limit: bool
 
 
-def cut_batches(
+def split_batches(
     indices: list[int], lengths: list[int], batch_size: int | None, token_budget: int | None = None, new_tokens: int = 0
 ) -> list[list[int]]:
     """Batches of similar length, longest first, so that running out of memory shows at the start.
@@ -89,11 +89,11 @@ def cut_batches(
     return batches
 
 
-def cut_evaluation(remaining: list[int], plan, args: argparse.Namespace) -> list[list[int]]:
+def split_evaluation(remaining: list[int], plan, args: argparse.Namespace) -> list[list[int]]:
     """The batches that the flags ask for."""
     rows = args.eval_batch_size or (None if args.eval_max_tokens else DEFAULT_BATCH_SIZE)
     lengths = input_positions(plan.columns, plan.bridge)
-    return cut_batches(remaining, lengths, rows, args.eval_max_tokens, plan.max_new_tokens)
+    return split_batches(remaining, lengths, rows, args.eval_max_tokens, plan.max_new_tokens)
 
 
 def batch_inputs(model, tokenizers, columns: dict, batch: list[int]) -> dict:
@@ -163,7 +163,7 @@ def merge_batch(model, plan, batch: list[int]) -> list:
     lengths = mask_BL.sum(1).tolist()
     rows = [row_LD[-length:] for row_LD, length in zip(embeds_BLD, lengths, strict=True)]
     if not all(row_LD.isfinite().all() for row_LD in rows):
-        raise model.not_finite()
+        raise model.not_finite_error()
     return rows
 
 
@@ -264,7 +264,7 @@ def answer(
     rows = [tower and tower.get_input_embeddings().num_embeddings for tower in (model.encoder, model.llm)]
     check_tokens(tokenizers, columns, (model.config.mt_path, rows[0]), (model.config.llm_path, rows[1]))
     outputs = [""] * len(texts)
-    for batch in cut_batches(list(range(len(texts))), input_positions(columns, model.mapping), batch_size):
+    for batch in split_batches(list(range(len(texts))), input_positions(columns, model.mapping), batch_size):
         answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)
         for i, one in zip(batch, answers, strict=True):
             outputs[i] = one.output

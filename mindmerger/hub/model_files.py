@@ -45,7 +45,7 @@ class ModelError(UserError):
     """A model or mapping that cannot be used as asked; the message is one line."""
 
 
-def strip_slash(path: str | None) -> str | None:
+def model_path(path: str | None) -> str | None:
     """`google/mt5-xl/` is meant as `google/mt5-xl`."""
     return str(path).rstrip("/") or "/" if path is not None else None
 
@@ -146,7 +146,7 @@ def check_weights(path: str, config, must_exist: bool = True) -> None:
     Raises:
         ModelError: naming the file and what is wrong with it.
     """
-    folder = Path(strip_slash(path))
+    folder = Path(model_path(path))
     if not is_folder(folder):
         return
     own = getattr(config, "transformers_weights", None)
@@ -204,7 +204,7 @@ def load_config(path: str):
     Raises:
         ModelError: when there is no such folder or model, or its `config.json` cannot be used.
     """
-    path = strip_slash(path)
+    path = model_path(path)
     if path.startswith((".", "/", "~")) and not is_folder(path):
         raise ModelError(f"no model folder {path}: pass an existing folder or a Hugging Face hub name")
     try:
@@ -347,7 +347,7 @@ def check_models(mt_path: str | None, llm_path: str, backward: bool, must_exist:
     """
     config, _ = llm_config(llm_path)
     check_quantisation(llm_path, config, backward)
-    check_ends(llm_path)
+    check_eos_token(llm_path)
     check_weights(llm_path, config, must_exist)
     if mt_path is not None:
         config = load_config(mt_path)
@@ -361,7 +361,7 @@ def load_tokenizer(path: str):
     Raises:
         ModelError: when there is none, or it is damaged.
     """
-    path = strip_slash(path)
+    path = model_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the libraries raise nearly every type here, the Rust one bare Exception
@@ -412,7 +412,7 @@ def special_token_ids(llm_path: str, config) -> tuple[int | None, int | None]:
     Raises:
         ModelError: when the tokenizer is damaged.
     """
-    path = strip_slash(llm_path)
+    path = model_path(llm_path)
     for name in ("tokenizer_config.json", *VOCABULARY_FILES):
         if find_file(path, name) is not None:
             tokenizer = load_tokenizer(path)
@@ -445,13 +445,13 @@ def end_token_ids(path: str, configured: list, tokenizer_eos: int | None) -> lis
     return found
 
 
-def check_ends(llm_path: str) -> None:
+def check_eos_token(llm_path: str) -> None:
     """Makes sure that the LLM knows what ends a text, before its weights load.
 
     Raises:
         ModelError: when neither its configs nor its tokenizer name an end token, or one of their files is damaged.
     """
-    path = strip_slash(llm_path)
+    path = model_path(llm_path)
     file, (config, _) = find_file(path, "generation_config.json"), llm_config(path)
     own = read_json_object(file).get("eos_token_id") if file is not None else None
     _end_tokens(file, own)

@@ -19,10 +19,10 @@ from mindmerger.hub.model_files import (
     ModelError,
     begins_as_zip,
     load_config,
+    model_path,
     one_line,
     read_json_object,
     refuse_unreadable,
-    strip_slash,
 )
 from mindmerger.runtime.files import write_bytes_atomic
 
@@ -79,8 +79,8 @@ def config_of_models(mt_path: str, llm_path: str, bridge: str = "mindmerger") ->
     """
     llm, encoder = load_config(llm_path).get_text_config(), load_config(mt_path)
     return MindMergerConfig(
-        mt_path=strip_slash(mt_path),
-        llm_path=strip_slash(llm_path),
+        mt_path=model_path(mt_path),
+        llm_path=model_path(llm_path),
         encoder_width=encoder.get_text_config(encoder=encoder.is_encoder_decoder or None).hidden_size,
         # OPT-350m's embeddings are narrower than its layers.
         llm_width=getattr(llm, "word_embed_proj_dim", None) or llm.hidden_size,

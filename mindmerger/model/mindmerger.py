@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from mindmerger.hub.model_files import ModelError, end_token_ids, special_token_ids, strip_slash
+from mindmerger.hub.model_files import ModelError, end_token_ids, model_path, special_token_ids
 from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
 from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
 from mindmerger.model.mapping_files import (
@@ -119,8 +119,8 @@ class MindMerger(nn.Module):
     ) -> "MindMerger":
         """Puts a fresh bridge between two loaded towers; paths and bridge are what `config.json` will record."""
         config = MindMergerConfig(
-            mt_path=strip_slash(mt_path),
-            llm_path=strip_slash(llm_path),
+            mt_path=model_path(mt_path),
+            llm_path=model_path(llm_path),
             encoder_width=encoder.config.hidden_size if encoder is not None else None,
             llm_width=llm.get_input_embeddings().embedding_dim,
             bridge=bridge,
@@ -298,7 +298,7 @@ class MindMerger(nn.Module):
                 **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation_kwargs},
             )
         if watch.found():
-            raise self.not_finite()
+            raise self.not_finite_error()
         return ids
 
     def bad_weight(self) -> str | None:
@@ -312,7 +312,7 @@ class MindMerger(nn.Module):
                 return f"{name} of the {whole.get(part, part)}"
         return None
 
-    def not_finite(self) -> ModelError:
+    def not_finite_error(self) -> ModelError:
         """The error to raise where numbers are not finite; it reads all weights to name the first that is not."""
         weight = self.bad_weight()
         if weight is not None:

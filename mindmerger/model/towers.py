@@ -22,9 +22,9 @@ from mindmerger.hub.model_files import (
     is_folder,
     llm_config,
     load_config,
+    model_path,
     one_line,
     read_json_object,
-    strip_slash,
 )
 from mindmerger.runtime.files import is_utf8
 from mindmerger.runtime.processes import is_out_of_memory, warn
@@ -41,7 +41,7 @@ def load_llm(path: str, dtype: torch.dtype | str = "auto", attn_implementation: 
         ModelError: when the folder is unusable, leaves parameters unset, or its class cannot generate from embeddings.
     """
     config, names = llm_config(path)
-    if (file := find_file(strip_slash(path), "generation_config.json")) is not None:
+    if (file := find_file(model_path(path), "generation_config.json")) is not None:
         read_json_object(file)  # transformers takes a damaged one for none
     extra = {} if names is None else {"key_mapping": names}
     return _from_pretrained(AutoModelForCausalLM, path, config, dtype, attn_implementation, **extra)
@@ -89,7 +89,7 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
     logging.disable_progress_bar()  # one bar for each tower and rank would bury the run's own lines
     try:
         model, info = auto_class.from_pretrained(
-            strip_slash(path),
+            model_path(path),
             config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -105,7 +105,7 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
     except Exception as error:  # a damaged config may bring about nearly every type
         if is_out_of_memory(error):
             raise
-        reason = None if is_folder(path) else hub_advice(strip_slash(path), error)
+        reason = None if is_folder(path) else hub_advice(model_path(path), error)
         raise ModelError(f"cannot load the model in {path}: {reason or one_line(error)}") from error
     finally:
         logging.set_verbosity(previous)
@@ -151,7 +151,7 @@ def check_roles(llm_path: str, mt_path: str | None) -> None:
     if mt_path is None:
         return
     encoder = load_config(mt_path)
-    if strip_slash(mt_path) == strip_slash(llm_path) or Path(mt_path).resolve() == Path(llm_path).resolve():
+    if model_path(mt_path) == model_path(llm_path) or Path(mt_path).resolve() == Path(llm_path).resolve():
         warn(f"--mt_path and --llm_path are the same model, {mt_path}: the mapping then has no encoder's states to add")
     elif _is_decoder_only(encoder) and type(encoder) in AutoModelForCausalLM._model_mapping:
         warn(
@@ -160,7 +160,7 @@ def check_roles(llm_path: str, mt_path: str | None) -> None:
         )
 
 
-def usable_positions(config) -> int | None:
+def max_positions(config) -> int | None:
     """How many positions a model's tables of positions reach, None where the config names no limit.
 
     RoBERTa and its kin count positions from behind their padding id, whose rows of the table are lost.
@@ -182,7 +182,7 @@ def check_positions(path: str, longest: int, what: str, instead: str) -> None:
         ModelError: for a model whose positions end in a table.
     """
     config = load_config(path)
-    limit = usable_positions(config)
+    limit = max_positions(config)
     if limit is None or longest <= limit:
         return
     message = f"{what} needs {longest} positions but {path} has {limit}: lower {instead}"

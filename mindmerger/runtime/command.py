@@ -86,8 +86,8 @@ def run_main(main, alone: bool = False) -> None:
     """Runs a command's `main()` and leaves the process with its exit code.
 
     A `UserError` becomes one line on standard error and exit code 2 on every rank. An error that all ranks share
-    (found by `together`, or before the ranks have met, when every rank reads the same arguments) is printed by rank 0
-    alone; one that a single rank has met ends the others too, and rank 0 prints it. Anything else is a fault of ours:
+    (found by `on_all_ranks`, or before the ranks have met, when every rank reads the same arguments) is printed by
+    rank 0 alone; one that a single rank has met ends the others too, and rank 0 prints it. Anything else is a bug:
     it keeps its traceback and ends the other ranks with exit code 1.
 
     Args:

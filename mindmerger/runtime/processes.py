@@ -198,7 +198,7 @@ def gather_objects(value) -> list:
     return values
 
 
-def together(function, *args, **kwargs):
+def on_all_ranks(function, *args, **kwargs):
     """Calls `function` on every rank and returns its result; where one rank fails, all fail.
 
     `function` may contain collective calls: when one rank fails and others wait for it in there, all processes end
@@ -228,8 +228,8 @@ def first_on_each_node(function, *args, **kwargs):
     def call(is_turn):
         return function(*args, **kwargs) if is_turn else None
 
-    first = together(call, local_rank() == 0)
-    others = together(call, local_rank() != 0)
+    first = on_all_ranks(call, local_rank() == 0)
+    others = on_all_ranks(call, local_rank() != 0)
     return first if local_rank() == 0 else others
 
 
@@ -260,7 +260,7 @@ def agree_on(inputs: dict, but: str = "") -> dict:
                     f"rank {rank()} reads another {name} than rank 0: every machine needs the same data and models"
                 )
 
-    together(compare)
+    on_all_ranks(compare)
     return first
 
 

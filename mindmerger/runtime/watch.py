@@ -26,15 +26,15 @@ LOST_S = 600.0
 class _Watch:
     """Ends this process when another rank has failed and cannot tell it otherwise.
 
-    Ranks agree on errors by a collective call (`together`). One that is inside another collective call, waiting for the
-    rank that failed, would never come to that. So the failing rank also writes its error into the store, and a thread
-    of each rank looks there. NCCL does not notice either that a machine has gone, so each rank also gives signs of
+    Ranks agree on errors by a collective call (`on_all_ranks`). One that is inside another collective call, waiting
+    for the rank that failed, would never come to that. So the failing rank also writes its error into the store, and a
+    thread of each rank looks there. NCCL does not notice either that a node has gone, so each rank also gives signs of
     life.
     """
 
     def __init__(self, place: Place, store):
         self._place, self._store = place, store
-        self._calls, self._open = 0, set()  # of `together`: how many were begun, which are not agreed on yet
+        self._calls, self._open = 0, set()  # of `on_all_ranks`: how many were begun, which are not agreed on yet
         self._seen = {}  # reports by their text, with the time of the first look
         self._stopped = threading.Event()
         self._impatient = False
@@ -44,7 +44,7 @@ class _Watch:
 
     @contextlib.contextmanager
     def call(self):
-        """Context manager: one call of `together`, whose errors end nobody once it is over."""
+        """Context manager: one call of `on_all_ranks`, whose errors end nobody once it is over."""
         self._calls += 1
         number = self._calls
         self._open.add(number)

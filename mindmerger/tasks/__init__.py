@@ -6,7 +6,7 @@ To add one, write `tasks/<name>.py` and add its `Task` to the table.
 from mindmerger.tasks.base import Task
 from mindmerger.tasks.languages import _nearest
 from mindmerger.tasks.math import MGSM, MSVAMP
-from mindmerger.tasks.readers import DataError, shown
+from mindmerger.tasks.readers import DataError, preview
 from mindmerger.tasks.translation import TRANSLATION
 from mindmerger.tasks.x_csqa import X_CSQA
 from mindmerger.tasks.xnli import XNLI
@@ -33,5 +33,5 @@ def find_task(name: str) -> Task:
     task = TASKS.get(TASK_ALIASES.get(wanted, wanted))
     if task is None:
         known = [*TASKS, *TASK_ALIASES]
-        raise DataError(f"unknown task {shown(name)}{_nearest(wanted, known)} (known: {', '.join(known)})")
+        raise DataError(f"unknown task {preview(name)}{_nearest(wanted, known)} (known: {', '.join(known)})")
     return task

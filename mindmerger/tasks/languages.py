@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mindmerger.tasks.readers import DataError, shown
+from mindmerger.tasks.readers import DataError, preview
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def find_language(text: str) -> Language:
     nearest = sorted(LANGUAGES.values(), key=likeness, reverse=True)[:NEAREST]
     names = ", ".join(f"{language.name} ({language.code})" for language in nearest)
     raise DataError(
-        f"unknown language {shown(text)}: {hint}the nearest of {len(LANGUAGES)} are {names}; others: add a row to "
+        f"unknown language {preview(text)}: {hint}the nearest of {len(LANGUAGES)} are {names}; others: add a row to "
         "LANGUAGES"
     )
 

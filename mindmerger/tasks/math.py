@@ -6,7 +6,7 @@ Example: How many are 2 and 3?    ->  ... ### Response: Let's think step by step
 from mindmerger.tasks.base import Parsed, Task, _fill, _row
 from mindmerger.tasks.languages import Language, _names
 from mindmerger.tasks.numbers import gold_number
-from mindmerger.tasks.readers import Record, shown
+from mindmerger.tasks.readers import Record, preview
 from mindmerger.tasks.scoring import NUMBER_SCORER_VERSION, score_number
 
 
@@ -28,7 +28,7 @@ def _math_training(record: Record, language: Language) -> Parsed:
 def _mgsm(record: Record, language: Language) -> Parsed:
     columns = [column.strip() for column in record.value]
     if len(columns) != 2 or not all(columns):
-        raise record.fail(f"expected question TAB answer, found {len(columns)} columns: {shown(columns)}")
+        raise record.fail(f"expected question TAB answer, found {len(columns)} columns: {preview(columns)}")
     question, answer = columns
     return (question, *math_prompt(question), _checked_gold(record, answer, language))
 
@@ -43,7 +43,7 @@ def _checked_gold(record: Record, answer: str, language: Language) -> str:
     try:
         gold_number(answer, language.code)
     except ValueError as error:
-        raise record.fail(f"the answer {shown(answer)} {error}") from None
+        raise record.fail(f"the answer {preview(answer)} {error}") from None
     return answer
 
 

@@ -48,7 +48,7 @@ def describe_faults(faults: list[str], where: str) -> str:
     return "\n".join([f"--skip_faulty_rows leaves out {len(faults)} faulty rows{where}:", *lines])
 
 
-def shown(value: object) -> str:
+def preview(value: object) -> str:
     try:
         text = repr(value)
     except RecursionError:
@@ -160,7 +160,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {shown(twice)} stands twice in one object")
+        raise ValueError(f"key {preview(twice)} stands twice in one object")
     return value
 
 
@@ -207,17 +207,17 @@ class _JsonCursor:
     def key(self, seen: set[str]) -> str:
         """An object's next key and its colon; adds the key to `seen`, which must not hold it yet."""
         if self.peek() != '"':
-            raise self.fail(f"expected a key in double quotes, found {shown(self.text[self.at : self.at + 40])}")
+            raise self.fail(f"expected a key in double quotes, found {preview(self.text[self.at : self.at + 40])}")
         line, key = self.line, self.value()
         if key in seen:
-            raise DataError(f"{self.path}:{line}: key {shown(key)} stands twice in one object")
+            raise DataError(f"{self.path}:{line}: key {preview(key)} stands twice in one object")
         seen.add(key)
         self.take(":")
         return key
 
     def end(self) -> None:
         if self.at < len(self.text):
-            raise self.fail(f"not valid JSON (more text after the end: {shown(self.text[self.at : self.at + 40])})")
+            raise self.fail(f"not valid JSON (more text after the end: {preview(self.text[self.at : self.at + 40])})")
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, object]]:
@@ -242,7 +242,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, object]]:
         while (key := cursor.key(keys)) != "data":
             cursor.value()
             if cursor.peek() != ",":
-                raise cursor.fail(f"{form}; there is no key 'data' but {shown(key)}")
+                raise cursor.fail(f"{form}; there is no key 'data' but {preview(key)}")
             cursor.take(",")
     if cursor.peek() != "[":
         raise cursor.fail(form)
@@ -287,10 +287,10 @@ class Record:
             holder = list if isinstance(key, int) else dict
             if not isinstance(value, holder):
                 kind = "list" if holder is list else "object"
-                raise self.fail(f"{name or 'row'} must be a JSON {kind}, got {shown(value)}")
+                raise self.fail(f"{name or 'row'} must be a JSON {kind}, got {preview(value)}")
             name += f"[{key}]" if isinstance(key, int) else f".{key}" if name else key
             if (key >= len(value)) if isinstance(key, int) else (key not in value):
-                present = f"; the row has {shown(list(self.value))}" if isinstance(self.value, dict) else ""
+                present = f"; the row has {preview(list(self.value))}" if isinstance(self.value, dict) else ""
                 raise self.fail(f"field {name!r} is missing{present}")
             value = value[key]
         return value
@@ -304,13 +304,13 @@ class Record:
         value = self.get(*keys)
         name = ".".join(map(str, keys))
         if not isinstance(value, str):
-            raise self.fail(f"field {name!r} must be text, got {shown(value)}")
+            raise self.fail(f"field {name!r} must be text, got {preview(value)}")
         if not may_be_empty and not value.strip():
             raise self.fail(f"field {name!r} is empty")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise self.fail(f"field {name!r} holds half a surrogate pair: {shown(value)}") from None
+            raise self.fail(f"field {name!r} holds half a surrogate pair: {preview(value)}") from None
         return value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mindmerger.tasks.base import Parsed, Task, _fill, _row, _whole_text
 from mindmerger.tasks.languages import Language, _names
-from mindmerger.tasks.readers import Record, shown
+from mindmerger.tasks.readers import Record, preview
 from mindmerger.tasks.scoring import score_text
 
 
@@ -29,15 +29,15 @@ def _x_csqa(record: Record, language: Language) -> Parsed:
     elif isinstance(choices, list):
         fields = [((*at, i, "label"), (*at, i, "text")) for i in range(len(choices))]
     else:
-        raise record.fail(f"question.choices must be a list, got {shown(choices)}")
+        raise record.fail(f"question.choices must be a list, got {preview(choices)}")
     options = [(record.text(*label), record.text(*text, may_be_empty=True)) for label, text in fields]
     labels = [label for label, _ in options]
     if not labels or len(set(labels)) < len(labels):
-        raise record.fail(f"question.choices needs options with different labels, got {shown(labels)}")
+        raise record.fail(f"question.choices needs options with different labels, got {preview(labels)}")
     answer = record.value.get("answerKey")
     if answer not in labels:
-        found = shown(answer) if answer else "none (test files come without)"
-        raise record.fail(f"answerKey must be one of {shown(', '.join(labels))}, found {found}")
+        found = preview(answer) if answer else "none (test files come without)"
+        raise record.fail(f"answerKey must be one of {preview(', '.join(labels))}, found {found}")
     prompt, cut = x_csqa_prompt(stem, options)
     return prompt, prompt, cut, answer
 

@@ -5,7 +5,7 @@ Example: Premise: A man sleeps.\nHypothesis: He is awake.\nLabel:    ->  contrad
 
 from mindmerger.tasks.base import Parsed, Task, _fill, _row, _whole_text
 from mindmerger.tasks.languages import Language, _names
-from mindmerger.tasks.readers import Record, shown
+from mindmerger.tasks.readers import Record, preview
 from mindmerger.tasks.scoring import score_text
 
 
@@ -22,7 +22,7 @@ def _xnli(record: Record, language: Language) -> Parsed:
     # Translations of MultiNLI's training part spell it so.
     label = "contradiction" if label == "contradictory" else label
     if label not in XNLI_LABELS:
-        raise record.fail(f"label {shown(label)} is none of {', '.join(XNLI_LABELS)}")
+        raise record.fail(f"label {preview(label)} is none of {', '.join(XNLI_LABELS)}")
     prompt, cut = xnli_prompt(record.text("sentence1"), record.text("sentence2"))
     return prompt, prompt, cut, label
 

@@ -57,9 +57,9 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
         sync_folder(temporary)
         # Before the rename: a kill after it would leave two courses, of which the next start took the abandoned one.
         for abandoned in later_checkpoints(output_dir, step):
-            discard(abandoned)
+            remove_atomically(abandoned)
         if os.path.lexists(final):
-            discard(final)
+            remove_atomically(final)
         os.replace(temporary, final)
         sync_folder(final.parent)
     except OSError as error:
@@ -82,7 +82,7 @@ def remove_leftovers(output_dir) -> None:
             remove(entry)
 
 
-def discard(folder: Path) -> None:
+def remove_atomically(folder: Path) -> None:
     """Removes a checkpoint such that a kill in between leaves no folder that looks like one."""
     doomed = folder.with_name(folder.name + ".old.tmp")
     remove(doomed)
@@ -95,8 +95,8 @@ def prune(output_dir, keep: int | None) -> None:
     valid = 0
     for folder in list_checkpoints(output_dir) if keep else []:
         if valid >= keep:
-            discard(folder)
-        elif fault_of(folder) is None:
+            remove_atomically(folder)
+        elif damage_in(folder) is None:
             valid += 1
 
 
@@ -112,10 +112,10 @@ def list_checkpoints(output_dir) -> list[Path]:
 def later_checkpoints(output_dir, step: int) -> list[Path]:
     """Valid checkpoint folders of steps after `step`, newest first. Damaged ones are never resumed from."""
     later = [folder for folder in list_checkpoints(output_dir) if int(NAME.fullmatch(folder.name)[1]) > step]
-    return [folder for folder in later if fault_of(folder) is None]
+    return [folder for folder in later if damage_in(folder) is None]
 
 
-def fault_of(folder) -> str | None:
+def damage_in(folder) -> str | None:
     """What is wrong with a checkpoint folder, in words; None when its manifest proves it whole."""
     folder = Path(folder)
     try:
@@ -141,7 +141,7 @@ def newest_valid(output_dir) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
     skipped = []
     for folder in list_checkpoints(output_dir):
-        fault = fault_of(folder)
+        fault = damage_in(folder)
         if fault is None:
             return folder, skipped
         skipped.append(f"{folder.name}: {fault}")
@@ -171,14 +171,14 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
         )
     if not folder.is_dir():
         raise UserError(f"no checkpoint folder {folder}: pass one, or auto for the newest in the output folder")
-    pickled = pickle_in(folder)
+    pickled = find_pickle(folder)
     if pickled is not None:
         raise UserError(
             f"{pickled} is a pickle and was not read, since unpickling it could run code: if you trust its origin, "
             "save the mapping's tensors alone with safetensors.torch.save_file (zero_to_fp32.py gathers DeepSpeed's) "
             "and start from them with --init_checkpoint"
         )
-    fault = fault_of(folder)
+    fault = damage_in(folder)
     if fault is not None:
         raise UserError(f"checkpoint {folder} is damaged: {fault}; pass an older one, or auto")
     try:
@@ -190,7 +190,7 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
         ) from error
 
 
-def pickle_in(folder: Path) -> Path | None:
+def find_pickle(folder: Path) -> Path | None:
     """The pickle that stands where a checkpoint's tensors should: in their file, or in other files when it is absent,
     as in DeepSpeed's and transformers' own checkpoints. Such folders hold no manifest of ours."""
     tensors = folder / TENSORS

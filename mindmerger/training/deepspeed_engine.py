@@ -11,7 +11,7 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.training.deepspeed_config import zero_stage
 
 
-def quiet_start() -> None:
+def import_deepspeed_quietly() -> None:
     """Imports DeepSpeed so that it neither compiles anything at start nor prints a line for every setting, and makes
     it known to the process group if there is one."""
     import logging
@@ -33,7 +33,7 @@ def quiet_start() -> None:
 
 
 @contextmanager
-def keeping_explicit_dtypes():
+def preserve_explicit_dtypes():
     """Context manager: `zero.Init` leaves floating tensors alone that are made with an explicit dtype.
 
     It would cast them all to the weights' dtype, and rotary frequencies rounded to bf16 turn far positions wrongly.
@@ -55,7 +55,7 @@ def keeping_explicit_dtypes():
 
 
 @contextmanager
-def loading_towers(config: dict, bf16: bool):
+def sharded_loading(config: dict, bf16: bool):
     """Context manager: `from_pretrained` shards the weights it loads when `config` asks for ZeRO-3.
 
     Without a precision section transformers' hook silently loads fp32; with one left in the final config DeepSpeed
@@ -69,7 +69,7 @@ def loading_towers(config: dict, bf16: bool):
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain python run
     live = HfDeepSpeedConfig(dict(config, bf16={"enabled": True}) if bf16 else dict(config))
     try:
-        with keeping_explicit_dtypes():
+        with preserve_explicit_dtypes():
             yield
     finally:
         del live  # transformers holds it weakly: from here on nothing is sharded at construction

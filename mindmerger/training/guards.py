@@ -60,7 +60,7 @@ def probe_memory(trainer: Trainer) -> None:
             trainer.engine(**batch)
 
 
-def not_finite(trainer: Trainer, loss, norm, losses, micro_batches) -> UserError:
+def not_finite_error(trainer: Trainer, loss, norm, losses, micro_batches) -> UserError:
     """The error that ends a run whose loss or gradient is not finite, naming the examples that were in it."""
     from mindmerger.model.towers import CHECK_WEIGHTS
 

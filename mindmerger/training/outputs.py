@@ -8,7 +8,7 @@ from pathlib import Path
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import remove, write_json_atomic, write_text_atomic
-from mindmerger.runtime.processes import is_main, log, together, warn, world_size
+from mindmerger.runtime.processes import is_main, log, on_all_ranks, warn, world_size
 from mindmerger.training.checkpoints import (
     check_state,
     check_tensors,
@@ -20,12 +20,12 @@ from mindmerger.training.checkpoints import (
     write_checkpoint,
 )
 from mindmerger.training.record import TENSORBOARD_FOLDER, WANDB_FILE
-from mindmerger.training.settings import CHANGEABLE, FAULTS_FILE, Plan
+from mindmerger.training.settings import CHANGEABLE_ON_RESUME, FAULTS_FILE, Plan
 from mindmerger.training.trainer import Trainer
 
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
-LATER_ENTRIES = {"bridge", "skip_faulty_rows", "init_checkpoint", "languages"}
-LATER_ENTRIES |= {"train_num", "max_seq_len", "max_gen_len"}
+ABSENT_IN_OLD_CHECKPOINTS = {"bridge", "skip_faulty_rows", "init_checkpoint", "languages"}
+ABSENT_IN_OLD_CHECKPOINTS |= {"train_num", "max_seq_len", "max_gen_len"}
 
 
 def save_mapping(trainer: Trainer, folder: Path) -> None:
@@ -41,7 +41,7 @@ def save_mapping(trainer: Trainer, folder: Path) -> None:
             save_released(folder / RELEASED_FILE, state)
 
     with trainer.signals.saving():
-        together(write)
+        on_all_ranks(write)
 
 
 def save_checkpoint(trainer: Trainer) -> None:
@@ -63,7 +63,7 @@ def save_checkpoint(trainer: Trainer) -> None:
             write_checkpoint(trainer.plan.output_dir, trainer.step, tensors, state, trainer.args.save_total_limit)
 
     with trainer.signals.saving():
-        together(write)
+        on_all_ranks(write)
 
 
 def identity(args, plan: Plan, data) -> dict:
@@ -87,10 +87,14 @@ def identity(args, plan: Plan, data) -> dict:
         "data": data.fingerprint,
     }
     # Not the initial mapping's path: another file may stand there, and the same one elsewhere.
-    return fixed | {name: getattr(args, name) for name in sorted(CHANGEABLE)} | {"init_checkpoint": plan.init_hash}
+    return (
+        fixed
+        | {name: getattr(args, name) for name in sorted(CHANGEABLE_ON_RESUME)}
+        | {"init_checkpoint": plan.init_hash}
+    )
 
 
-def start_over(output_dir: Path) -> None:
+def clear_outputs(output_dir: Path) -> None:
     """Removes what an earlier run left in the output folder, on rank 0.
 
     Raises:
@@ -114,7 +118,7 @@ def start_over(output_dir: Path) -> None:
             raise UserError(f"--overwrite_output_dir cannot remove {path}: remove it, or use another --save_name")
 
 
-def read_resumable(args, plan: Plan, data) -> tuple:
+def find_checkpoint_to_resume(args, plan: Plan, data) -> tuple:
     """The checkpoint to continue from as (folder, tensors, state), or three times None. Rank 0 reads it.
 
     Raises:
@@ -137,9 +141,9 @@ def read_resumable(args, plan: Plan, data) -> tuple:
     check_state(folder, state)
     for name, value in identity(args, plan, data).items():
         before = state["identity"].get(name)
-        if before == value or name in LATER_ENTRIES and name not in state["identity"]:
+        if before == value or name in ABSENT_IN_OLD_CHECKPOINTS and name not in state["identity"]:
             continue
-        if name not in CHANGEABLE:
+        if name not in CHANGEABLE_ON_RESUME:
             hint = " - a file, a template or a tokenizer has changed" if name == "data" else ""
             raise UserError(
                 f"{folder} was trained with another {name} ({before!r}, this run has {value!r}{hint}): use the same, "

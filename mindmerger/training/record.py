@@ -106,7 +106,7 @@ class Recorder:
         self.args, self.path = args, output_dir / "log.jsonl"
         self.lines, self.step, self.target = [], 0, None
 
-    def cut_back(self, step: int, evaluation_due: bool = False) -> None:
+    def rewind(self, step: int, evaluation_due: bool = False) -> None:
         """Drops the lines that a run resumed at `step` writes again, and damaged ones, such as a half-written last one;
         then opens the report target there.
 

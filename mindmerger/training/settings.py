@@ -19,8 +19,14 @@ ASSUMED_GPU, ASSUMED_SHARE = "A100", 0.4
 
 
 # Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
-CHANGEABLE = {"train_batch_size", "train_micro_batch_size_per_gpu", "micro_batch_tokens", "epoch_num", "max_steps"}
-CHANGEABLE |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
+CHANGEABLE_ON_RESUME = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "micro_batch_tokens",
+    "epoch_num",
+    "max_steps",
+}
+CHANGEABLE_ON_RESUME |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
 
 
 def _dev_size(text: str) -> int | str:
@@ -85,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite_output_dir", action="store_true", help="start over, removing this run's checkpoints and log")
     add("--resume_from_checkpoint", default="auto", help="auto (newest valid one in the output folder), a "
         "checkpoint, or a folder that holds some, of which it takes the newest valid one")  # fmt: skip
-    add("--allow_changed", action="append", default=[], metavar="NAME", choices=sorted(CHANGEABLE),
+    add("--allow_changed", action="append", default=[], metavar="NAME", choices=sorted(CHANGEABLE_ON_RESUME),
         help="let a resumed run go on with another value of this flag; may be given more than once")  # fmt: skip
     add("--dry_run", action="store_true", help="load the data, print the effective settings, steps and estimates of "
         "memory and hours, write nothing")  # fmt: skip
@@ -186,7 +192,7 @@ def check_arguments(args) -> Plan:
         init_hash=describe_file(Path(init_file))["sha256"][:16] if init_file else None,
         models=(model_fingerprint(args.llm_path), model_fingerprint(args.mt_path)),
     )
-    refuse_to_remove_the_start(args, plan)
+    protect_initial_mapping(args, plan)
     return plan
 
 
@@ -249,7 +255,7 @@ def check_numbers(args) -> None:
             raise UserError(f"--{name} must be a finite number above 0, not {value}")
 
 
-def refuse_to_remove_the_start(args, plan: Plan) -> None:
+def protect_initial_mapping(args, plan: Plan) -> None:
     """Makes sure that what the run is to start from survives what the run removes and writes.
 
     Raises:

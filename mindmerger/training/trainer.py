@@ -6,7 +6,15 @@ import math
 from dataclasses import dataclass
 
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.processes import broadcast_weights, is_main, is_out_of_memory, log, rank, together, world_size
+from mindmerger.runtime.processes import (
+    broadcast_weights,
+    is_main,
+    is_out_of_memory,
+    log,
+    on_all_ranks,
+    rank,
+    world_size,
+)
 from mindmerger.training.settings import Plan
 
 DEFAULT_EVAL_MICRO_BATCHES = 2000
@@ -18,12 +26,12 @@ def load_model(args, plan: Plan, device):
 
     from mindmerger.model.mindmerger import MindMerger
     from mindmerger.model.towers import load_encoder, load_llm
-    from mindmerger.training.deepspeed_engine import loading_towers
+    from mindmerger.training.deepspeed_engine import sharded_loading
     from mindmerger.training.speedups import apply_liger, compile_layers
 
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with placing_memory_named(device), loading_towers(plan.config, bf16):
+    with placing_memory_named(device), sharded_loading(plan.config, bf16):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation)
         encoder = load_encoder(args.mt_path, dtype, args.attn_implementation)
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
@@ -94,10 +102,10 @@ class Trainer:
 
     def cut(self, indices, micro_batch_size, token_budget=None):
         """This rank's micro-batches of a global batch, and the batch's number of target tokens."""
-        from mindmerger.data.batches import cut_global_batch
+        from mindmerger.data.batches import split_global_batch
 
         lengths = self.lengths
-        mine = cut_global_batch(indices, lengths, world_size(), micro_batch_size, token_budget)[rank()]
+        mine = split_global_batch(indices, lengths, world_size(), micro_batch_size, token_budget)[rank()]
         return mine, int(self.data.target_lengths[indices].sum())
 
     def heaviest(self, indices, micro_batch_size, token_budget=None):
@@ -186,7 +194,7 @@ def build_trainer(args, plan: Plan, device, tokenizers, data, split, checkpoint)
     from mindmerger.training.deepspeed_engine import load_optimizer_state, make_engine
 
     folder, tensors, state = checkpoint
-    model = together(load_model, args, plan, device)
+    model = on_all_ranks(load_model, args, plan, device)
     if plan.init_file is not None:
         broadcast_weights(model.mapping)
     if folder is not None:

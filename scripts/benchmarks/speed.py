@@ -25,7 +25,7 @@ from pathlib import Path
 
 from mindmerger.runtime import command, files, processes
 from mindmerger.runtime.command import CommandParser
-from mindmerger.runtime.processes import is_main, log, rank, together, world_size
+from mindmerger.runtime.processes import is_main, log, on_all_ranks, rank, world_size
 from mindmerger.training.record import peak_memory_gb
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -497,7 +497,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
     lengths = generation_answers.input_positions(columns, model.mapping)
     every, new = list(range(len(examples))), args.max_new_tokens
     batches = {
-        "ours": generation_answers.cut_batches(every, lengths, None, args.eval_max_tokens, new),
+        "ours": generation_answers.split_batches(every, lengths, None, args.eval_max_tokens, new),
         "plain": [every[i : i + 8] for i in range(0, len(every), 8)],
     }
     generate = {"ours": generation_answers.generate_batch, "plain": plain_generation}
@@ -584,7 +584,7 @@ def run(args, folder: Path, device) -> dict:
     """The figures of all parts."""
     import torch
 
-    together(build_world, folder, args.preset, args.data_root)
+    on_all_ranks(build_world, folder, args.preset, args.data_root)
     report = {
         "preset": args.preset,
         "precision": args.precision,
@@ -615,13 +615,13 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     device = processes.init_distributed(force=True)
 
-    from mindmerger.training.deepspeed_engine import quiet_start
+    from mindmerger.training.deepspeed_engine import import_deepspeed_quietly
 
-    quiet_start()
+    import_deepspeed_quietly()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(args.models or processes.broadcast_object(name))
         report = run(args, folder, device)
-        together(lambda: None)  # nobody takes the folder away from the others
+        on_all_ranks(lambda: None)  # nobody takes the folder away from the others
     if is_main():
         print(markdown(report))
         if args.output:
