@@ -708,7 +708,7 @@ def test_out_of_memory_names_sizes_and_flags(error):
     tokenizers = SimpleNamespace(llm=None, encoder_pad_id=0, llm_pad_id=0)
     columns = {"prompt_ids": [[1, 2]] * 3, "encoder_ids": [[1, 2, 3]] * 3}
     with pytest.raises(
-        UserError, match="3 examples .*3 encoder_input_ids, 2 prompt_ids, up to 9 .*--eval_batch_size"
+        UserError, match="3 examples, longest encoder 3, prompt 2, answer 9 tokens: .*--eval_batch_size"
     ) as e:
         generate_batch(EchoModel(error=error), tokenizers, columns, [0, 1, 2], 9)
     assert str(e.value).startswith("out of memory on a batch") and "\n" not in str(e.value)

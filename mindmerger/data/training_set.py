@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mindmerger.data.tokenising import Tokenizers, _tokenizer_identity, tokenise
-from mindmerger.runtime.files import is_utf8
+from mindmerger.runtime.files import is_utf8, sha256_of_file
 from mindmerger.runtime.processes import is_main, log, progress_bar
 from mindmerger.tasks.base import Example, Task
 from mindmerger.tasks.examples import training_examples, training_files
@@ -119,7 +119,7 @@ def build_training_set(
 
     faults: list[str] | None = [] if skip_faulty_rows else None
     examples = training_examples(task, stage, data_root, languages, train_num, faults)
-    files = {path: _sha256(path) for path in training_files(task, stage, data_root, languages)}
+    files = {path: _hash_readable(path) for path in training_files(task, stage, data_root, languages)}
     hashes = {path.relative_to(data_root).as_posix(): digest for path, digest in files.items()}
     settings = {
         "version": CACHE_VERSION,
@@ -181,10 +181,9 @@ def _waiting(lock):
         return lock.acquire()
 
 
-def _sha256(path: Path) -> str:
+def _hash_readable(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 

@@ -13,6 +13,7 @@ from mindmerger.evaluation.parallel_input import add_arguments as add_parallel_a
 from mindmerger.generation.answers import DEFAULT_MAX_LEN, check_tokens, input_positions, tokenise_form
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import sha256_of_file
 from mindmerger.runtime.processes import broadcast_object, is_main, log, on_all_ranks, warn, world_size
 
 # torch, transformers and our modules that need them are imported where they are used: --help answers at once.
@@ -274,10 +275,11 @@ def identity_of(args: argparse.Namespace, plan: Plan, languages: list, prompt_li
     from mindmerger.evaluation.results import SCORER
     from mindmerger.model.towers import model_fingerprint
 
+    rows = [astuple(example)[:-1] for example in plan.examples]
     return {
         "--task": plan.task.name,
         "form (--augmentation, --llm_only)": plan.form,
-        START: _sha256_of_file(plan.checkpoint) if plan.checkpoint and is_main() else None,
+        START: sha256_of_file(plan.checkpoint) if plan.checkpoint and is_main() else None,
         "--llm_path (fingerprint)": model_fingerprint(plan.llm_path),
         "--mt_path (fingerprint)": model_fingerprint(plan.mt_path) if plan.mt_path else None,
         "--languages": [language.name for language in languages],
@@ -286,7 +288,7 @@ def identity_of(args: argparse.Namespace, plan: Plan, languages: list, prompt_li
         "--translations": plan.parallel_input and plan.parallel_input["translations"],
         "--order": plan.parallel_input and plan.parallel_input["order"],
         # Without the question, which no answer depends on.
-        "data (sha256)": _sha256(json.dumps([astuple(example)[:-1] for example in plan.examples]).encode()),
+        "data (sha256)": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "--max_seq_len": args.max_seq_len,
         "--max_gen_len": prompt_limit,
         "--max_new_tokens": plan.max_new_tokens,
@@ -395,12 +397,3 @@ def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, 
         name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
         warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[form == 'soft']}")
     return mapping_file, found["mt_path"], found["llm_path"], config.bridge if config is not None else "mindmerger"
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _sha256_of_file(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,15 +4,16 @@
 """
 
 import argparse
-import contextlib
 from dataclasses import dataclass
 from functools import lru_cache
 
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.processes import is_main, is_out_of_memory
+from mindmerger.runtime.processes import explain_out_of_memory, is_main
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_LEN = 512  # tokens, of the encoder's input and of the prompt
+MEMORY_FLAGS = "lower --eval_max_tokens, --eval_batch_size (it continues where this run stopped), --max_new_tokens or "
+MEMORY_FLAGS += "--max_gen_len"
 
 
 def tokenise_form(tokenizers, examples: list, form: str, max_seq_len: int, max_gen_len: int) -> dict:
@@ -108,27 +109,12 @@ def batch_inputs(model, tokenizers, columns: dict, batch: list[int]) -> dict:
     return {name: value.to(model.device) if name.endswith("_ids") else value for name, value in inputs.items()}
 
 
-@contextlib.contextmanager
-def out_of_memory_named(inputs: dict, max_new_tokens: int):
-    """Turns running out of memory, on a GPU or on the host, into an error that names the batch's size and what to
-    lower.
-
-    Raises:
-        UserError: when memory ran out within it.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        sizes = {name: value.shape for name, value in inputs.items() if name.endswith("_ids")}
-        rows = next(iter(sizes.values()))[0]
-        tokens = ", ".join(f"{shape[1]} {name}" for name, shape in sizes.items())
-        raise UserError(
-            f"out of memory on a batch of {rows} examples ({tokens}, up to {max_new_tokens} new tokens): "
-            "lower --eval_max_tokens, --eval_batch_size (it continues where this run stopped), --max_new_tokens or "
-            "--max_gen_len"
-        ) from error
+def explain_batch_out_of_memory(inputs: dict, max_new_tokens: int):
+    """Context manager: running out of memory on a batch becomes an error that names its size and what to lower."""
+    names = {"encoder_input_ids": "encoder", "prompt_ids": "prompt"}
+    sizes = {name: inputs[key].shape[1] for key, name in names.items() if key in inputs}
+    rows = next(len(value) for value in inputs.values())
+    return explain_out_of_memory(f"on a batch of {rows} examples", sizes | {"answer": max_new_tokens}, MEMORY_FLAGS)
 
 
 def to_generation(model, tokenizers, ids: list[int]) -> Generation:
@@ -145,7 +131,7 @@ def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_t
         UserError: out of memory, naming what to lower.
     """
     inputs = batch_inputs(model, tokenizers, columns, batch)
-    with out_of_memory_named(inputs, max_new_tokens):
+    with explain_batch_out_of_memory(inputs, max_new_tokens):
         ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens)
     return [to_generation(model, tokenizers, ids) for ids in ids_BT.tolist()]
 
@@ -157,7 +143,7 @@ def merge_batch(model, plan, batch: list[int]) -> list:
         UserError: out of memory, or for embeddings that are not numbers.
     """
     inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
-    with out_of_memory_named(inputs, plan.max_new_tokens):
+    with explain_batch_out_of_memory(inputs, plan.max_new_tokens):
         embeds_BLD, mask_BL = model.merged_embeddings(**inputs)
         embeds_BLD = embeds_BLD.cpu()
     lengths = mask_BL.sum(1).tolist()
@@ -189,19 +175,14 @@ def load_model(plan, device, input_side_only: bool = False):
     from mindmerger.model.mindmerger import MindMerger
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
-    try:
+    advice = "use a larger GPU or --precision bf16"
+    with explain_out_of_memory(f"while placing the models on {device}", {}, advice):
         model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation, plan.bridge_name)
         if plan.checkpoint is not None and is_main():  # `evaluate` gives it to the other ranks
             model.load_mapping(plan.checkpoint)
         if input_side_only:
             keep_input_side(model)
         return model.to(device).eval()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory while placing the models on {device}: use a larger GPU or --precision bf16"
-        ) from error
 
 
 def start_engine(plan):

@@ -140,13 +140,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def describe_file(path: Path) -> dict:
-    """Bytes and sha256 of a file."""
-    digest = hashlib.sha256()
+def sha256_of_file(path) -> str:
+    """Returns the sha256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_file(path: Path) -> dict:
+    """Returns the bytes and the sha256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def sync_folder(path: Path) -> None:

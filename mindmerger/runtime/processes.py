@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 from mindmerger.runtime.errors import ReportedError, StartError, UserError
@@ -346,6 +347,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules["torch"]
     signs = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(where: str, sizes: Mapping[str, int], advice: str):
+    """Context manager: running out of memory becomes an error that says where, on how many tokens, and what to do.
+
+    Args:
+        where: as it follows "out of memory": on a batch of 8 examples.
+        sizes: the longest row of each kind, in tokens; empty where there is no batch.
+        advice: the flags to lower, or to add.
+
+    Raises:
+        UserError: when memory ran out, on a GPU or on the host.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = ", ".join(f"{name} {tokens}" for name, tokens in sizes.items())
+        longest = f", longest {longest} tokens" if longest else ""
+        raise UserError(f"out of memory {where}{longest}: {advice}") from error
 
 
 def leave_at_once(message: str):
