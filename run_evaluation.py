@@ -40,7 +40,7 @@ __all__ = ["answer", "main"]
 def generate_share(model, engine, plan: Plan, batches: list[list[int]], shard) -> None:
     """Generates this rank's batches, each (with vLLM: each chunk of them) on disk before the next begins.
 
-    Arguments:
+    Args:
         shard: this rank's open file in the folder of unfinished results.
 
     Raises:

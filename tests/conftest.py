@@ -26,7 +26,7 @@ SHIPPED = [
 def byte_tokenizer(folder, specials: dict[str, str], template: str | None = None):
     """Saves a byte-level tokenizer without training: 256 bytes after the special tokens, any text round-trips.
 
-    Arguments:
+    Args:
         specials: role to token, in id order, for instance {"pad_token": "<pad>", "eos_token": "</s>"}.
         template: what the tokenizer puts around a text, for instance "$A </s>".
     """

@@ -59,7 +59,7 @@ class Observation:
 def observe(model, positions_M, rows_M, rows: int) -> Iterator[Observation]:
     """Context manager: one forward pass of `model` is counted; the model's outputs stay exactly as they are.
 
-    Arguments:
+    Args:
         positions_M: the counted positions, flat indices into B*L of the hidden states.
         rows_M: the row each of them belongs to, 0 to rows - 1.
 
@@ -133,7 +133,7 @@ def observe_answers(model, inputs: dict, max_new_tokens: int) -> Observation:
 
     One full forward pass over input and answer shows the same as step-by-step decoding, since attention is causal.
 
-    Arguments:
+    Args:
         inputs: what `MindMerger.generate` takes.
     """
     import torch

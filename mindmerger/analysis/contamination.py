@@ -194,7 +194,7 @@ def stream_json_list(path: Path) -> Iterator[tuple[Record, int]]:
 def stream_texts(path: Path, fields: list[str] | None) -> Iterator[tuple[str, str, int]]:
     """Yields (text, file:row, bytes read for it) of a .json list, a .jsonl or .tsv file, or any file of lines.
 
-    Arguments:
+    Args:
         fields: names of the fields to read (`question.stem` for a nested one); None for every text in a row.
     """
     if path.suffix in (".jsonl", ".tsv"):

@@ -134,7 +134,7 @@ def _tsne(vectors, seed: int):
 def draw_scatter(stages: dict, codes: list[str], axis_names: dict, path) -> None:
     """One panel per mapping: a point per sentence, a colour per language, named by its code.
 
-    Arguments:
+    Args:
         stages: {title: {code: (n, 2) coordinates}}.
         axis_names: {title: (x label, y label)}.
     """

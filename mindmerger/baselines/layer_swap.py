@@ -248,7 +248,7 @@ def analyse(args: argparse.Namespace) -> None:
 def relative_changes(base, experts: dict) -> dict[str, list[list[float]]]:
     """For each expert, one row per layer with |expert - base| / |base| of the seven kinds of weight matrices.
 
-    Arguments:
+    Args:
         base, experts: open `ModelFolder`s; of `experts` a mapping from name to folder.
 
     Raises:

@@ -42,7 +42,7 @@ COPIED_FILES = (
 def check_output(output: str, overwrite: bool, inputs: list[str], marker: str = MERGE_FILE) -> Path:
     """Makes sure that `output` may be written, before anything is read.
 
-    Arguments:
+    Args:
         inputs: paths of the models that are read.
         marker: the file that shows that a folder is an earlier result of ours, which `overwrite` may replace.
 
@@ -137,7 +137,7 @@ def write_merged(
 ) -> None:
     """Writes the merged model folder: config, tokenizer and generation config of the task expert, shards, merge.json.
 
-    Arguments:
+    Args:
         output: as `check_output` returned it.
         inputs: every model that was read, the task expert included; their files' sha256 go into merge.json.
         common_rows: from `check_compatible`; rows beyond are copied from the task expert.

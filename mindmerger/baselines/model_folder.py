@@ -132,7 +132,7 @@ class ModelFolder:
 def open_model(role: str, path: str) -> ModelFolder:
     """Opens a model folder and checks that every parameter its `config.json` calls for is stored with the right shape.
 
-    Arguments:
+    Args:
         role: what messages call it, for instance "math expert".
         path: a folder, or a hub name whose files are in the local cache already.
 

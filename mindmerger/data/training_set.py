@@ -52,7 +52,7 @@ class TrainingSet:
     def merged_lengths(self, prefix_length) -> np.ndarray:
         """Returns the positions of each merged row, shape (rows,): BOS, prefix, prompt, target.
 
-        Arguments:
+        Args:
             prefix_length: of the bridge, from numbers of encoder tokens to positions.
         """
         return 1 + prefix_length(self.encoder_lengths) + self.prompt_lengths + self.target_lengths

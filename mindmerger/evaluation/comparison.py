@@ -22,7 +22,7 @@ def compare_results(folders: list[str], seed: int = 0) -> str:
     """Tables of the first results folder against each other one: accuracies on the items both have, their difference,
     an exact McNemar test per language with Holm's correction, and a sign-flip test of the mean.
 
-    Arguments:
+    Args:
         seed: of the sign-flip test.
 
     Raises:

@@ -56,7 +56,7 @@ def _difference(one: Cell | Mean, base: Cell | Mean, p: float) -> str:
 def format_markdown(task: str, table: dict, against: str, missing: dict[str, str], notes: list[str]) -> str:
     """The table as Markdown: accuracies with intervals, then differences with corrected p-values.
 
-    Arguments:
+    Args:
         table: as `build_cells` gives it, with None for a missing row, in the order to show.
         missing: the reason of each missing row.
     """

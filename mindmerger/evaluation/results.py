@@ -34,7 +34,7 @@ class ResultsError(UserError):
 def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> tuple[dict | None, dict[int, dict]]:
     """Makes a results folder ready for the evaluation that `identity` describes. Call it on rank 0 only.
 
-    Arguments:
+    Args:
         identity: everything the answers and scores depend on, by the name the user knows it by.
         number: of examples.
         overwrite: delete what an earlier evaluation left.

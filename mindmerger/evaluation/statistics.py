@@ -25,7 +25,7 @@ def questions_of(task: str, language: str, rows: list[dict]) -> list[Question]:
     every language. Elsewhere the number of a row says it, as long as the gold answer is the same: rows that share a
     number and not the answer count as different questions.
 
-    Arguments:
+    Args:
         task: by whose reading gold answers are the same ("8.0" is "8").
         language: of the rows, by name.
         rows: predictions: `id`, `answer` and, where the data have one, `question`.
@@ -45,7 +45,7 @@ def questions_of(task: str, language: str, rows: list[dict]) -> list[Question]:
 def describe_questions(questions: dict[str, list[Question]]) -> dict:
     """Returns what `bootstrap_intervals` resamples for the mean, for results.json.
 
-    Arguments:
+    Args:
         questions: language to the questions of its rows.
 
     Returns:
@@ -108,7 +108,7 @@ def bootstrap_intervals(
     A language that a resample misses counts with its accuracy over all its rows. Where no question stands in two
     languages there is nothing to draw together: the mean is that of the languages' own draws.
 
-    Arguments:
+    Args:
         questions: language to the question of each row, at least one, as `questions_of` gives them.
         correct: language to whether each row is right.
         seed: of the resampling.
@@ -148,7 +148,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Two-sided exact McNemar test (McNemar 1947): the p-value of as uneven a split of the items that one run alone
     got right, or a more uneven one, if both runs were equally good: 2 · P(Binomial(n, ½) ≤ min), at most 1.
 
-    Arguments:
+    Args:
         only_first, only_second: how many items the first, respectively the second, run alone got right.
     """
     n, smaller = only_first + only_second, min(only_first, only_second)
@@ -173,7 +173,7 @@ def mean_difference_test(
 
     In one language this is the exact McNemar test, up to the drawing of 100,000 flips.
 
-    Arguments:
+    Args:
         questions: language to the question of each row, as `questions_of` gives them.
         differences: language to d of each row.
         seed: of the signs.

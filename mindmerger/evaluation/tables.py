@@ -83,7 +83,7 @@ def is_model(path: str, hub_name: str | None, name: str) -> bool:
     It is by its hub name, by its place in the hub's cache, or by its folder's name. The `_name_or_path` of a config
     says nothing: it names what a folder was tuned from as often as what it is.
 
-    Arguments:
+    Args:
         hub_name: `organisation/name`, None for a model that is not on the hub.
         name: the other name that its folder may have.
     """
@@ -107,7 +107,7 @@ def is_model(path: str, hub_name: str | None, name: str) -> bool:
 def published_scores(task: Task, form: str, llm_path: str, mt_path: str | None, rows: dict[str, int]) -> dict | None:
     """The published row that belongs beside a run: of the same form, the same LLM and the same encoder.
 
-    Arguments:
+    Args:
         rows: language to its number of rows in the run.
 
     Returns:

@@ -47,7 +47,7 @@ def check_tokens(tokenizers, columns: dict, encoder: tuple, llm: tuple) -> None:
 def input_positions(columns: dict, bridge) -> list[int]:
     """Positions of each example's merged input: BOS, prefix and prompt, as far as the form has them.
 
-    Arguments:
+    Args:
         bridge: whose `prefix_length` says how many positions an encoded question takes; None for the LLM alone.
     """
     prompts = columns.get("prompt_ids") or [[]] * len(columns["encoder_ids"])
@@ -206,7 +206,7 @@ def answer(
 ) -> list[str]:
     """Answers texts in any language: strings in, strings out, in the same order.
 
-    Arguments:
+    Args:
         model: a `MindMerger`; one built without an encoder answers as the LLM alone.
         texts: questions (math), or what the task's prompt looks like (x-csqa, xnli).
         task: whose prompt is put around the texts.

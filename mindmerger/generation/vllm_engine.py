@@ -64,7 +64,7 @@ def keep_input_side(model) -> None:
 def start(llm_path: str, precision: str, longest: int):
     """A `vllm.LLM` in this process, on what the GPU has left.
 
-    Arguments:
+    Args:
         precision: bf16 or fp32, of weights, activations and the handed embeddings.
         longest: most positions of a sequence, new tokens included.
 

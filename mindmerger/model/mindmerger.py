@@ -93,7 +93,7 @@ class MindMerger(nn.Module):
     ) -> "MindMerger":
         """Loads both frozen towers from folders or hub names and puts a fresh fp32 bridge between them.
 
-        Arguments:
+        Args:
             mt_path: the multilingual encoder; of an encoder-decoder only the encoder half is loaded. None gives the
                 LLM alone, for evaluation.
             llm_path: a causal language model that can generate from embeddings.
@@ -170,7 +170,7 @@ class MindMerger(nn.Module):
     def save_pretrained(self, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Writes `mapping.safetensors`, `config.json` and a model card `README.md`, each file whole or not at all.
 
-        Arguments:
+        Args:
             folder: created when missing.
             state: the mapping's parameters when they live elsewhere (sharded by ZeRO-3); default the module's own.
         """
@@ -220,7 +220,7 @@ class MindMerger(nn.Module):
     ) -> MindMergerOutput:
         """Next-token loss on the target tokens of `<bos> mapped-source boundary [prompt] target` (paper, section 3.2).
 
-        Arguments:
+        Args:
             encoder_input_ids, encoder_attention_mask: (B, S), any padding side.
             target_ids, target_mask: (B, T), ending in EOS where they should.
             prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.

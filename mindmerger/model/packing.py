@@ -25,7 +25,7 @@ class Packing:
 def plan_packing(masks: list[torch.Tensor], padding_side: str, target_segment: int | None = None) -> Packing:
     """Plans how segments, each padded on any side, become rows with contiguous real tokens.
 
-    Arguments:
+    Args:
         masks: one (B, n_i) mask of 0/1 for each segment, in merged order, all on one device. On the CPU the plan
             costs no device synchronisation, which is why callers may leave masks there.
         padding_side: "right" for training, "left" for generation.

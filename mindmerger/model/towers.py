@@ -174,7 +174,7 @@ def max_positions(config) -> int | None:
 def check_positions(path: str, longest: int, what: str, instead: str) -> None:
     """Refuses inputs longer than a model's table of positions; warns where rotary positions merely get worse.
 
-    Arguments:
+    Args:
         what: the input of `longest` positions, in words.
         instead: the flags to lower.
 

@@ -36,7 +36,7 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
     Valid checkpoints of later steps are of a course that was abandoned when an earlier one was resumed from. They go
     once the new one is whole: the newest valid folder is what the next start takes.
 
-    Arguments:
+    Args:
         tensors: name to CPU tensor.
         state: a JSON value with everything that is no tensor.
         keep: how many checkpoints stay, this one included; None keeps all.
@@ -236,7 +236,7 @@ def check_state(folder, state) -> None:
 def check_tensors(folder, tensors: dict, shapes: dict) -> None:
     """Makes sure that a checkpoint holds the fp32 mapping and Adam's two moments, and nothing else.
 
-    Arguments:
+    Args:
         shapes: name to shape of the mapping's parameters.
 
     Raises:

@@ -103,7 +103,7 @@ def check_values(config: dict, where: str) -> None:
     DeepSpeed itself reads "2" as 2 and 1 as True without a word, and looks at the values of some sections never, or
     only once the models are loaded.
 
-    Arguments:
+    Args:
         where: what every message starts with: the file.
 
     Raises:

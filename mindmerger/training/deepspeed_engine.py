@@ -147,7 +147,7 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
     DeepSpeed creates the moments in its first step, so one step with a zero gradient at learning rate 0 comes first:
     it changes no parameter.
 
-    Arguments:
+    Args:
         state: as `optimizer_state` returns it.
         step: optimizer steps taken so far.
         first_batch: any micro-batch, on the engine's device.

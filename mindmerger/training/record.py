@@ -110,7 +110,7 @@ class Recorder:
         """Drops the lines that a run resumed at `step` writes again, and damaged ones, such as a half-written last one;
         then opens the report target there.
 
-        Arguments:
+        Args:
             evaluation_due: whether the evaluation of `step` itself will be made again too.
 
         Raises:
