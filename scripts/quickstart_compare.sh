@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Every method of compare_all.sh in the quickstart's small world, on a CPU: `bash scripts/quickstart_compare.sh`.
 #
-# Goes on from quickstart.sh, which it runs first: what that has finished is not done again. Then tunes a math expert
+# Continues from quickstart.sh, which it runs first: what that has finished is not done again. Then tunes a math expert
 # and a language expert from the same tiny LLM, merges them, and evaluates all rows on the same unseen problems. The
-# table is comparison/table.md, .csv and .png in the world's folder. Run again, it goes on where it stopped.
+# table is comparison/table.md, .csv and .png in the world's folder. Run again, it continues where it stopped.
 #
 # The world is there to show the commands at work: its models are a million parameters small and its problems follow
 # templates, so its numbers say nothing of the methods. MindMerger's mappings are the quickstart's, trained with the

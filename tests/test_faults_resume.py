@@ -1,4 +1,4 @@
-"""Runs that are cut short and go on: what remains must equal an uninterrupted run's, bit for bit."""
+"""Runs that are cut short and resumed: what remains must equal an uninterrupted run's, bit for bit."""
 
 import argparse
 import json
@@ -66,7 +66,7 @@ def outputs(tmp_path, name, stage="mapping"):
 @pytest.mark.slow
 def test_losses_after_a_stop_equal_an_uninterrupted_run(run, flags, tmp_path):
     """Stopped in mid-epoch, exactly at an epoch's end (13 steps), before a due evaluation, with accumulation, and with
-    a scheduler: data order, moments, rate and best mapping must all go on as if nothing had happened."""
+    a scheduler: data order, moments, rate and best mapping must all continue as if nothing had happened."""
     variants = {
         "plain": (5, []),
         "epoch_end": (13, []),
@@ -260,7 +260,7 @@ def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one
 
 
 @pytest.mark.slow
-def test_kill_9_in_mid_run_and_in_a_checkpoint_write_goes_on_exactly(run, flags, tmp_path):
+def test_kill_9_in_mid_run_and_in_a_checkpoint_write_continues_exactly(run, flags, tmp_path):
     argv = named(flags, "cut", "--max_steps", "8")
     (whole,) = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "8")])
     assert whole["code"] == 0
@@ -307,7 +307,7 @@ def flip_a_byte(file):
 @pytest.mark.parametrize("damage", [cut_short, flip_a_byte, nest_too_deep, Path.unlink])
 @pytest.mark.parametrize("name", [checkpoints.TENSORS, checkpoints.STATE, checkpoints.MANIFEST])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(tmp_path, name, damage):
-    """safetensors loads a flipped data byte in silence; only the manifest's sha256 sees it."""
+    """safetensors loads a flipped data byte silently; only the manifest's sha256 sees it."""
     older, newer = small_checkpoint(tmp_path, 1), small_checkpoint(tmp_path, 2)
     damage(newer / name)
     found, skipped = newest_valid(tmp_path)
@@ -582,7 +582,7 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_all_before_the_update(run, 
 
 @pytest.mark.slow
 def test_a_dev_loss_that_is_not_finite_stops_all_and_keeps_the_best_mapping(run, flags, tmp_path):
-    """It went on in silence: the log got a NaN, which is no JSON, and no mapping was ever the best again."""
+    """It continued silently: the log got a NaN, which is not JSON, and no mapping was ever the best again."""
     argv = named(flags, "dev", "--max_steps", "8", "--eval_steps", "2")
     (broken,) = run_many(run, tmp_path, [{"argv": argv, "fault": {"step": 4, "rank": 1, "dev_nan": True}}], ranks=2)
     assert broken["code"] == 2 and "dev loss nan at step 4 is not finite" in broken["error"], broken

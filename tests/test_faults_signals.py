@@ -125,7 +125,7 @@ def assert_checkpoint_of_the_last_step(training):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_sigusr1_writes_a_checkpoint_and_goes_on_then_a_stop_on_one_rank_ends_all_with_one(launch, number, code):
+def test_sigusr1_writes_a_checkpoint_and_continues_then_a_stop_on_one_rank_ends_all_with_one(launch, number, code):
     training = launch(f"usr1-{number.name}")
     training.wait_for_steps()
     os.kill(training.ranks()[1], signal.SIGUSR1)
@@ -211,12 +211,12 @@ def test_ranks_whose_launcher_is_killed_while_they_load_end(launch):
     for pid in (training.process.pid, training.node_launcher()):
         os.kill(pid, signal.SIGKILL)
     training.end(15)
-    assert "the launcher has gone" in training.errors.read_text()
+    assert "the launcher is gone" in training.errors.read_text()
     assert not (training.folder / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize("who", ["runner", "both"])
-def test_an_evaluation_whose_launcher_is_killed_ends_and_goes_on_when_started_again(
+def test_an_evaluation_whose_launcher_is_killed_ends_and_resumes_when_started_again(
     start, run, tmp_path, tiny_llm, datas, who
 ):
     """Its ranks once generated on, kept the folder locked, and could write into the next run's."""
@@ -231,7 +231,7 @@ def test_an_evaluation_whose_launcher_is_killed_ends_and_goes_on_when_started_ag
         os.kill(pid, signal.SIGKILL)
     evaluation.end(15)
     assert not (folder / "results.json").exists(), "the evaluation was over before its launcher was killed"
-    assert "the launcher has gone" in evaluation.errors.read_text()
+    assert "the launcher is gone" in evaluation.errors.read_text()
     again = run(ROOT / "run_evaluation.py", *flags, "--save_name", name)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "continuing: " in again.stderr and sorted(entry.name for entry in folder.iterdir()) == [
@@ -263,7 +263,7 @@ def test_a_dead_rank_ends_the_other_and_the_same_command_takes_the_lock_over_and
     log = training.folder / "log.jsonl"
     before = log.stat().st_ino
     again = launch(f"dead-{rank}")
-    # The resumed run replaces the log by its part up to the checkpoint before it goes on.
+    # The resumed run replaces the log by its part up to the checkpoint before it continues.
     again.wait(lambda: log.stat().st_ino != before, "log cut back", 90)
     assert "resumes from" in again.errors.read_text()
     step = int(list_checkpoints(again.folder)[0].name[-6:])

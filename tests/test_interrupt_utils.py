@@ -79,7 +79,7 @@ def test_a_rank_whose_launcher_is_killed_before_anything_is_loaded_ends_with_its
     """Once the watch came with the training loop only, and ranks that were loading models stayed behind for ever."""
     pids = orphaned(tmp_path, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CROSS_RANK": "0"})
     wait_for_end(pids)
-    assert "rank 1: the launcher has gone" in (tmp_path / "errors").read_text()
+    assert "rank 1: the launcher is gone" in (tmp_path / "errors").read_text()
 
 
 def wait_for_end(pids, seconds=10):

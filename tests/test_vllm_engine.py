@@ -166,7 +166,7 @@ def test_the_llms_layers_are_not_loaded_twice(evaluate, stand_in, monkeypatch):
     assert found == [before]
 
 
-def test_chunks_are_whole_batches_and_a_stopped_run_goes_on_after_the_last_chunk(
+def test_chunks_are_whole_batches_and_a_stopped_run_continues_after_the_last_chunk(
     evaluate, stand_in, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(generation_vllm_engine, "CHUNK_ROWS", 5)

@@ -233,7 +233,7 @@ def _cast(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 def _write_shard(path: Path, layout: dict, blocks: Callable[[str], Iterator[torch.Tensor]], bar) -> dict:
     """Streams tensors into one safetensors file; returns its bytes and sha256.
 
-    The library's own writer wants all tensors of a file in memory. The format (huggingface/safetensors, README,
+    The library's own writer needs all tensors of a file in memory. The format (huggingface/safetensors, README,
     "Format"): a little-endian uint64 with the length of a JSON header, the header, the tensors' bytes without gaps.
     """
     # Wider dtypes first keeps every tensor aligned to its item size, as the library does.

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line: what is wrong, where, and what to do."""
+    """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do."""
 
 
 class ReportedError(UserError):

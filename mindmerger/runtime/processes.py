@@ -68,7 +68,7 @@ def init_distributed(force: bool = False):
     """Joins the process group that the launcher's environment describes and returns this rank's `torch.device`.
 
     A plain `python` run has no such environment and stays alone, unless `force` asks for a group of one (DeepSpeed
-    wants a group even then).
+    needs a group even then).
 
     Raises:
         UserError: when the environment is not what a launcher sets, the ranks cannot meet, or there is no GPU for one.

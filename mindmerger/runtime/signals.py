@@ -65,7 +65,7 @@ class LauncherWatch:
     def _watch(self) -> None:
         while not self._handed_over.wait(POLL_S):
             if self.is_gone():
-                _say("the launcher has gone: ending; the same command goes on where this one was")
+                _say("the launcher is gone, stopping; run the same command to resume")
                 kill_children()
                 os._exit(143)
 
@@ -211,7 +211,7 @@ class Signals:
                     elif number == signal.SIGUSR1:
                         self.save_asked = True
             if self._asked_at is None and self._launcher.is_gone():
-                self._ask(143, "the launcher has gone")
+                self._ask(143, "the launcher is gone")
             if self._asked_at is not None and time.monotonic() - max(self._asked_at, self._last_sign) > self._patience:
                 _say(
                     f"no progress for {self._patience:.0f} s after {self._reason}, another rank must be gone: ending; "

@@ -98,7 +98,7 @@ def clear_outputs(output_dir: Path) -> None:
     """Removes what an earlier run left in the output folder, on rank 0.
 
     Raises:
-        UserError: when something stays, naming the first such path: the run would go on from it.
+        UserError: when something stays, naming the first such path: the run would resume from it.
     """
     if not is_main():
         return
@@ -152,14 +152,14 @@ def find_checkpoint_to_resume(args, plan: Plan, data) -> tuple:
         if name not in args.allow_changed:
             raise UserError(
                 f"{folder} was trained with --{name} {before}, this run has {value}: use the same, or say "
-                f"--allow_changed {name} to go on with the new value, or --overwrite_output_dir to start over"
+                f"--allow_changed {name} to continue with the new value, or --overwrite_output_dir to start over"
             )
         log(f"--{name} was {before}, from here on {value}")
     check_tensors(folder, tensors, {name: p.shape for name, p in plan.bridge.named_parameters()})
     later = later_checkpoints(plan.output_dir, state["step"])
     if later:
         names = ", ".join(entry.name for entry in later)
-        warn(f"goes on from step {state['step']}: the first new checkpoint replaces {names}")
+        warn(f"resumes from step {state['step']}: the first new checkpoint replaces {names}")
     return folder, tensors, state
 
 

@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume_from_checkpoint", default="auto", help="auto (newest valid one in the output folder), a "
         "checkpoint, or a folder that holds some, of which it takes the newest valid one")  # fmt: skip
     add("--allow_changed", action="append", default=[], metavar="NAME", choices=sorted(CHANGEABLE_ON_RESUME),
-        help="let a resumed run go on with another value of this flag; may be given more than once")  # fmt: skip
+        help="let a resumed run continue with another value of this flag; may be given more than once")  # fmt: skip
     add("--dry_run", action="store_true", help="load the data, print the effective settings, steps and estimates of "
         "memory and hours, write nothing")  # fmt: skip
     add("--eval_steps", type=int, help="optimizer steps between dev evaluations (default: 2000 micro-batches' worth)")
@@ -264,7 +264,7 @@ def protect_initial_mapping(args, plan: Plan) -> None:
     """
     if args.overwrite_output_dir and args.resume_from_checkpoint != "auto":
         raise UserError(
-            "--overwrite_output_dir starts over and --resume_from_checkpoint goes on from "
+            "--overwrite_output_dir starts over and --resume_from_checkpoint continues from "
             f"{args.resume_from_checkpoint}: leave one of them out"
         )
     if plan.init_file is None:

@@ -221,7 +221,7 @@ def build_trainer(args, plan: Plan, device, tokenizers, data, split, checkpoint)
         first = trainer.to_device(next(iter(trainer.loader([trainer.train[:1]]))))
         load_optimizer_state(engine, tensors, state["step"], first)
         trainer.step, trainer.epoch = state["step"], state["epoch"]
-        # With another batch size, as --allow_changed permits, the epoch goes on at the nearest batch before.
+        # With another batch size, as --allow_changed permits, the epoch continues at the nearest batch before.
         trainer.batch = state["examples_in_epoch"] // args.train_batch_size
         trainer.best_dev_loss = math.inf if state["best_dev_loss"] is None else state["best_dev_loss"]
         trainer.evaluation_due = state["evaluation_due"]

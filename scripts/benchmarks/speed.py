@@ -229,7 +229,7 @@ class Ours:
         self.restart()
 
     def restart(self):
-        """Goes on with the next epoch's order."""
+        """Continues with the next epoch's order."""
         from mindmerger.training import trainer as training_trainer
 
         trainer = self.trainer

@@ -43,7 +43,7 @@ def fault_injected(fault):
         state["step"] = trainer.step + 1
         if "signal" in fault and fault["step"] == state["step"] and here():
             os.kill(os.getpid(), getattr(signal, fault["signal"]))
-            time.sleep(0.3)  # the listening thread hears it; the step then goes on
+            time.sleep(0.3)  # the listening thread hears it; the step then continues
         return step_function(trainer, *rest)
 
     def damaged_forward(self, *arguments, **named):
