@@ -114,7 +114,7 @@ merge_row() {
 
 extra=("$@")
 folder=$(python -c 'import sys; from mindmerger.tasks import find_task; print(find_task(sys.argv[1]).name)' "$task" 2>/dev/null) ||
-    fail "TASK is '$task', which is no task with an evaluation set: see python run_evaluation.py --help"
+    fail "TASK is '$task', which is not a task with an evaluation set: see python run_evaluation.py --help"
 
 evaluate_row "task LLM alone" task-llm -llm_only --llm_only --llm_path "$llm"
 

@@ -197,7 +197,7 @@ def mirror_files(source: Source, clone: Path) -> list[Path]:
     Files that name no split count where none names this one: MGSM's TSV files are all test sets.
 
     Raises:
-        UserError: where there are several such files that are no parts of one, or a Git LFS pointer among them.
+        UserError: where there are several such files that are not parts of one, or a Git LFS pointer among them.
     """
     config = re.split(r"[^a-z0-9]+", source.config.lower())
     other_splits = set().union(*SPLITS.values()) - SPLITS[source.split]
@@ -312,7 +312,7 @@ def fetch(data_root: Path, names: list[str], mirror: Path | None, overwrite: boo
 
 
 def canonical_path(name: str) -> PurePosixPath | None:
-    """Where a member of the archive belongs in the data folder; None for what is no data.
+    """Where a member of the archive belongs in the data folder; None for what is not data.
 
     Whatever folders stand before `bilingual_pairs`, `query_translation` or `evaluation` are dropped. Two spellings of
     the data sets' own releases become those of the released layout: `jap` for `ja`, MSVAMP's `.json` for `.jsonl`.

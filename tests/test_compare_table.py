@@ -159,7 +159,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(three, tmp_path):
 
 
 def test_rows_scored_by_different_versions_are_warned_of(three, tmp_path, capsys):
-    """What one version reads as 1,234 and another one as 234 is no difference between methods."""
+    """What one version reads as 1,234 and another one as 234 is not a difference between methods."""
     results = json.loads((three[1] / "results.json").read_text())
     (three[1] / "results.json").write_text(json.dumps(results | {"identity": {SCORER: 2}}))
     table_of(tmp_path, "--row", f"A={three[0]}", "--row", f"C={three[2]}")

@@ -181,7 +181,7 @@ def test_elements_cut_by_a_chunk_are_whole_and_memory_stays_flat(tmp_path, monke
         ("t.json", '[{"query": "x"}', "query", "t.json: element 2 is not valid JSON"),
         ("t.json", '[{"query": "x"}]', "text", "t.json:1: field 'text' is missing"),
         ("t.jsonl", '{"query": "x"}\nnonsense\n', "query", "t.jsonl:2: not valid JSON"),
-        ("t.txt", "line\n", "query", "t.txt:1: --fields query .* no JSON object"),
+        ("t.txt", "line\n", "query", "t.txt:1: --fields query .* not a JSON object"),
         ("absent.json", None, None, "no file absent.json"),
     ],
 )

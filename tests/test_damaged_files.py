@@ -118,7 +118,7 @@ def test_the_reason_of_an_error_is_one_line_of_bounded_length_with_the_type_of_a
 def test_text_in_the_place_of_torch_weights_is_refused_by_file_as_model_mapping_and_expert(llm):
     (llm / "model.safetensors").unlink()
     file = llm / "pytorch_model.bin"
-    file.write_text("hello, these are no weights")
+    file.write_text("hello, these are not weights")
     for message in (
         refusal(check_models, None, str(llm), backward=False),
         refusal(read_mapping, str(file)),

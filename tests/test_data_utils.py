@@ -598,7 +598,7 @@ def test_every_rank_gets_equally_many_micro_batches_and_every_row_once(
     assert token_budget is not None or len(ranks[0]) == least
 
 
-@settings(deadline=None)  # it tries all cuts, and a busy machine is no fault
+@settings(deadline=None)  # it tries all cuts, and a busy machine is not a fault
 @given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=9), token_budget=st.integers(1, 200))
 def test_a_token_budget_is_spent_on_the_cheapest_of_all_cuts(lengths, token_budget):
     """Against every way to cut: padded positions plus the fixed cost of each micro-batch."""

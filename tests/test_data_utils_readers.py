@@ -516,7 +516,7 @@ def test_broken_lines_of_jsonl_are_left_out_and_do_not_count_as_given(tmp_path):
     assert [":".join(fault.split(":")[1:2]) for fault in faults] == ["2", "3"]
 
 
-def test_a_file_of_faulty_rows_alone_and_one_that_is_no_list_are_refused_all_the_same(tmp_path):
+def test_a_file_of_faulty_rows_alone_and_one_that_is_not_a_list_are_refused_all_the_same(tmp_path):
     task = find_task("math")
     for content, message in (
         ('[{"lang": "x"}]', "every row in it is faulty"),

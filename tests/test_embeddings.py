@@ -62,7 +62,7 @@ def test_retrieval_counts_the_own_english_sentence_as_nearest():
     assert retrieval(english, torch.diag(torch.tensor([1.0, 100, 1, 1])) + 0.02) == 1.0
 
 
-def test_equally_near_sentences_are_no_success():
+def test_equally_near_sentences_are_not_a_success():
     """A mapping that sends everything to one point must not score 100 %."""
     assert retrieval(torch.ones(3, 5), torch.ones(3, 5)) == 0.0
 

@@ -498,7 +498,7 @@ def bad_tsv(draw, file: File, row: int) -> bytes:
 
 
 def bad_json_value(draw, file: File, row: int) -> bytes:
-    """Valid JSON that is no row of this file."""
+    """Valid JSON that is not a row of this file."""
     value, form = file.values[row], file.form
     keys = draw(st.sampled_from(form.texts))
     half_pair = draw(JSON_TEXT) + draw(st.sampled_from(["\ud800", "\udfff", "\ud83dx", "\udc00\ud800"]))
@@ -513,7 +513,7 @@ def bad_json_value(draw, file: File, row: int) -> bytes:
 
 
 def bad_json_texts(draw, file: File, row: int) -> list[bytes]:
-    """Rows that are no valid JSON, or JSON whose plain reading would lose something."""
+    """Rows that are not valid JSON, or JSON whose plain reading would lose something."""
     whole = file.pieces[file.at(row)].data
     inside = whole[1:]
     junk = encode(draw(JSON_TEXT), True)

@@ -61,7 +61,7 @@ def test_sizes_beyond_the_number_of_layers_are_refused_with_both_numbers():
 
 @pytest.mark.parametrize("span", ["2:7", "3:3", "4:2", "-1:3", "2", "a:b", ":", "1:2:3", "٢:٣"])
 def test_unknown_layer_range_is_refused(span):
-    with pytest.raises(UserError, match="no range of layers: expected A:B with 0 <= A < B <= 6"):
+    with pytest.raises(UserError, match="not a range of layers: expected A:B with 0 <= A < B <= 6"):
         plan_middle(6, span, "language")
 
 
@@ -146,7 +146,7 @@ def test_middle_with_ends_is_refused(experts, tmp_path):
 
 @pytest.mark.parametrize("middle", ["2:9", "x"])
 def test_unknown_layer_range_leaves_nothing(experts, tmp_path, middle):
-    with pytest.raises(UserError, match="--middle .* is no range of layers"):
+    with pytest.raises(UserError, match="--middle .* is not a range of layers"):
         swap(experts, tmp_path / "merged", "--middle", middle)
     assert not list(tmp_path.iterdir())
 

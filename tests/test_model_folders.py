@@ -405,7 +405,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(pair, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "error: --middle 2:99 is no range of layers: expected A:B with 0 <= A < B <= 4, the number of layers"
+        "error: --middle 2:99 is not a range of layers: expected A:B with 0 <= A < B <= 4, the number of layers"
     )
     assert not list(tmp_path.iterdir())
 

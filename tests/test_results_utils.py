@@ -515,7 +515,7 @@ def test_a_batch_written_twice_is_whole_and_one_with_a_line_twice_is_not(partial
 @pytest.mark.parametrize(
     "line", ["1", "{}", "[]", "null", "[" * 100_000, '{"index": 1, "batch": [], "batch_size": {}}', "\xff"]
 )
-def test_a_line_that_is_no_record_is_as_good_as_lost(partial, line):
+def test_a_line_that_is_not_a_record_counts_as_lost(partial, line):
     shard = append(partial, 0, batch(5, 2))
     with open(shard, "ab") as file:
         file.write(line.encode("latin-1") + b"\n")

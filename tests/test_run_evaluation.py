@@ -207,7 +207,7 @@ def test_x_csqa_questions_are_known_by_their_own_id_in_whatever_order_they_stand
     assert abs(low - one_low) <= 5 and abs(high - one_high) <= 5
 
 
-def test_rows_with_other_answers_are_no_translations_of_each_other_and_that_is_said(evaluate, tmp_path, datas):
+def test_rows_with_other_answers_are_not_translations_of_each_other_and_that_is_said(evaluate, tmp_path, datas):
     shutil.copytree(f"{datas}/evaluation/mgsm", tmp_path / "shifted/evaluation/mgsm")
     file = tmp_path / "shifted/evaluation/mgsm/mgsm_th.tsv"
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -507,7 +507,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(evaluate, tmp_path, monk
 
 
 def test_a_run_out_of_memory_continues_with_a_smaller_batch(evaluate, tmp_path, monkeypatch):
-    """Finished examples stay finished when --eval_batch_size, which is no part of the result, is lowered."""
+    """Finished examples stay finished when --eval_batch_size, which is not part of the result, is lowered."""
     evaluate(*FEW, "--results_dir", "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 1)

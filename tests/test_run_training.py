@@ -447,7 +447,7 @@ def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, t
         (["--seed", "-1"], "--seed must be at least 0 and below 2.64, not -1"),
         (["--seed", str(2**64)], "--seed must be at least 0 and below 2.64"),
         (["--max_seq_len", str(10**30)], "--max_seq_len must be below 2.63"),
-        # Written to ds_config.json as Infinity, which is no JSON.
+        # Written to ds_config.json as Infinity, which is not JSON.
         (["--max_grad_norm", "inf"], "--max_grad_norm must be a finite number above 0, not inf"),
         (["--max_grad_norm", "nan"], "--max_grad_norm must be a finite number above 0, not nan"),
         (["--lr", "inf"], "--lr must be a finite number above 0, not inf"),

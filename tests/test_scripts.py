@@ -519,7 +519,7 @@ def test_a_clone_with_a_loading_script_is_read_by_its_files_and_the_script_never
     for name in task_languages("math_mgsm"):
         code = find_language(name).code
         write_rows(scripted_mirror / layout.format(code), rows("mgsm_en_test.jsonl"))
-        if "test" in layout:  # few-shot examples, which are no test set
+        if "test" in layout:  # few-shot examples, which are not a test set
             train = scripted_mirror / layout.format(code).replace("test", "train")
             write_rows(train, [{"question": "Train?", "answer_number": 1}])
     assert scripts_prepare_data.fetch(tmp_path / "datas", ["mgsm"], tmp_path / "mirror", False) == []

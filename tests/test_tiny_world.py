@@ -313,8 +313,8 @@ def test_experts_are_refused_where_they_do_not_fit_and_nothing_changes(small_wor
     for folder, arguments, message in (
         (world_with_experts, EXPERTS, "language_expert exist already: add --overwrite"),
         (small_world, [*EXPERTS, "--seed", "1"], "mgsm_en.tsv does not follow from --seed 1"),
-        (tmp_path, EXPERTS, "is no finished small world"),
-        (tmp_path, [*EXPERTS, "--overwrite"], "is no finished small world"),
+        (tmp_path, EXPERTS, "is not a finished small world"),
+        (tmp_path, [*EXPERTS, "--overwrite"], "is not a finished small world"),
     ):
         before = contents(folder)
         refused = make(folder, *arguments)

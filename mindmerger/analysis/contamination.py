@@ -159,7 +159,7 @@ def stream_json_list(path: Path) -> Iterator[tuple[Record, int]]:
     """Yields (element, bytes read for it) of a JSON list, holding one element and a chunk in memory.
 
     Raises:
-        DataError: for a file that is no list, not UTF-8 or not valid JSON, naming the element.
+        DataError: for a file that is not a list, not UTF-8 or not valid JSON, naming the element.
     """
     decoder = json.JSONDecoder()
     try:
@@ -213,7 +213,7 @@ def stream_texts(path: Path, fields: list[str] | None) -> Iterator[tuple[str, st
 
 def _field(record: Record, name: str) -> str:
     if not isinstance(record.value, dict):
-        raise record.fail(f"--fields {name} was asked for but this row is no JSON object")
+        raise record.fail(f"--fields {name} was asked for but this row is not a JSON object")
     return record.text(*name.split("."), may_be_empty=True)
 
 

@@ -122,7 +122,7 @@ def plan_middle(number: int, span: str, middle_from: str) -> tuple[str, ...]:
     valid = colon and all(part.isascii() and part.isdigit() for part in (first, last))
     if not (valid and int(first) < int(last) <= number):
         raise UserError(
-            f"--middle {span} is no range of layers: expected A:B with 0 <= A < B <= {number}, the number of layers"
+            f"--middle {span} is not a range of layers: expected A:B with 0 <= A < B <= {number}, the number of layers"
         )
     other = MATH if middle_from == LANGUAGE else LANGUAGE
     return tuple(middle_from if int(first) <= i < int(last) else other for i in range(number))

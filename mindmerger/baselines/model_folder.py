@@ -193,7 +193,7 @@ def _expected_shapes(role: str, folder: Path, config) -> dict[str, tuple[int, ..
         raise MergeError(f"{role} {folder} is a {config.model_type} model, not a causal language model")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    # A tied head is no parameter of its own and is left out here.
+    # A tied head is not a parameter of its own and is left out here.
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -232,10 +232,10 @@ def _locate(role: str, folder: Path) -> dict[str, Stored]:
 def _read_header(file: Path) -> dict[str, Stored]:
     handle = _open_weights(file)
     header = {}
-    for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+    for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
         entry = _entry(handle, name)
         if not hasattr(entry, "get_shape") and not isinstance(entry, torch.Tensor):
-            raise MergeError(f"{file}: {name} is no tensor; expected a plain state dict of a whole model")
+            raise MergeError(f"{file}: {name} is not a tensor; expected a plain state dict of a whole model")
         safe = hasattr(entry, "get_shape")
         shape = tuple(entry.get_shape() if safe else entry.shape)
         dtype = DTYPE_CODES.get(entry.get_dtype()) if safe else entry.dtype

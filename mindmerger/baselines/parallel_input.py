@@ -10,7 +10,7 @@ Large Language Models", EMNLP 2024, arXiv 2403.09073):
 
 math: a preamble, then one line per language, inside the task's own prompt. xnli: only the premise is multilingual, the
 hypothesis stands once, in the source language. x-csqa: only the question's stem (ours), the options stand once.
-Translations are the benchmark's own parallel rows (`aligned`, results labelled oracle, since people made them) or a
+Translations are the benchmark's own parallel rows (`aligned`, results labelled oracle, since humans made them) or a
 machine's (a file of {"id", "language", "text"} lines, results labelled machine).
 """
 

@@ -37,7 +37,7 @@ class ParallelInput:
 
     @property
     def label(self) -> str:
-        """Who translated: people ("oracle") or a machine; no table may leave it out."""
+        """Who translated: humans ("oracle") or a machine; no table may leave it out."""
         return "oracle" if self.translations == "aligned" else "machine"
 
     @property

@@ -158,7 +158,7 @@ def read_finished(partial: Path) -> dict[int, dict]:
     """Finished records by example index, from all files in `partial`, however many ranks wrote them.
 
     A batch counts when all of its examples are there: what a crash left of one is generated again as a whole, so that
-    a continued run sees the same batches as an uninterrupted one. Lines that are no records are as good as lost.
+    a continued run sees the same batches as an uninterrupted one. Lines that are not records count as lost.
     """
     finished = {}
     for shard in sorted(partial.glob("*.jsonl")):

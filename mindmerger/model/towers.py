@@ -85,7 +85,7 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
     check_quantisation(path, config, backward=False)
     check_weights(path, config)
     previous = logging.get_verbosity()
-    logging.set_verbosity_error()  # an unused decoder half is no news; what is missing is an error below
+    logging.set_verbosity_error()  # an unused decoder half is not news; what is missing is an error below
     logging.disable_progress_bar()  # one bar for each tower and rank would bury the run's own lines
     try:
         model, info = auto_class.from_pretrained(

@@ -117,7 +117,7 @@ class FolderLock:
         found = os.fstat(self._file.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             self._file.close()
-            raise UserError(f"{self.path} is no plain file, or another name of one elsewhere: remove it")
+            raise UserError(f"{self.path} is not a plain file, or another name of one elsewhere: remove it")
 
     def _is_in_place(self) -> bool:
         try:

@@ -20,7 +20,7 @@ from mindmerger.runtime.watch import kill_children
 # Seconds without a sign of life from the training thread, after a signal, before the rank gives up: it then waits in a
 # collective for a rank that is gone. Launchers kill after 30.
 PATIENCE_S = 20.0
-# The same while a checkpoint is written: a slow disk is no dead peer, and ending then would lose what is being saved.
+# The same while a checkpoint is written: a slow disk is not a dead peer, and ending then would lose what is saved.
 SAVING_PATIENCE_S = 600.0
 POLL_S = 0.25
 

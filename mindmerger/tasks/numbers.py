@@ -53,7 +53,7 @@ def _plain_character(character: str) -> str:
     return character
 
 
-# A command's name ends at the first character that is no letter, a digit too, and takes the blanks behind it.
+# A command's name ends at the first character that is not a letter, a digit too, and takes the blanks behind it.
 _LATEX = (
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\(?:[,;: ]|thinspace(?![A-Za-z])[ \t]*)"), _GROUP_SPACE),
@@ -232,7 +232,7 @@ _OPENING = re.compile(
 
 
 def _is_negative(text: str, number: _Number) -> bool:
-    """Whether the sign before a number makes it negative and is no operator, range, dash, hyphen or bullet."""
+    """Whether the sign before a number makes it negative and is not an operator, range, dash, hyphen or bullet."""
     tail = text[max(0, number.start - 60) : number.start]
     sign = _SIGN.search(tail)
     if not sign:
@@ -259,7 +259,7 @@ def read_number(text: str, code: str = "en") -> float | None:
     a sign before the number or its currency, powers of ten (1e5, 3 × 10^5) and fractions (1/2, 2½, 3 1/2). Where a
     single comma or point before three digits leaves two readings the language decides: 1.234 is 1234 in German. But in
     a text that writes English, as models often do in answer to any language, a comma there groups thousands.
-    What is no grouping stays apart, as in lists (3,5,8), dates and times, and a hyphen there is no sign.
+    What is not a grouping stays apart, as in lists (3,5,8), dates and times, and a hyphen there is not a sign.
 
     Args:
         code: ISO 639-1 code of the question's language.

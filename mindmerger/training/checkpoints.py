@@ -38,7 +38,7 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
 
     Args:
         tensors: name to CPU tensor.
-        state: a JSON value with everything that is no tensor.
+        state: a JSON value with everything that is not a tensor.
         keep: how many checkpoints stay, this one included; None keeps all.
 
     Raises:
@@ -149,7 +149,7 @@ def newest_valid(output_dir) -> tuple[Path | None, list[str]]:
 
 
 def holds_checkpoints(folder) -> bool:
-    """Whether a folder is no checkpoint itself but holds some, as a run's output folder does."""
+    """Whether a folder is not a checkpoint itself but holds some, as a run's output folder does."""
     return not (Path(folder) / MANIFEST).exists() and bool(list_checkpoints(folder))
 
 
@@ -226,11 +226,13 @@ def check_state(folder, state) -> None:
         "identity": lambda value: isinstance(value, dict),
     }
     if not isinstance(state, dict):
-        raise UserError(f"checkpoint {folder}: {STATE} must hold an object: it is no training state, pass another")
+        raise UserError(f"checkpoint {folder}: {STATE} must hold an object: it is not training state, pass another")
     for name, fits in fields.items():
         if name not in state or not fits(state[name]):
             found = repr(state[name])[:80] if name in state else "missing"
-            raise UserError(f"checkpoint {folder}: {name} in {STATE} is {found}: it is no training state, pass another")
+            raise UserError(
+                f"checkpoint {folder}: {name} in {STATE} is {found}: it is not training state, pass another"
+            )
 
 
 def check_tensors(folder, tensors: dict, shapes: dict) -> None:
@@ -248,7 +250,7 @@ def check_tensors(folder, tensors: dict, shapes: dict) -> None:
     if tensors.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise UserError(
-            f"checkpoint {folder}: {TENSORS} is no training state: missing {missing or 'nothing'}, unknown "
+            f"checkpoint {folder}: {TENSORS} is not training state: missing {missing or 'nothing'}, unknown "
             f"{extra[:20] or 'nothing'}: pass another"
         )
     for name, shape in expected.items():

@@ -123,7 +123,7 @@ def find_checkpoint_to_resume(args, plan: Plan, data) -> tuple:
 
     Raises:
         UserError: when it belongs to another run, naming the first difference, or a named one is damaged, or its
-            content is no training state of these models.
+            content is not training state of these models.
     """
     if not is_main():
         return None, None, None

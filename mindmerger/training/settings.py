@@ -283,7 +283,7 @@ def settle_accumulation(args) -> int:
     """Micro-batches of each process in one optimizer step: batch / (micro-batch x processes).
 
     Raises:
-        UserError: when that is no whole number.
+        UserError: when that is not a whole number.
     """
     per_pass = args.train_micro_batch_size_per_gpu * world_size()
     if args.train_batch_size % per_pass:

@@ -104,8 +104,8 @@ def check_world(folder: Path, seed: int) -> list[Problem]:
     for needed in (folder / "llm" / "config.json", folder / "llm" / "model.safetensors", english):
         if not needed.is_file():
             raise UserError(
-                f"{folder} is no finished small world, {needed} is missing: --experts adds to one, or makes one in a "
-                "new folder"
+                f"{folder} is not a finished small world, {needed} is missing: --experts adds to one, or makes one in "
+                "a new folder"
             )
     rows = english.read_text("utf-8").splitlines()
     try:

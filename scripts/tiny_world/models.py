@@ -224,7 +224,7 @@ class EnglishTexts:
 
 
 def draw_calculations(count: int, rng: random.Random) -> str:
-    """Single steps of solutions, from number combinations of any split: a step's two numbers are no combination."""
+    """Single steps of solutions, from number combinations of any split: a step's two numbers are not a combination."""
     steps = []
     while len(steps) < count:
         a, b, c = rng.choice(FIRST_NUMBERS), rng.choice(OTHER_NUMBERS), rng.choice(OTHER_NUMBERS)
