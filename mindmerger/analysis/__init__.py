@@ -1,1 +1,1 @@
-"""What one can look at: `python -m mindmerger.analysis.<name>`."""
+"""Analyses of data and models, one command each: `python -m mindmerger.analysis.<name>`."""

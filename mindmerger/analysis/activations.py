@@ -47,8 +47,8 @@ def find_activations(model) -> tuple[list, int]:
 
 @dataclass
 class Observation:
-    """What one forward pass showed: `counts` (layers, width) and `row_counts` (rows, layers), both int64; `tokens` of
-    each row (rows,)."""
+    """Counts of one forward pass: `counts` (layers, width) and `row_counts` (rows, layers), both int64; `tokens` of each
+    row (rows,)."""
 
     counts: object
     row_counts: object

@@ -1,1 +1,1 @@
-"""What MindMerger is compared with: one command for each method, `python -m mindmerger.baselines.<name>`."""
+"""Methods that MindMerger is compared with, one command each: `python -m mindmerger.baselines.<name>`."""

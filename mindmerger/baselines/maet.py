@@ -86,7 +86,7 @@ class Models:
 
 @dataclass
 class Selection:
-    """What the first pass found: which scalars are in K and which tensors in T."""
+    """Result of the first pass: which scalars are in K and which tensors in T."""
 
     key_bits: int  # bit pattern of the smallest |probe - base| in K
     keys: int  # scalars in K

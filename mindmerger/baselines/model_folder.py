@@ -58,7 +58,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Place:
-    """What a tensor is: its layer (None outside the layers) and its kind.
+    """Place of a tensor in the model: its layer (None outside the layers) and its kind.
 
     Kinds: q, k, v, o, gate, up, down (weights and biases), norm, embeddings, head, other.
     """

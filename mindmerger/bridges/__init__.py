@@ -1,4 +1,4 @@
-"""What is trained between the two frozen towers: one connector, one file, one line in `BRIDGES`."""
+"""Connectors, trained between the two frozen towers: each is one file and one line in `BRIDGES`."""
 
 from mindmerger.bridges.base import Bridge, BridgeOutput, Stage
 from mindmerger.bridges.mapping import Mapping

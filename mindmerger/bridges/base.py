@@ -1,4 +1,4 @@
-"""What a bridge is: the one trained part between two frozen towers, and the stages in which it is trained.
+"""The contract of a bridge: the one trained part between two frozen towers, and the stages in which it is trained.
 
 Dimension letters: B batch, S encoder tokens, K prefix length, E encoder width, D LLM width.
 """
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class BridgeOutput(NamedTuple):
-    """What the LLM gets from the encoder.
+    """Input of the LLM that comes from the encoder.
 
     prefix_BKD: soft tokens, markers included, in the bridge's own dtype. prefix_mask_BK: 1 on real ones, on the device
     of the mask that the bridge was given. memory: keys and values for the attention of each LLM layer; None leaves the
@@ -38,7 +38,7 @@ class Stage(NamedTuple):
 
 
 class Bridge(nn.Module):
-    """What is trained between two frozen towers. One subclass per method, one file per subclass.
+    """The part that is trained between two frozen towers. One subclass per method, one file per subclass.
 
     A subclass is built from the two widths, sets `stages`, and implements `forward` and `prefix_length`. Its parameters
     are what a mapping file and a checkpoint hold.

@@ -64,7 +64,7 @@ class MicroBatch:
 def split_global_batch(
     indices: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int, token_budget: int | None = None
 ) -> list[list[MicroBatch]]:
-    """Cuts a global batch into micro-batches of rows of like length: `[rank][i]`, equally many for every rank.
+    """Cuts a global batch into micro-batches of rows of similar length: `[rank][i]`, equally many for every rank.
 
     Args:
         indices: rows of the global batch.
@@ -73,7 +73,7 @@ def split_global_batch(
         token_budget: most positions of a micro-batch, padding included; a longer row stands alone.
 
     Every row is in exactly one micro-batch of weight 1. Rows are dealt to the ranks in turn, by falling length: all
-    ranks work on rows of like length at the same time, the longest first, so that a lack of memory shows at once. A
+    ranks work on rows of similar length at the same time, the longest first, so that a lack of memory shows at once. A
     rank without rows passes one row with weight 0.
     """
     indices = np.asarray(indices)

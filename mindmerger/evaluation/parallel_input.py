@@ -23,7 +23,7 @@ MATH_PREAMBLE = (
 
 @dataclass(frozen=True)
 class ParallelInput:
-    """What PMI adds to the input.
+    """Settings of PMI: the translations that it adds to the input.
 
     size: translations per item (k). translations: "aligned", or the path of a .jsonl file. languages: candidates for
     the translations, in order of preference; None for `default_languages`. seed: of the order "shuffled".

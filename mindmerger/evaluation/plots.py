@@ -1,4 +1,4 @@
-"""What the pictures of this folder share: size, colours that colour-blind readers tell apart, whole files."""
+"""Common parts of all pictures: size, colours that colour-blind readers tell apart, whole files."""
 
 import io
 

@@ -187,7 +187,7 @@ def form_of(args: argparse.Namespace) -> str:
 
 
 def find_models_on_rank_0(args: argparse.Namespace) -> tuple[str | None, str | None, str, str] | None:
-    """What `find_models` finds on rank 0, whose machine alone may have the mapping; None in a run of one process."""
+    """Returns rank 0's `find_models`, whose node alone may have the mapping; None in a run of one process."""
     from mindmerger.tasks import find_task
 
     if world_size() == 1:

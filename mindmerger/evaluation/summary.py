@@ -1,4 +1,4 @@
-"""What an evaluation writes once all answers are there: predictions, scores.tsv and, last, results.json."""
+"""Files that an evaluation writes once all answers are there: predictions, scores.tsv and, last, results.json."""
 
 import argparse
 import json

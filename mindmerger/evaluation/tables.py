@@ -13,7 +13,7 @@ FORM_TITLES = {
 
 
 def form_title(results: dict) -> str:
-    """What was evaluated, in words, from the content of a `results.json`; parallel input says who translated."""
+    """Says in words what was evaluated, from the content of a `results.json`; parallel input says who translated."""
     title = FORM_TITLES.get(results["form"], results["form"])
     parallel = results.get("parallel_input")
     if parallel is None:

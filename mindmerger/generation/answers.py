@@ -98,7 +98,7 @@ def split_evaluation(remaining: list[int], plan, args: argparse.Namespace) -> li
 
 
 def batch_inputs(model, tokenizers, columns: dict, batch: list[int]) -> dict:
-    """What the model is given for the examples numbered `batch`."""
+    """Collates the model's inputs for the examples numbered `batch`."""
     from mindmerger.data.batches import collate
 
     rows = [{name: columns[name][i] for name in ("encoder_ids", "prompt_ids") if name in columns} for i in batch]
@@ -186,7 +186,7 @@ def load_model(plan, device, input_side_only: bool = False):
 
 
 def start_engine(plan):
-    """What decodes where that is not the model itself. Call it when the model has its place on the GPU."""
+    """Starts the engine that decodes where that is not the model itself, once the model has its place on the GPU."""
     if plan.engine == "hf":
         return None
     from mindmerger.generation import vllm_engine

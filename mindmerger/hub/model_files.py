@@ -58,7 +58,7 @@ def one_line(error: BaseException) -> str:
 
 
 def hub_advice(name: str, error: BaseException) -> str | None:
-    """What to do about a hub name whose files cannot be fetched; None for another kind of error."""
+    """Says what to do about a hub name whose files cannot be fetched; None for another kind of error."""
     from huggingface_hub import constants, errors
 
     chain = [error]

@@ -1,4 +1,4 @@
-"""What makes transformers' `generate` cheaper and safer: a cache that is not copied at every token, no detours on a
+"""Cheaper and safer decoding with transformers' `generate`: a cache that is not copied at every token, no detours on a
 CPU, and an end to logits that are not numbers.
 
 Dimension letters: B batch, H key-value heads, G queries of one such head, L positions so far, D head width,

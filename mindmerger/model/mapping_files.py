@@ -35,7 +35,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class MindMergerConfig:
-    """What `config.json` beside a mapping records: which models it belongs to and what it was trained for."""
+    """Content of `config.json` beside a mapping: which models it belongs to and what it was trained for."""
 
     mt_path: str | None
     llm_path: str

@@ -249,7 +249,7 @@ class MindMerger(nn.Module):
         prompt_ids: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the LLM reads before it answers: `<bos> mapped-source boundary [prompt]`, or `<bos> prompt` without
+        """Builds the LLM's input before the answer: `<bos> mapped-source boundary [prompt]`, or `<bos> prompt` without
         `encoder_input_ids`. Uses no part of the LLM but its input embedding.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What every command line shares: its parser, its exit codes, and the versions that a result records."""
+"""Common parts of every command line: its parser, its exit codes, and the versions that a result records."""
 
 import argparse
 import os

@@ -155,7 +155,7 @@ class Signals:
 
     @contextlib.contextmanager
     def saving(self):
-        """Within it the rank is patient: it writes to a disk that may be slow, or waits for the rank that does."""
+        """Context manager: the rank is patient, since it writes to a slow disk or waits for the rank that does."""
         self._patience = SAVING_PATIENCE_S
         try:
             yield

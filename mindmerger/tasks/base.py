@@ -1,4 +1,4 @@
-"""What a benchmark is: languages, files, what a row means, prompt, gold answer, scoring, published numbers."""
+"""The parts of a benchmark: languages, files, what a row means, prompt, gold answer, scoring, published numbers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

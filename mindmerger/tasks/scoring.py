@@ -23,7 +23,7 @@ def _code(language: Language | str | None) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """What an output was read as and whether that is right, by our reading and by the published one."""
+    """Reading of an output and whether it is right, by our rules and by the published ones."""
 
     prediction: str | float | None
     correct: bool

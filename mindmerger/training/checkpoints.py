@@ -116,7 +116,7 @@ def later_checkpoints(output_dir, step: int) -> list[Path]:
 
 
 def damage_in(folder) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None when its manifest proves it whole."""
+    """Says what is wrong with a checkpoint folder; None when its manifest proves it whole."""
     folder = Path(folder)
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")

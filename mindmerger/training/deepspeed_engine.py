@@ -1,4 +1,4 @@
-"""What DeepSpeed has to be told for a model of which almost everything is frozen.
+"""DeepSpeed for a model of which almost everything is frozen.
 
 Each function stands for one measured behaviour of DeepSpeed 0.19: what it compiles at start, how ZeRO-3 loads frozen
 towers, and where the optimizer's state lives. Heavy imports happen inside the functions that need them.

@@ -1,4 +1,4 @@
-"""What stops a run before it loses anything: memory probed on the longest rows, losses that are not finite."""
+"""Guards that stop a run before it loses anything: memory probed on the longest rows, losses that are not finite."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""What a training run writes and what it may continue from: mappings, checkpoints, settings."""
+"""Files of a training run, written and resumed from: mappings, checkpoints, settings."""
 
 import math
 import os
@@ -67,7 +67,7 @@ def save_checkpoint(trainer: Trainer) -> None:
 
 
 def identity(args, plan: Plan, data) -> dict:
-    """What makes a run this run: what must not change in its continuation, and what may when the user says so."""
+    """Returns what identifies a run: what must not change when it is resumed, and what may when the user says so."""
     fixed = {
         "task": plan.task.training_name,
         "stage_name": args.stage_name,
