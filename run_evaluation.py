@@ -147,7 +147,7 @@ def join_machines(plan: Plan, overwrite: bool) -> dict[int, dict]:
 
 
 def collect_answers(plan: Plan) -> None:
-    """Writes the answers that rank 0's results folder lacks into it: other machines may have folders of their own."""
+    """Writes the answers that rank 0's results folder lacks into it: other nodes may have folders of their own."""
     from mindmerger.evaluation.results import PARTIAL, append_records, open_shard, read_finished
 
     if world_size() == 1:

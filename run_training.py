@@ -56,7 +56,7 @@ STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step 
 
 
 def load_data(args, plan: Plan, cache_dir=None):
-    """Tokenised training set, tokenizers and the dev/train split; tokenising happens once on each machine."""
+    """Tokenised training set, tokenizers and the dev/train split; tokenising happens once on each node."""
     from mindmerger.data.batches import automatic_dev_size, split_dev
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.data.training_set import build_training_set

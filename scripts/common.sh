@@ -52,11 +52,11 @@ add_settings() {
     done
 }
 
-# launch PROGRAM ARGUMENT...: one process per GPU, on this machine or on those of HOSTFILE.
+# launch PROGRAM ARGUMENT...: one process per GPU, on this node or on those of HOSTFILE.
 launch() {
     local options=() word
     if [[ -n ${HOSTFILE-} ]]; then
-        # DeepSpeed would merely warn and train on this machine alone.
+        # DeepSpeed would merely warn and train on this node alone.
         [[ -f $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE: no such file"
         options+=(--hostfile "$HOSTFILE")
     fi

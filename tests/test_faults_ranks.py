@@ -84,7 +84,7 @@ def patient(tiny_llm, tiny_encoder):
 
 
 def nodes(folder, tiny_llm, tiny_encoder):
-    """Scenarios of two machines: with one output folder, with one each, and with an interruption."""
+    """Scenarios of two nodes: with one output folder, with one each, and with an interruption."""
     for name in ("shared", "node0", "node1"):
         (folder / name).mkdir()
     runs = [
@@ -166,8 +166,8 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.name in wanted}
 
 
-def test_machines_without_a_common_output_folder_train_both_stages_and_evaluate_as_with_one(ends, folder):
-    """Stage 2 ended on the second machine, which lacks stage 1's mapping, and so did the evaluation."""
+def test_nodes_without_a_common_output_folder_train_both_stages_and_evaluate_as_with_one(ends, folder):
+    """Stage 2 ended on the second node, which lacks stage 1's mapping, and so did the evaluation."""
     assert [ends[name]["codes"] for name in ("together", "apart")] == [[0, 0]] * 2, ends["apart"]["err"]
     one, two = contents(folder / "shared"), contents(folder / "node0")
     assert len(one) == 7 and two.keys() >= one.keys() and all(two[name] == one[name] for name in one)
@@ -175,7 +175,7 @@ def test_machines_without_a_common_output_folder_train_both_stages_and_evaluate_
     assert not [path for path in (folder / "node1").rglob("*") if path.is_file()]
 
 
-def test_an_evaluation_continues_with_the_answers_of_a_machine_that_has_a_folder_of_its_own(ends, folder):
+def test_an_evaluation_continues_with_the_answers_of_a_node_that_has_a_folder_of_its_own(ends, folder):
     assert ends["stopped"]["codes"] == [2, 2] and ends["continued"]["codes"] == [0, 0], ends["continued"]["err"]
     assert "generating 4 answers" in ends["stopped"]["err"][0]
     assert "generating 2 answers" in ends["continued"]["err"][0]

@@ -104,7 +104,7 @@ command.run_main(main)
     ],
 )
 def test_a_rank_that_is_lost_without_a_word_ends_the_others_whatever_they_wait_in(lost, how, says):
-    """A machine without power; gloo notices a closed connection, NCCL nothing at all."""
+    """A node without power; gloo notices a closed connection, NCCL nothing at all."""
     place = {"WORLD_SIZE": "2", **M, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
     ranks = [
         subprocess.Popen(

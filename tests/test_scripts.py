@@ -227,7 +227,7 @@ def test_launcher_options_stand_before_the_program(run_script, tmp_path):
 
 
 def test_a_hostfile_that_is_not_there_is_refused(run_script):
-    """The launcher would merely warn and train on this machine alone."""
+    """The launcher would merely warn and train on this node alone."""
     calls, errors = run_script("training_math.sh", HOSTFILE="typo", expected_exit=2)
     assert calls == [] and errors == "error: HOSTFILE=typo: no such file\n"
 

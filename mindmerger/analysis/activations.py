@@ -47,8 +47,8 @@ def find_activations(model) -> tuple[list, int]:
 
 @dataclass
 class Observation:
-    """Counts of one forward pass: `counts` (layers, width) and `row_counts` (rows, layers), both int64; `tokens` of each
-    row (rows,)."""
+    """Counts of one forward pass: `counts` (layers, width), `row_counts` (rows, layers) and the `tokens` of each row
+    (rows,), all int64."""
 
     counts: object
     row_counts: object

@@ -68,7 +68,7 @@ class TrainingSet:
     def release_pages(self) -> None:
         """Takes the pages that reading has touched out of this process's resident memory (Linux; elsewhere nothing).
 
-        They stay in the system's page cache, for all processes of the machine. Without this a process that reads rows
+        They stay in the system's page cache, for all processes of the node. Without this a process that reads rows
         at random soon counts the whole file as its own.
         """
         _release_pages({file["filename"] for file in self.dataset.cache_files})
@@ -109,7 +109,7 @@ def build_training_set(
     it is whole; processes that want the same one wait for each other.
 
     Args:
-        num_proc: processes that tokenise; None for as many as the machine and the number of rows call for.
+        num_proc: processes that tokenise; None for as many as the node and the number of rows call for.
         skip_faulty_rows: leaves out rows that are faulty on their own, which `TrainingSet.faults` then lists.
 
     Raises:
@@ -265,7 +265,7 @@ def _tokenise_columns(columns: dict[str, list], tokenizers: Tokenizers, limits: 
 
 
 def _cpus() -> int:
-    # A container or a batch system may grant fewer than the machine has; macOS cannot tell.
+    # A container or a batch system may grant fewer than the node has; macOS cannot tell.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

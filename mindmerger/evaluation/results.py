@@ -89,7 +89,7 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
 
 def join_results(folder: Path, identity: dict, overwrite: bool) -> dict[int, dict]:
     """Makes a results folder ready on a rank that does not share rank 0's, after `open_results` there: what this
-    machine finishes stays for a continuation. In rank 0's own folder it changes nothing.
+    node finishes stays for a continuation. In rank 0's own folder it changes nothing.
 
     Args:
         identity: rank 0's.

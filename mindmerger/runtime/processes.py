@@ -49,7 +49,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Returns this process's number on its own machine."""
+    """Returns this process's number on its own node."""
     place = _place_or_alone()
     return place.local_rank if place else 0
 
@@ -91,7 +91,7 @@ def init_distributed(force: bool = False):
     if cuda:
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
-                f"rank {rank()} needs GPU {local_rank()} but this machine shows {torch.cuda.device_count()}: "
+                f"rank {rank()} needs GPU {local_rank()} but this node shows {torch.cuda.device_count()}: "
                 "start no more processes than there are GPUs (deepspeed --num_gpus)"
             )
         torch.cuda.set_device(local_rank())
@@ -168,7 +168,7 @@ def _wait_until(condition, waiting_for, end: float, quiet: bool = False) -> None
             say(waiting_for())
         if now > end:
             raise StartError(
-                f"{waiting_for()} since {START_TIMEOUT_S:.0f} s: are all processes started, and can every machine "
+                f"{waiting_for()} since {START_TIMEOUT_S:.0f} s: are all processes started, and can every node "
                 "reach that address"
             )
         time.sleep(0.05)
@@ -224,7 +224,7 @@ def on_all_ranks(function, *args, **kwargs):
 
 
 def first_on_each_node(function, *args, **kwargs):
-    """Calls `function` on the first process of each machine, then on the others, which find its work on disk."""
+    """Calls `function` on the first process of each node, then on the others, which find its work on disk."""
 
     def call(is_turn):
         return function(*args, **kwargs) if is_turn else None
@@ -258,7 +258,7 @@ def agree_on(inputs: dict, but: str = "") -> dict:
         for name, value in first.items():
             if name != but and inputs[name] != value:
                 raise UserError(
-                    f"rank {rank()} reads another {name} than rank 0: every machine needs the same data and models"
+                    f"rank {rank()} reads another {name} than rank 0: every node needs the same data and models"
                 )
 
     on_all_ranks(compare)

@@ -20,7 +20,7 @@ from mindmerger.training import checkpoints, outputs
 
 
 def kill():
-    """Ends this process at once, as a machine failure would."""
+    """Ends this process at once, as a failing node would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -106,7 +106,7 @@ def be_rank(number, port, scenario, folder):
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(scenario.get("alone") or {name: str(value) for name, value in place.items()})
     if "folders" in scenario:
-        os.environ["LOCAL_RANK"] = "0"  # as on machines of one process each
+        os.environ["LOCAL_RANK"] = "0"  # as on nodes of one process each
         os.chdir(scenario["folders"][number])
     for name, value in scenario.get("settings", {}).items():
         for module in (processes, watch):
