@@ -50,7 +50,7 @@ from mindmerger.training.settings import FAULTS_FILE, Plan, build_parser, check_
 from mindmerger.training.trainer import EpochCut, Trainer, build_trainer
 
 # What a stage trains on, by the names that tokenised data of earlier versions is found under.
-DATA_OF_STAGE = {"pairs": "mapping", "task": "augmentation"}
+DATA_OF_STAGE = {"pairs": "mapping", "task": "augmentation", "english_task": "augmentation"}
 EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
 
@@ -74,6 +74,7 @@ def load_data(args, plan: Plan, cache_dir=None):
         max_seq_len=args.max_seq_len,
         max_gen_len=args.max_gen_len,
         with_prompt=plan.with_prompt,
+        encoder_text=plan.stage.encoder_text,
         cache_dir=cache_dir,
         skip_faulty_rows=args.skip_faulty_rows,
     )

@@ -157,14 +157,12 @@ def test_every_bridge_counts_the_positions_that_it_makes(name):
     )
 
 
-@pytest.mark.parametrize(
-    "more", [{"trains": ("bridge", "lm_head")}, {"encoder_text": "prompt"}, {"data": "english_task"}]
-)
+@pytest.mark.parametrize("more", [{"trains": ("bridge", "encoder")}, {"encoder_text": "answer"}, {"data": "songs"}])
 def test_a_stage_that_asks_for_more_than_the_loop_does_is_refused(monkeypatch, more):
-    """Its wish would else be passed over silently: nobody reads these fields yet."""
+    """Its wish would else be passed over silently."""
     stage = ToyBridge.stages["read"]._replace(**more)
     monkeypatch.setattr(ToyBridge, "stages", {"read": stage, "solve": ToyBridge.stages["solve"]})
-    with pytest.raises(UserError, match="--stage_name read of --bridge toy is .* only the bridge is trained so far"):
+    with pytest.raises(UserError, match=f"--stage_name read of --bridge toy has {next(iter(more))} .* so far"):
         find_stage("toy", "read")
     assert find_stage("toy", "solve").data == "task"
 

@@ -15,8 +15,9 @@ class ToyBridge(Bridge):
         "solve": Stage(data="task", with_prompt=True, starts_from="read"),
     }
 
-    def __init__(self, encoder_width: int, llm_width: int):
-        super().__init__(encoder_width, llm_width)
+    def __init__(self, *towers: int, **options):
+        super().__init__(*towers, **options)
+        encoder_width, llm_width = self.towers[:2]
         self.queries = nn.Parameter(torch.randn(8, encoder_width))
         self.out = nn.Linear(2 * encoder_width, llm_width)
         self.markers = nn.Parameter(torch.randn(2, llm_width))

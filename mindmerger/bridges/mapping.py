@@ -22,8 +22,9 @@ class Mapping(Bridge):
         "augmentation": Stage(data="task", with_prompt=True, starts_from="mapping"),
     }
 
-    def __init__(self, encoder_width: int, llm_width: int):
-        super().__init__(encoder_width, llm_width)
+    def __init__(self, *towers: int, **options):
+        super().__init__(*towers, **options)
+        encoder_width, llm_width = self.towers[:2]
         self.mlp = nn.Module()
         self.mlp.linear1 = nn.Linear(encoder_width, 2 * encoder_width)
         self.mlp.linear2 = nn.Linear(2 * encoder_width, llm_width)

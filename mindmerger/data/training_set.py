@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindmerger.data.tokenising import Tokenizers, _tokenizer_identity, tokenise
+from mindmerger.data.tokenising import Tokenizers, _tokenizer_identity, read_by_encoder, tokenise
 from mindmerger.runtime.files import is_utf8, sha256_of_file
 from mindmerger.runtime.processes import is_main, log, progress_bar
 from mindmerger.tasks.base import Example, Task
@@ -99,6 +99,7 @@ def build_training_set(
     max_seq_len: int,
     max_gen_len: int,
     with_prompt: bool,
+    encoder_text: str = "source",
     cache_dir=None,
     num_proc: int | None = None,
     skip_faulty_rows: bool = False,
@@ -109,6 +110,7 @@ def build_training_set(
     it is whole; processes that want the same one wait for each other.
 
     Args:
+        encoder_text: what the encoder reads, "source" or "prompt".
         num_proc: processes that tokenise; None for as many as the node and the number of rows call for.
         skip_faulty_rows: leaves out rows that are faulty on their own, which `TrainingSet.faults` then lists.
 
@@ -118,7 +120,7 @@ def build_training_set(
     from filelock import FileLock
 
     faults: list[str] | None = [] if skip_faulty_rows else None
-    examples = training_examples(task, stage, data_root, languages, train_num, faults)
+    examples = read_by_encoder(training_examples(task, stage, data_root, languages, train_num, faults), encoder_text)
     files = {path: _hash_readable(path) for path in training_files(task, stage, data_root, languages)}
     hashes = {path.relative_to(data_root).as_posix(): digest for path, digest in files.items()}
     settings = {
@@ -137,6 +139,8 @@ def build_training_set(
     }
     if skip_faulty_rows:
         settings["skip_faulty_rows"] = True
+    if encoder_text != "source":
+        settings["encoder_text"] = encoder_text
     # A template changed by the user shows in the first example.
     with skipping_named():
         passed_over = None if faults is None else []

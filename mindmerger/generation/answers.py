@@ -16,14 +16,16 @@ MEMORY_FLAGS = "lower --eval_max_tokens, --eval_batch_size (it continues where t
 MEMORY_FLAGS += "--max_gen_len"
 
 
-def tokenise_form(tokenizers, examples: list, form: str, max_seq_len: int, max_gen_len: int) -> dict:
+def tokenise_form(
+    tokenizers, examples: list, form: str, max_seq_len: int, max_gen_len: int, encoder_text: str = "source"
+) -> dict:
     """The columns of the ids that this form reads, and which of them were cut."""
-    from mindmerger.data.tokenising import tokenise
+    from mindmerger.data.tokenising import read_by_encoder, tokenise
 
     kept = {"soft": ("encoder", "prompt"), "hard": ("encoder",), "llm_only": ("prompt",)}[form]
     columns = tokenise(
         tokenizers,
-        examples,
+        list(read_by_encoder(examples, encoder_text)),
         max_seq_len=max_seq_len,
         max_gen_len=max_gen_len,
         with_source="encoder" in kept,
@@ -177,7 +179,8 @@ def load_model(plan, device, input_side_only: bool = False):
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
     advice = "use a larger GPU or --precision bf16"
     with explain_out_of_memory(f"while placing the models on {device}", {}, advice):
-        model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation, plan.bridge_name)
+        between = (plan.bridge_name, plan.bridge.options if plan.bridge is not None else None)
+        model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation, *between)
         if plan.checkpoint is not None and is_main():  # `evaluate` gives it to the other ranks
             model.load_mapping(plan.checkpoint)
         if input_side_only:
@@ -202,7 +205,7 @@ def answer(
     languages: list[str] | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 8,
-    augmentation: bool = True,
+    augmentation: bool | None = None,
 ) -> list[str]:
     """Answers texts in any language: strings in, strings out, in the same order.
 
@@ -214,12 +217,13 @@ def answer(
             takes no source language.
         max_new_tokens: default the task's.
         batch_size: texts generated at once.
-        augmentation: True for the Soft form, False for Hard.
+        augmentation: True for the Soft form, False for Hard; None for the one that the bridge's last stage trains.
 
     Raises:
         UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer, logits
             that are not numbers.
     """
+    from mindmerger.model.mapping_files import form_of, stage_of
     from mindmerger.tasks import find_task
     from mindmerger.tasks.base import Example
     from mindmerger.tasks.languages import find_language
@@ -240,8 +244,9 @@ def answer(
     for i, (text, name) in enumerate(zip(texts, names, strict=True)):
         prompt, cut = task.format_query(text)
         examples.append(Example(str(i), name, text, prompt, "", cut))
-    form = "llm_only" if model.encoder is None else "soft" if augmentation else "hard"
-    columns = tokenise_form(tokenizers, examples, form, DEFAULT_MAX_LEN, DEFAULT_MAX_LEN)
+    form = "llm_only" if model.encoder is None else form_of(model.config, augmentation)
+    encoder_text = stage_of(model.config).encoder_text
+    columns = tokenise_form(tokenizers, examples, form, DEFAULT_MAX_LEN, DEFAULT_MAX_LEN, encoder_text)
     rows = [tower and tower.get_input_embeddings().num_embeddings for tower in (model.encoder, model.llm)]
     check_tokens(tokenizers, columns, (model.config.mt_path, rows[0]), (model.config.llm_path, rows[1]))
     outputs = [""] * len(texts)

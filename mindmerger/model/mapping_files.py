@@ -4,17 +4,22 @@ A released file is unpickled with `weights_only=True` only; anything else in it 
 """
 
 import dataclasses
+import hashlib
 import os
 import pickle
+import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import load
 
-from mindmerger.bridges import BRIDGES, Bridge
+from mindmerger.bridges import BRIDGES, Bridge, Stage, Towers
+from mindmerger.bridges.base import nearest
 from mindmerger.hub.model_files import (
     ModelError,
     begins_as_zip,
@@ -24,12 +29,15 @@ from mindmerger.hub.model_files import (
     read_json_object,
     refuse_unreadable,
 )
-from mindmerger.runtime.files import write_bytes_atomic
+from mindmerger.model.trained_head import refuse_tied_head
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import is_utf8, sha256_of_file, write_bytes_atomic
 
 FORMAT_VERSION = 1
 MAPPING_FILE = "mapping.safetensors"
 RELEASED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+SHARD = re.compile(r"(pytorch_model|model)-\d{5}-of-(\d{5})\.(bin|safetensors)")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,6 +55,17 @@ class MindMergerConfig:
     model_type: str = "mindmerger"
     format_version: int = FORMAT_VERSION
     bridge: str = "mindmerger"  # folders without the entry are older and hold this one
+    bridge_options: dict = dataclasses.field(default_factory=dict)  # without an option, its default
+    # Folders without these are older, and their bridge needs none of them.
+    encoder_depth: int | None = None
+    llm_depth: int | None = None
+    vocabulary: int | None = None
+    encoder_layers: list | None = None  # the hidden states that the bridge reads
+
+    @property
+    def towers(self) -> Towers:
+        """The two models as the bridge is built from them."""
+        return Towers(*(getattr(self, name) or 0 for name in Towers._fields))
 
 
 def find_bridge(name: str) -> type[Bridge]:
@@ -56,13 +75,33 @@ def find_bridge(name: str) -> type[Bridge]:
         ModelError: for a name that is not in `BRIDGES`, listing those that are.
     """
     if name not in BRIDGES:
-        raise ModelError(f"unknown bridge {name!r}: choose one of {', '.join(BRIDGES)}")
+        raise ModelError(f"unknown bridge {name!r}: choose one of {', '.join(BRIDGES)}{nearest(name, BRIDGES)}")
     return BRIDGES[name]
 
 
+def stage_of(config: MindMergerConfig) -> Stage:
+    """Returns the stage that a mapping was trained in, the bridge's last one where `config` does not say."""
+    stages = find_bridge(config.bridge).stages_with(config.bridge_options)
+    return stages.get(config.stage, list(stages.values())[-1])
+
+
+def form_of(config: MindMergerConfig, augmentation: bool | None) -> str:
+    """Returns the form that answers have: soft where the LLM reads the prompt after the prefix, else hard.
+
+    Without a word on `augmentation` it is what the bridge's last stage trains.
+    """
+    if augmentation is None:
+        augmentation = list(find_bridge(config.bridge).stages_with(config.bridge_options).values())[-1].with_prompt
+    return "soft" if augmentation else "hard"
+
+
 def build_bridge(config: MindMergerConfig) -> Bridge:
-    """A fresh bridge between the two models of `config`."""
-    return find_bridge(config.bridge)(config.encoder_width, config.llm_width)
+    """A fresh bridge between the two models of `config`.
+
+    Raises:
+        UserError: for an unknown bridge, and options that it does not have.
+    """
+    return find_bridge(config.bridge)(*config.towers, **config.bridge_options)
 
 
 def empty_bridge(config: MindMergerConfig) -> Bridge:
@@ -71,20 +110,51 @@ def empty_bridge(config: MindMergerConfig) -> Bridge:
         return build_bridge(config)
 
 
-def config_of_models(mt_path: str, llm_path: str, bridge: str = "mindmerger") -> MindMergerConfig:
+def config_of_models(
+    mt_path: str, llm_path: str, bridge: str = "mindmerger", bridge_options: dict | None = None
+) -> MindMergerConfig:
     """The configuration of a bridge between two models, from their configs alone.
 
     Raises:
         ModelError: when one of them has no usable config.
     """
     llm, encoder = load_config(llm_path).get_text_config(), load_config(mt_path)
+    encoder = encoder.get_text_config(encoder=encoder.is_encoder_decoder or None)
+    config = new_config(
+        mt_path,
+        llm_path,
+        # OPT-350m's embeddings are narrower than its layers.
+        Towers(
+            encoder.hidden_size,
+            getattr(llm, "word_embed_proj_dim", None) or llm.hidden_size,
+            encoder.num_hidden_layers,
+            llm.num_hidden_layers,
+            llm.vocab_size,
+        ),
+        bridge,
+        bridge_options,
+    )
+    if "lm_head" in {
+        part for stage in find_bridge(bridge).stages_with(config.bridge_options).values() for part in stage.trains
+    }:
+        refuse_tied_head(llm_path, llm.tie_word_embeddings)
+    return config
+
+
+def new_config(
+    mt_path: str | None, llm_path: str, towers: Towers, bridge: str, bridge_options: dict | None
+) -> MindMergerConfig:
+    """The configuration of a bridge, its options settled.
+
+    Raises:
+        UserError: for an unknown bridge, and options that it does not have.
+    """
     return MindMergerConfig(
         mt_path=model_path(mt_path),
         llm_path=model_path(llm_path),
-        encoder_width=encoder.get_text_config(encoder=encoder.is_encoder_decoder or None).hidden_size,
-        # OPT-350m's embeddings are narrower than its layers.
-        llm_width=getattr(llm, "word_embed_proj_dim", None) or llm.hidden_size,
         bridge=bridge,
+        bridge_options=find_bridge(bridge).settle(bridge_options or {}),
+        **towers._asdict(),
     )
 
 
@@ -108,9 +178,15 @@ def read_config(path: str) -> MindMergerConfig | None:
     if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ModelError(f"{file} has format version {values['format_version']}, this program knows {FORMAT_VERSION}")
     try:
-        return MindMergerConfig(**{name: value for name, value in values.items() if name in known})
+        config = MindMergerConfig(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
         raise ModelError(f"{file} is incomplete: {one_line(error)}") from error
+    if config.bridge in BRIDGES:
+        try:
+            config.bridge_options = BRIDGES[config.bridge].settle(config.bridge_options)
+        except UserError as error:
+            raise ModelError(f"{file}: {error}") from error
+    return config
 
 
 def _could_name_a_file(value) -> bool:
@@ -122,7 +198,7 @@ def _could_name_a_file(value) -> bool:
 
 
 def find_mapping_file(path: str) -> Path:
-    """The file a mapping is read from, given itself or its folder.
+    """The file a mapping is read from, given itself or its folder; of a sharded one the first shard.
 
     Raises:
         ModelError: when there is none, listing what the folder holds.
@@ -132,30 +208,75 @@ def find_mapping_file(path: str) -> Path:
         return path
     if not path.is_dir():
         raise ModelError(f"no mapping at {path}: pass a saved folder, a .safetensors file or a pytorch_model.bin")
-    for name in (MAPPING_FILE, RELEASED_FILE):
+    for name in (MAPPING_FILE, RELEASED_FILE, "model.safetensors"):
         if (path / name).is_file():
             return path / name
+    shards = sorted(entry for entry in path.iterdir() if SHARD.fullmatch(entry.name))
+    if shards:
+        return shards[0]
     there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
     raise ModelError(f"{path} holds neither {MAPPING_FILE} nor {RELEASED_FILE} (it holds: {there})")
 
 
-def read_mapping(path: str) -> dict[str, torch.Tensor]:
-    """Reads a mapping's tensors, without executing anything a file may contain.
+def shards_of(file: Path) -> list[Path]:
+    """The files that one mapping is spread over: all shards where `file` is one of them, else itself.
 
     Raises:
-        ModelError: when the file cannot be read or is a pickle of more than tensors.
+        ModelError: when a shard is missing.
     """
-    file = find_mapping_file(path)
-    refuse_unreadable(file)
-    if file.suffix == ".safetensors":
-        try:
-            return load(file.read_bytes())  # not by name: the library opens no path that is not UTF-8
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read: {one_line(error)}") from error
-    begins_as_zip(file)
+    match = SHARD.fullmatch(file.name)
+    if match is None:
+        return [file]
+    stem, number, suffix = match.groups()
+    shards = [file.with_name(f"{stem}-{i:05d}-of-{number}.{suffix}") for i in range(1, int(number) + 1)]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise ModelError(f"{file.parent} lacks {missing[0]}, one of {int(number)} shards: fetch it too")
+    return shards
+
+
+def mapping_sha256(file: str) -> str:
+    """Returns the sha256 of a mapping file, of a sharded one over those of its shards."""
+    digests = [sha256_of_file(shard) for shard in shards_of(Path(file))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def read_mapping(path: str, wanted: Collection[str] | None = None) -> dict[str, torch.Tensor | None]:
+    """Reads a mapping's tensors, without executing anything a file may contain.
+
+    Args:
+        path: a folder or a file; of a sharded file all shards are read.
+        wanted: the keys whose tensors are read; None for all. The others, a released file's towers perhaps, stay on
+            disk and are None.
+
+    Raises:
+        ModelError: when a file cannot be read or is a pickle of more than tensors.
+    """
+    state = {}
+    for file in shards_of(find_mapping_file(path)):
+        refuse_unreadable(file)
+        read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
+        state |= read(file, wanted)
+    return state
+
+
+def _read_safetensors(file: Path, wanted: Collection[str] | None) -> dict[str, torch.Tensor | None]:
+    try:
+        if not is_utf8(file):  # the library opens no such path
+            return load(file.read_bytes())
+        with safe_open(file, "pt") as tensors:
+            keys = tensors.keys()
+            return {key: tensors.get_tensor(key) if wanted is None or key in wanted else None for key in keys}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read: {one_line(error)}") from error
+
+
+def _read_pickle(file: Path, wanted: Collection[str] | None) -> dict[str, torch.Tensor | None]:
+    # Mapped, so that only the pages of wanted tensors are read; the format before torch 1.6 cannot be.
+    mapped = begins_as_zip(file) and is_utf8(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle's protocol, before the error that matters
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{file} is not a plain file of tensors and was not read, since unpickling it could run code: if you trust "
@@ -166,28 +287,32 @@ def read_mapping(path: str) -> dict[str, torch.Tensor]:
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{file} holds no 'model_state_dict' of tensors, as released mappings do")
-    return dict(state)
+    return {key: value.clone() if wanted is None or key in wanted else None for key, value in state.items()}
 
 
 def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor]:
-    """Reads a mapping and makes sure that it fits the two models of `config`; needs no model.
+    """Reads a mapping, our own or released, and makes sure that it fits the two models of `config`; needs no model.
+
+    Of released weights what belongs to the towers is passed over. They may lack an output head that the bridge trains:
+    then it is the LLM's own.
 
     Raises:
         ModelError: naming both shapes and both models, the parameters that are missing or too many, or the first one
             that is not a plain tensor of floating-point numbers or has values that are not finite.
     """
-    state = read_mapping(path)
-    expected = {name: tuple(p.shape) for name, p in empty_bridge(config).named_parameters()}
-    if state.keys() != expected.keys():
-        missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-        raise ModelError(f"{path} is not a mapping: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")
+    bridge = empty_bridge(config)
+    expected = {name: tuple(p.shape) for name, p in bridge.named_parameters()}
+    state = _by_own_names(path, config, bridge, expected)
     for name, shape in expected.items():
+        if name not in state:
+            continue
         _refuse_other_than_numbers(path, name, state[name])
         if tuple(state[name].shape) != shape:
             raise ModelError(
                 f"{path}: {name} has shape {tuple(state[name].shape)} but encoder {config.mt_path} (width "
-                f"{config.encoder_width}) and LLM {config.llm_path} (width {config.llm_width}) need {shape}: pass the "
-                "models this mapping was trained with"
+                f"{config.encoder_width}{_depth(config.encoder_depth)}) and LLM {config.llm_path} (width "
+                f"{config.llm_width}{_depth(config.llm_depth)}) need {shape}: pass the models this mapping was trained "
+                "with"
             )
         if not torch.isfinite(state[name].float()).all():  # as fp32, which the mapping is
             raise ModelError(
@@ -195,6 +320,53 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
                 "take an earlier checkpoint, or train again with a lower --lr"
             )
     return state
+
+
+def _depth(layers: int | None) -> str:
+    return f", {layers} layers" if layers else ""
+
+
+def _by_own_names(path: str, config: MindMergerConfig, bridge: Bridge, expected) -> dict[str, torch.Tensor]:
+    """A mapping's tensors by the names of the bridge's parameters, whichever of the two forms the file has.
+
+    Raises:
+        ModelError: naming what is missing or too many, and the bridge whose weights they are instead.
+    """
+    released = bridge.released_names()
+    every = found = read_mapping(path, {*expected, *released})
+    if found.keys() == expected.keys():
+        return found
+    names = expected
+    if any(key in released and key not in expected for key in found):
+        names = released
+        found = {key: value for key, value in found.items() if key in released or not _of_towers(key, bridge)}
+    missing, extra = sorted(names.keys() - found.keys()), sorted(found.keys() - names.keys())
+    if names is released:
+        missing = [key for key in missing if not released[key].startswith("lm_head.")]
+    if missing or extra:
+        fits = [name for name in BRIDGES if name != config.bridge and _released_fits(every, config, name)]
+        instead = f": these are weights of the bridge {fits[0]}, pass --bridge {fits[0]}" if fits else ""
+        raise ModelError(
+            f"{path} is not a mapping of the bridge {config.bridge}{_shown_options(config)}: missing "
+            f"{missing or 'nothing'}, unknown {extra[:20] or 'nothing'}{instead}"
+        )
+    return {released[key]: value for key, value in found.items()}
+
+
+def _of_towers(key: str, bridge: Bridge) -> bool:
+    return key.startswith(bridge.released_others)
+
+
+def _released_fits(found: dict, config: MindMergerConfig, name: str) -> bool:
+    bridge = empty_bridge(dataclasses.replace(config, bridge=name, bridge_options={}))
+    names = bridge.released_names().keys()
+    own = {one for one, _ in bridge.named_parameters()}
+    return names <= found.keys() or own == found.keys()
+
+
+def _shown_options(config: MindMergerConfig) -> str:
+    shown = ", ".join(f"{name}={value}" for name, value in config.bridge_options.items())
+    return f" ({shown})" if shown else ""
 
 
 def _refuse_other_than_numbers(path: str, name: str, tensor: torch.Tensor) -> None:

@@ -20,7 +20,8 @@ from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from mindmerger.hub.model_files import ModelError, end_token_ids, model_path, special_token_ids
+from mindmerger.bridges import Towers
+from mindmerger.hub.model_files import ModelError, end_token_ids, special_token_ids
 from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
 from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
 from mindmerger.model.mapping_files import (
@@ -30,10 +31,12 @@ from mindmerger.model.mapping_files import (
     _model_card,
     build_bridge,
     check_mapping,
+    new_config,
     read_config,
 )
 from mindmerger.model.packing import plan_packing, take_rows
 from mindmerger.model.towers import CHECK_WEIGHTS, _is_decoder_only, _pad_token_id, load_encoder, load_llm
+from mindmerger.model.trained_head import hand_over_head
 from mindmerger.runtime.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 
 
@@ -70,6 +73,10 @@ class MindMerger(nn.Module):
                 tower.requires_grad_(False)
         assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen part is trainable"
         self.mapping = build_bridge(config) if encoder is not None else None
+        if self.mapping is not None:
+            config.encoder_layers = list(self.mapping.encoder_layers)
+        if hasattr(self.mapping, "lm_head"):
+            hand_over_head(llm, self.mapping.lm_head, config.llm_path)
         self.bos_token_id = bos_token_id
         configured = [llm.generation_config.eos_token_id, llm.config.get_text_config().eos_token_id]
         self.eos_token_ids = end_token_ids(config.llm_path, configured, tokenizer_eos)
@@ -90,6 +97,7 @@ class MindMerger(nn.Module):
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
         bridge: str = "mindmerger",
+        bridge_options: dict | None = None,
     ) -> "MindMerger":
         """Loads both frozen towers from folders or hub names and puts a fresh fp32 bridge between them.
 
@@ -100,13 +108,15 @@ class MindMerger(nn.Module):
             dtype: of the towers; "auto" is what their files hold.
             attn_implementation: handed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...).
             bridge: a name of `mindmerger.bridges.BRIDGES`.
+            bridge_options: of that bridge, as `--bridge_option KEY=VALUE` gives them; the others have their defaults.
 
         Raises:
-            ModelError: for a missing or unusable folder, weights that leave parameters unset, or an unknown bridge.
+            UserError: for a missing or unusable folder, weights that leave parameters unset, or an unknown bridge or
+                option.
         """
         llm = load_llm(llm_path, dtype, attn_implementation)
         encoder = load_encoder(mt_path, dtype, attn_implementation) if mt_path is not None else None
-        return cls.from_towers(encoder, llm, mt_path, llm_path, bridge)
+        return cls.from_towers(encoder, llm, mt_path, llm_path, bridge, bridge_options)
 
     @classmethod
     def from_towers(
@@ -116,15 +126,18 @@ class MindMerger(nn.Module):
         mt_path: str | None,
         llm_path: str,
         bridge: str = "mindmerger",
+        bridge_options: dict | None = None,
     ) -> "MindMerger":
         """Puts a fresh bridge between two loaded towers; paths and bridge are what `config.json` will record."""
-        config = MindMergerConfig(
-            mt_path=model_path(mt_path),
-            llm_path=model_path(llm_path),
-            encoder_width=encoder.config.hidden_size if encoder is not None else None,
-            llm_width=llm.get_input_embeddings().embedding_dim,
-            bridge=bridge,
+        text, head = llm.config.get_text_config(), llm.get_output_embeddings()
+        towers = Towers(
+            encoder.config.hidden_size if encoder is not None else None,
+            llm.get_input_embeddings().embedding_dim,
+            encoder.config.num_hidden_layers if encoder is not None else None,
+            text.num_hidden_layers,
+            getattr(head, "out_features", None),
         )
+        config = new_config(mt_path, llm_path, towers, bridge, bridge_options)
         return cls(encoder, llm, config, *special_token_ids(llm_path, llm.config))
 
     @classmethod
@@ -147,7 +160,7 @@ class MindMerger(nn.Module):
                 f"{folder} has no {CONFIG_FILE}: use from_models and load_mapping, naming both base models"
             )
         paths = mt_path or config.mt_path, llm_path or config.llm_path
-        model = cls.from_models(*paths, dtype, attn_implementation, config.bridge)
+        model = cls.from_models(*paths, dtype, attn_implementation, config.bridge, config.bridge_options)
         model.load_mapping(folder)
         model.config.stage, model.config.task, model.config.augmentation = (
             config.stage,
@@ -157,15 +170,15 @@ class MindMerger(nn.Module):
         return model
 
     def load_mapping(self, path: str) -> None:
-        """Fills the mapping from a saved folder, a `.safetensors` file or a released `pytorch_model.bin`.
+        """Fills the bridge from a saved folder, a `.safetensors` file or a released `pytorch_model.bin`.
 
-        Every parameter must be there with the right shape and none besides.
+        Every parameter must be there with the right shape and none besides, but for the towers' in released weights.
 
         Raises:
             ModelError: naming the file and what does not fit.
         """
         state = check_mapping(path, self.config)
-        self.mapping.load_state_dict(state, strict=True)
+        self.mapping.load_state_dict(self.mapping.state_dict() | state, strict=True)
 
     def save_pretrained(self, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Writes `mapping.safetensors`, `config.json` and a model card `README.md`, each file whole or not at all.
@@ -184,6 +197,10 @@ class MindMerger(nn.Module):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Returns what gets gradients, by the names that a checkpoint holds it under."""
         return dict(self.mapping.named_parameters())
+
+    def released_names(self) -> dict[str, str]:
+        """Returns the keys of the bridge's released weights: key → name of the bridge's parameter."""
+        return self.mapping.released_names()
 
     # -- running
 

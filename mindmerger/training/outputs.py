@@ -24,7 +24,7 @@ from mindmerger.training.settings import CHANGEABLE_ON_RESUME, FAULTS_FILE, Plan
 from mindmerger.training.trainer import Trainer
 
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
-ABSENT_IN_OLD_CHECKPOINTS = {"bridge", "skip_faulty_rows", "init_checkpoint", "languages"}
+ABSENT_IN_OLD_CHECKPOINTS = {"bridge", "bridge_options", "skip_faulty_rows", "init_checkpoint", "languages"}
 ABSENT_IN_OLD_CHECKPOINTS |= {"train_num", "max_seq_len", "max_gen_len"}
 
 
@@ -72,6 +72,7 @@ def identity(args, plan: Plan, data) -> dict:
         "task": plan.task.training_name,
         "stage_name": args.stage_name,
         "bridge": args.bridge,
+        "bridge_options": plan.bridge.options,
         "augmentation": plan.with_prompt,
         "seed": args.seed,
         "llm": plan.models[0],

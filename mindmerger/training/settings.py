@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mindmerger.runtime.command import CommandParser, DefaultsShown, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import describe_file
 from mindmerger.runtime.processes import is_main, warn, world_size
 
 FAULTS_FILE = "faulty_rows.txt"  # in the output folder
@@ -49,12 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--init_checkpoint", help="mapping to start from (folder, .safetensors or released .bin); the augmentation "
         "stage finds the mapping stage's by itself; 'none' starts that stage from a fresh mapping")  # fmt: skip
     add("--bridge", default="mindmerger", help="what is trained between the two: a name of mindmerger.bridges.BRIDGES")
+    add("--bridge_option", action="append", default=[], metavar="KEY=VALUE", help="an option of that bridge; may be "
+        "given more than once")  # fmt: skip
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="dtype of the frozen models; the mapping is fp32")
     add("--attn_implementation", help="attention kernels, as transformers names them (sdpa, eager, flash_attention_2)")
 
     add = parser.add_argument_group("data").add_argument
     add("--task", default="translation", help="math, x-csqa, xnli or translation")
-    add("--stage_name", default="mapping", help="which stage of the bridge to train: mapping or augmentation")
+    add("--stage_name", help="which stage of the bridge to train, for mindmerger mapping or augmentation (default: its "
+        "first)")  # fmt: skip
     add("--data_root", default="./datas", help="folder in the released layout")
     add("--languages", help="only these, by name or code, separated by commas (default: the task's)")
     add("--train_num", type=int, default=100000, help="examples per language")
@@ -114,7 +116,7 @@ class Plan:
     """The run's settled choices, as `check_arguments` made them from the flags."""
 
     task: object
-    bridge: object  # without storage: asked for names, shapes and lengths
+    bridge: object  # without storage: asked for names, shapes, lengths and options
     stage: object
     languages: list | None
     with_prompt: bool
@@ -133,7 +135,7 @@ def check_arguments(args) -> Plan:
         UserError: for the first thing that cannot be.
     """
     from mindmerger.hub.model_files import check_models
-    from mindmerger.model.mapping_files import check_mapping, config_of_models, empty_bridge
+    from mindmerger.model.mapping_files import check_mapping, config_of_models, empty_bridge, mapping_sha256
     from mindmerger.model.towers import check_roles, model_fingerprint
     from mindmerger.tasks import find_task
     from mindmerger.tasks.languages import parse_languages
@@ -150,8 +152,10 @@ def check_arguments(args) -> Plan:
     check_numbers(args)
     check_save_name(args.save_name)
     task = find_task(args.task)
-    stage = find_stage(args.bridge, args.stage_name)
-    if stage.data == "task":
+    languages = parse_languages(args.languages) if args.languages is not None else None
+    options = settle_options(args.bridge, args.bridge_option)
+    stage = settle_stage(args, options)
+    if stage.data != "pairs":
         task.check_augmentation()
     accumulation = settle_accumulation(args)
     config = read_deepspeed_config(args.deepspeed_config)
@@ -175,44 +179,91 @@ def check_arguments(args) -> Plan:
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / args.stage_name
     check_reporting(args.report_to)
     # It may lie in an output folder that rank 0 alone has; `prepare` and `build_trainer` pass it on.
-    init_file = find_initial_mapping(args, stage, output_dir) if is_main() else None
-    between = config_of_models(args.mt_path, args.llm_path, args.bridge)
+    init_file = find_initial_mapping(args, stage, options, output_dir) if is_main() else None
+    between = config_of_models(args.mt_path, args.llm_path, args.bridge, options)
     if init_file is not None:
         check_mapping(init_file, between)
     plan = Plan(
         task=task,
         bridge=empty_bridge(between),
         stage=stage,
-        languages=parse_languages(args.languages) if args.languages is not None else None,
+        languages=english_alone(args) if stage.data == "english_task" else languages,
         with_prompt=with_prompt,
         accumulation=accumulation,
         config=config,
         output_dir=output_dir,
         init_file=init_file,
-        init_hash=describe_file(Path(init_file))["sha256"][:16] if init_file else None,
+        init_hash=mapping_sha256(init_file)[:16] if init_file else None,
         models=(model_fingerprint(args.llm_path), model_fingerprint(args.mt_path)),
     )
     protect_initial_mapping(args, plan)
     return plan
 
 
-def find_stage(bridge: str, name: str):
+def settle_options(bridge: str, texts: list[str]) -> dict[str, str]:
+    """Returns the options of a bridge, as --bridge_option gives them and else by default.
+
+    Raises:
+        UserError: for an unknown bridge, and an option or a value that it does not have.
+    """
+    from mindmerger.bridges.base import parse_options
+    from mindmerger.model.mapping_files import find_bridge
+
+    return find_bridge(bridge).settle(parse_options(texts))
+
+
+def settle_stage(args, options: dict[str, str]):
+    """Returns the stage that --stage_name means, the bridge's first without it; `args` then has its name."""
+    from mindmerger.model.mapping_files import find_bridge
+
+    if args.stage_name is None:
+        args.stage_name = next(iter(find_bridge(args.bridge).stages_with(options)))
+    return find_stage(args.bridge, args.stage_name, options)
+
+
+def find_stage(bridge: str, name: str, options: dict[str, str] | None = None):
     """The stage of a bridge, by the names of --bridge and --stage_name.
 
     Raises:
         UserError: for a name that there is not, listing those that there are, and a stage that asks for more than
             this loop does.
     """
+    from mindmerger.bridges.base import nearest
     from mindmerger.model.mapping_files import find_bridge
 
-    stages = find_bridge(bridge).stages
+    stages = find_bridge(bridge).stages_with(options or {})
     if name not in stages:
-        raise UserError(f"--stage_name {name!r} is not a stage of --bridge {bridge}: choose {' or '.join(stages)}")
+        raise UserError(
+            f"--stage_name {name!r} is not a stage of --bridge {bridge}: choose {' or '.join(stages)}"
+            f"{nearest(name, stages)}"
+        )
     stage = stages[name]
-    if stage.data not in ("pairs", "task") or stage.encoder_text != "source" or stage.trains != ("bridge",):
-        raise UserError(f"--stage_name {name} of --bridge {bridge} is {stage}: only the bridge is trained so far, on "
-            "pairs or the task's queries, whose source the encoder reads")  # fmt: skip
+    known = {"data": ("pairs", "task", "english_task"), "encoder_text": ("source", "prompt")}
+    known["trains"] = (("bridge",), ("bridge", "lm_head"))
+    for field, values in known.items():
+        if getattr(stage, field) not in values:
+            raise UserError(
+                f"--stage_name {name} of --bridge {bridge} has {field} {getattr(stage, field)!r}: this program trains "
+                f"{' or '.join(map(repr, values))} so far"
+            )
     return stage
+
+
+def english_alone(args) -> list:
+    """Returns the languages of a stage that trains on English rows.
+
+    Raises:
+        UserError: for --languages that are others.
+    """
+    from mindmerger.tasks.languages import LANGUAGES, parse_languages
+
+    english = [LANGUAGES["English"]]
+    if args.languages is not None and parse_languages(args.languages) != english:
+        raise UserError(
+            f"--languages {args.languages}: the {args.stage_name} stage of --bridge {args.bridge} trains on English "
+            "rows alone: leave --languages out"
+        )
+    return english
 
 
 def warn_of_unused(args) -> None:
@@ -300,7 +351,7 @@ def settle_accumulation(args) -> int:
     return accumulation
 
 
-def find_initial_mapping(args, stage, output_dir: Path) -> str | None:
+def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path) -> str | None:
     """The mapping file to start from: the given one, or the best of the stage that this one continues.
 
     Raises:
@@ -325,6 +376,10 @@ def find_initial_mapping(args, stage, output_dir: Path) -> str | None:
     file, recorded = find_mapping_file(folder), read_config(folder)
     if recorded is not None and recorded.bridge != args.bridge:
         raise UserError(f"{file} holds the bridge {recorded.bridge}, this run trains --bridge {args.bridge}")
+    for name, value in options.items():
+        if recorded is not None and recorded.bridge_options[name] != value:
+            raise UserError(f"{file} was trained with --bridge_option {name}={recorded.bridge_options[name]}, this run "
+                f"has {name}={value}: use the same")  # fmt: skip
     for flag in ("llm_path", "mt_path"):
         before, now = getattr(recorded, flag, None), getattr(args, flag)
         if before is not None and Path(before).resolve() != Path(now).resolve():

@@ -35,7 +35,7 @@ def load_model(args, plan: Plan, device):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation)
         encoder = load_encoder(args.mt_path, dtype, args.attn_implementation)
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
-    model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge)
+    model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, plan.bridge.options)
     model.config.stage, model.config.task = args.stage_name, plan.task.training_name
     model.config.augmentation = plan.with_prompt
     if plan.init_file is not None:
