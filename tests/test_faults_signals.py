@@ -150,7 +150,7 @@ from mindmerger.runtime import signals
 import run_training
 from mindmerger.runtime import command
 
-signals.PATIENCE_S = 2.0
+signals.STALL_LIMIT_S = 2.0
 sync, train_step = files.sync_folder, run_training.train_step
 
 def slow(path):

@@ -142,9 +142,9 @@ def test_a_launcher_that_was_gone_before_the_first_look_is_gone(monkeypatch):
     assert watch.is_gone()
 
 
-def with_signals(code, patience=20.0):
+def with_signals(code, limit=20.0):
     """Runs code in a process that listens, with a watchdog of so many seconds."""
-    head = f"import os, signal, time, mindmerger.runtime.signals as i; i.PATIENCE_S = {patience}; s = i.Signals()\n"
+    head = f"import os, signal, time, mindmerger.runtime.signals as i; i.STALL_LIMIT_S = {limit}; s = i.Signals()\n"
     return subprocess.run(
         [sys.executable, "-c", head + code],
         env=clean_environment() | {"PYTHONPATH": str(ROOT)},
@@ -156,7 +156,7 @@ def with_signals(code, patience=20.0):
 
 def test_the_watchdog_lets_a_slow_write_end_and_then_ends_what_hangs():
     slow = "with s.saving(): time.sleep(2); print('written', flush=True)\ntime.sleep(30)"
-    done = with_signals(f"os.kill(os.getpid(), signal.SIGTERM)\n{slow}", patience=0.5)
+    done = with_signals(f"os.kill(os.getpid(), signal.SIGTERM)\n{slow}", limit=0.5)
     assert done.stdout == "written\n" and done.returncode == 143, done.stderr
     assert "no progress for 0 s after signal SIGTERM" in done.stderr
 

@@ -83,7 +83,7 @@ from mindmerger.runtime import command
 from mindmerger.runtime import processes
 from mindmerger.runtime import watch
 
-watch.BEAT_S, watch.LOST_S, watch.PATIENCE_S = 0.2, 2.0, 1.0
+watch.BEAT_S, watch.LOST_S, watch.LEAVING_WAIT_S = 0.2, 2.0, 1.0
 
 def main():
     processes.init_distributed()

@@ -13,7 +13,7 @@ from datetime import timedelta
 from mindmerger.runtime.errors import ReportedError, StartError, UserError
 from mindmerger.runtime.messages import _Lines, say, say_error
 from mindmerger.runtime.place import LAUNCHER_VARIABLES, Place, _place_or_alone, find_place
-from mindmerger.runtime.watch import PATIENCE_S, _Watch, kill_children
+from mindmerger.runtime.watch import LEAVING_WAIT_S, _Watch, kill_children
 
 # Ranks wait for one another as long as it takes to tokenise, to download, to read a slow disk: the libraries' ten
 # minutes would end such a run. A rank that has died is noticed otherwise.
@@ -303,7 +303,7 @@ def _fail(message: str, code: int) -> None:
     """Tells the other ranks of this rank's error, so that all end; rank 0 prints it."""
     with contextlib.suppress(sys.modules["torch"].distributed.DistError):
         _watch.report(message, code)
-        time.sleep(PATIENCE_S)  # the watching thread ends this process before that
+        time.sleep(LEAVING_WAIT_S)  # the watching thread ends this process before that
     say_error(f"rank {rank()}: {message}")  # rank 0 is gone
     os._exit(code)
 
@@ -323,14 +323,14 @@ def _fail_by_fault(error: Exception) -> None:
 
 
 def leave_together() -> None:
-    """Waits until every rank has finished its last collective, but no longer than `PATIENCE_S`.
+    """Waits until every rank has finished its last collective, but no longer than `LEAVING_WAIT_S`.
 
     A rank that closes its connections too early can break that collective on a slower one, and a launcher ends the
     others as soon as one has left. So the ranks count one another in the store that the group was started with, which
     needs none of these connections.
     """
     if _watch is not None:
-        _watch.count_out("leaving", PATIENCE_S)
+        _watch.count_out("leaving", LEAVING_WAIT_S)
         _watch.stop()
 
 
@@ -375,7 +375,7 @@ def leave_at_once(message: str):
     """Prints one line and ends the process without any clean-up, exit code 1; an error that another rank has reported
     is the better explanation and ends the process first."""
     if _watch is not None and _watch.hurry():
-        time.sleep(PATIENCE_S)
+        time.sleep(LEAVING_WAIT_S)
     say_error(message)
     kill_children()
     os._exit(1)

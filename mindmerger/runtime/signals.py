@@ -19,9 +19,9 @@ from mindmerger.runtime.watch import kill_children
 
 # Seconds without a sign of life from the training thread, after a signal, before the rank gives up: it then waits in a
 # collective for a rank that is gone. Launchers kill after 30.
-PATIENCE_S = 20.0
+STALL_LIMIT_S = 20.0
 # The same while a checkpoint is written: a slow disk is not a dead peer, and ending then would lose what is saved.
-SAVING_PATIENCE_S = 600.0
+SAVING_STALL_LIMIT_S = 600.0
 POLL_S = 0.25
 
 NODE_LAUNCHER = b"deepspeed.launcher.launch"
@@ -135,7 +135,7 @@ class Signals:
         self.save_asked = False  # this rank heard SIGUSR1
         self.save_agreed = False  # all ranks know of it; whoever writes the checkpoint clears it
         self._last_sign = time.monotonic()
-        self._patience = PATIENCE_S
+        self._stall_limit = STALL_LIMIT_S
         self._asked_at = None
         self._closing = False
         self._launcher = _launcher_watch or LauncherWatch()
@@ -156,12 +156,12 @@ class Signals:
     @contextlib.contextmanager
     def saving(self):
         """Context manager: the rank is patient, since it writes to a slow disk or waits for the rank that does."""
-        self._patience = SAVING_PATIENCE_S
+        self._stall_limit = SAVING_STALL_LIMIT_S
         try:
             yield
         finally:
             self.alive()
-            self._patience = PATIENCE_S
+            self._stall_limit = STALL_LIMIT_S
 
     def agree(self, device, *values) -> tuple[int, object]:
         """Adds up `values` over the ranks and shares what any rank has heard. A collective call.
@@ -212,10 +212,11 @@ class Signals:
                         self.save_asked = True
             if self._asked_at is None and self._launcher.is_gone():
                 self._ask(143, "the launcher is gone")
-            if self._asked_at is not None and time.monotonic() - max(self._asked_at, self._last_sign) > self._patience:
+            limit = self._stall_limit
+            if self._asked_at is not None and time.monotonic() - max(self._asked_at, self._last_sign) > limit:
                 _say(
-                    f"no progress for {self._patience:.0f} s after {self._reason}, another rank must be gone: ending; "
-                    "the same command resumes from the last checkpoint"
+                    f"no progress for {limit:.0f} s after {self._reason}, another rank must be gone: stopping; run the "
+                    "same command to resume from the last checkpoint"
                 )
                 os._exit(self.stop_code)
 

@@ -11,7 +11,7 @@ from mindmerger.runtime.messages import say_error
 from mindmerger.runtime.place import Place
 
 # Seconds that a rank which has finished waits for the others before it leaves.
-PATIENCE_S = 20.0
+LEAVING_WAIT_S = 20.0
 
 
 # Seconds between two looks at what other ranks have reported, and between two signs of life.
@@ -106,7 +106,7 @@ class _Watch:
                     self._end_by([entry for entry, _ in entries])
         except sys.modules["torch"].distributed.DistError:
             # The process that holds the store is gone. The main thread hears of it too, unless NCCL keeps it waiting.
-            if not self._stopped.wait(PATIENCE_S):
+            if not self._stopped.wait(LEAVING_WAIT_S):
                 self._end([f"rank {self._place.rank}: lost contact with rank 0"], 1)
 
     def _open_errors(self, now: float) -> list[tuple[dict, float]]:
