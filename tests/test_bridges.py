@@ -165,12 +165,3 @@ def test_a_stage_that_asks_for_more_than_the_loop_does_is_refused(monkeypatch, m
     with pytest.raises(UserError, match=f"--stage_name read of --bridge toy has {next(iter(more))} .* so far"):
         find_stage("toy", "read")
     assert find_stage("toy", "solve").data == "task"
-
-
-def test_a_memory_for_the_llms_attention_is_refused_until_something_reads_it(tiny_llm, tiny_encoder, monkeypatch):
-    model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
-    forward = model.mapping.forward
-    monkeypatch.setattr(model.mapping, "forward", lambda *given: forward(*given)._replace(memory=[]))
-    ids = torch.tensor([[5, 6]])
-    with pytest.raises(UserError, match="bridge mindmerger gives a memory for the LLM's attention: not supported"):
-        model.generate(encoder_input_ids=ids, encoder_attention_mask=torch.ones_like(ids))

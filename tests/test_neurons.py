@@ -166,7 +166,7 @@ def test_what_follows_the_end_token_is_not_counted():
 
 def step_by_step(model, inputs, steps):
     """Counts of one row decoded with a cache, one token at a time, as `generate` does."""
-    embeds, masks = model._segments(
+    embeds, masks, _ = model._segments(
         inputs.get("encoder_input_ids"),
         inputs.get("encoder_attention_mask"),
         inputs.get("prompt_ids"),

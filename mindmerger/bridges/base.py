@@ -37,17 +37,26 @@ class Option(NamedTuple):
     values: tuple[str, ...] = ()
 
 
+class LayerMemory(NamedTuple):
+    """What one LLM layer attends to beside its own input: sources of keys and of values at each encoder token, which
+    pass the layer's own projections, and the gate (1,) by which the result is multiplied."""
+
+    key_BSD: torch.Tensor
+    value_BSD: torch.Tensor
+    gate_1: torch.Tensor
+
+
 class BridgeOutput(NamedTuple):
     """Input of the LLM that comes from the encoder.
 
     prefix_BKD: soft tokens, markers included, in the bridge's own dtype. prefix_mask_BK: 1 on real ones, on the device
-    of the mask that the bridge was given. memory: keys and values for the attention of each LLM layer; None leaves the
-    LLM's attention untouched, and anything else is refused so far.
+    of the mask that the bridge was given. memory: one for each LLM layer, masked as the encoder's tokens are; None
+    leaves the LLM's attention untouched.
     """
 
     prefix_BKD: torch.Tensor
     prefix_mask_BK: torch.Tensor
-    memory: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+    memory: list[LayerMemory] | None = None
 
 
 class Stage(NamedTuple):
@@ -84,6 +93,8 @@ class Bridge(nn.Module):
     released_others: ClassVar[tuple[str, ...]] = ()
     # hidden_states of the encoder that it reads: 0 = embeddings, -1 = the final output.
     encoder_layers: tuple[int, ...] = (-1,)
+    # Whether it gives a memory, so that what cannot take one is refused before anything loads.
+    uses_memory: ClassVar[bool] = False
     # The dtype of the LLM's embeddings, set before each call. The prefix is cast to it afterwards in any case.
     llm_dtype: torch.dtype | None = None
 

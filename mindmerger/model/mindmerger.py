@@ -8,6 +8,7 @@ M target tokens of the whole batch, E encoder width, D LLM width.
 """
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from mindmerger.bridges import Towers
 from mindmerger.hub.model_files import ModelError, end_token_ids, special_token_ids
+from mindmerger.model.attention_memory import attention_memory, contexts_of_memory
 from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
 from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
 from mindmerger.model.mapping_files import (
@@ -222,9 +224,11 @@ class MindMerger(nn.Module):
 
         transformers' own switch acts in train mode only, which frozen towers never are in.
         """
+        remembers = self.mapping is not None and self.mapping.uses_memory
         for layer in self.llm.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = partial(_checkpointed, layer.forward)
+                more = {"context_fn": partial(contexts_of_memory, layer)} if remembers else {}
+                layer.forward = partial(_checkpointed, layer.forward, more)
 
     def forward(
         self,
@@ -243,7 +247,7 @@ class MindMerger(nn.Module):
             prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
             Masks may stay on the CPU while ids are on the model's device: packing then costs no synchronisation.
         """
-        embeds, masks = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        embeds, masks, memory = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
         embeds.append(self.llm.get_input_embeddings()(target_ids))
         masks.append(target_mask)
         plan = plan_packing(masks, "right", target_segment=len(masks) - 1)
@@ -251,7 +255,7 @@ class MindMerger(nn.Module):
         predictor_M = plan.predictor_M.to(embeds_BLD.device, non_blocking=True)
         token_M = torch.nonzero(target_mask.flatten()).squeeze(1).to(target_ids.device, non_blocking=True)
         labels_M = target_ids.flatten().index_select(0, token_M)
-        with head_on_positions(self.llm.get_output_embeddings(), predictor_M):
+        with memory, head_on_positions(self.llm.get_output_embeddings(), predictor_M):
             # Causal attention on right-padded rows never looks at padding: no mask, so the fused kernels apply.
             logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False).logits[0]
         loss_sum = ChunkedCrossEntropy.apply(logits_MV, labels_M)
@@ -273,13 +277,15 @@ class MindMerger(nn.Module):
             the left-padded embeddings (B, L, D), and their mask (B, L) on the masks' device.
 
         Raises:
-            ModelError: when neither an encoder input nor a prompt is given.
+            ModelError: when neither an encoder input nor a prompt is given, or the bridge gives the LLM a memory too.
         """
-        if encoder_input_ids is None and prompt_ids is None:
-            raise ModelError("generation needs encoder_input_ids, prompt_ids, or both")
-        embeds, masks = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
-        plan = plan_packing(masks, "left")
-        return take_rows(torch.cat(embeds, dim=1), plan.source_BL), plan.mask_BL
+        if encoder_input_ids is not None and self.mapping.uses_memory:
+            raise ModelError(
+                f"bridge {self.config.bridge} also gives the LLM's attention a memory: its embeddings alone are not "
+                "what the LLM reads"
+            )
+        embeds_BLD, mask_BL, _ = self._merged(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        return embeds_BLD, mask_BL
 
     @torch.no_grad()
     def generate(
@@ -302,13 +308,15 @@ class MindMerger(nn.Module):
         """
         if generation_kwargs.get("do_sample"):
             raise ModelError("generate() is greedy: do_sample=True is not available")
+        if generation_kwargs.get("num_beams", 1) > 1 and self.mapping is not None and self.mapping.uses_memory:
+            raise ModelError(f"bridge {self.config.bridge} keeps one memory for each row: num_beams must be 1")
         watch = FiniteLogits()
         for name, own in (("logits_processor", watch.note), ("stopping_criteria", watch.stop)):
             generation_kwargs[name] = [own, *generation_kwargs.get(name, ())]
-        embeds_BLD, mask_BL = self.merged_embeddings(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        embeds_BLD, mask_BL, memory = self._merged(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
         if not generation_kwargs.keys() & {"past_key_values", "cache_implementation", "use_cache"}:
             generation_kwargs |= growing_cache(self.llm)
-        with contiguous_input(self.llm.get_output_embeddings()), decoding_attention(self.llm):
+        with contiguous_input(self.llm.get_output_embeddings()), decoding_attention(self.llm), memory:
             ids = self.llm.generate(
                 inputs_embeds=embeds_BLD,
                 attention_mask=mask_BL.to(embeds_BLD.device),
@@ -339,9 +347,20 @@ class MindMerger(nn.Module):
             "--precision fp32, and check that encoder, mapping and LLM belong together"
         )
 
-    def _segments(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
-        """Embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order."""
-        embeds, masks = [], []
+    def _merged(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
+        """Left-padded embeddings (B, L, D) of everything before the answer, their mask, and the memory beside them."""
+        if encoder_input_ids is None and prompt_ids is None:
+            raise ModelError("generation needs encoder_input_ids, prompt_ids, or both")
+        embeds, masks, memory = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        plan = plan_packing(masks, "left")
+        return take_rows(torch.cat(embeds, dim=1), plan.source_BL), plan.mask_BL, memory
+
+    def _segments(
+        self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], AbstractContextManager]:
+        """Embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order, and a context manager
+        within which the LLM attends to the bridge's memory."""
+        embeds, masks, memory = [], [], nullcontext()
         embed = self.llm.get_input_embeddings()
         some_ids = encoder_input_ids if encoder_input_ids is not None else prompt_ids
         some_mask = encoder_attention_mask if encoder_input_ids is not None else prompt_mask
@@ -352,14 +371,13 @@ class MindMerger(nn.Module):
             states_BSE, states_mask_BS = self.encode(encoder_input_ids, encoder_attention_mask)
             self.mapping.llm_dtype = next(self.llm.parameters()).dtype
             prefix = self.mapping(states_BSE, states_mask_BS)
-            if prefix.memory is not None:
-                raise ModelError(f"bridge {self.config.bridge} gives a memory for the LLM's attention: not supported")
+            memory = attention_memory(self.llm, prefix.memory, states_mask_BS)
             embeds.append(prefix.prefix_BKD.to(self.mapping.llm_dtype))
             masks.append(prefix.prefix_mask_BK)
         if prompt_ids is not None:
             embeds.append(embed(prompt_ids))
             masks.append(prompt_mask)
-        return embeds, masks
+        return embeds, masks, memory
 
     def encode(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The frozen encoder's states (B, S', E) that the bridge reads and their mask (B, S'), right-padded.
@@ -385,7 +403,9 @@ class MindMerger(nn.Module):
         return [output.last_hidden_state if i == -1 else output.hidden_states[i] for i in layers], plan.mask_BL
 
 
-def _checkpointed(forward, *args, **kwargs):
+def _checkpointed(forward, more, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    if torch.compiler.is_compiling():  # what a compiled layer recomputes is given the memory as an input
+        more = {}
+    return checkpoint(forward, *args, use_reentrant=False, **more, **kwargs)
