@@ -46,7 +46,7 @@ from mindmerger.training.outputs import (
     write_settings,
 )
 from mindmerger.training.record import Recorder, draw_loss, peak_memory_gb, perplexity
-from mindmerger.training.settings import FAULTS_FILE, Plan, build_parser, check_arguments, check_lengths, check_tokens
+from mindmerger.training.settings import FAULTS_FILE, Settings, check_lengths, check_tokens, parse, settle
 from mindmerger.training.trainer import EpochCut, Trainer, build_trainer
 
 # What a stage trains on, by the names that tokenised data of earlier versions is found under.
@@ -55,7 +55,7 @@ EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
 
 
-def load_data(args, plan: Plan, cache_dir=None):
+def load_data(args, settings: Settings, cache_dir=None):
     """Tokenised training set, tokenizers and the dev/train split; tokenising happens once on each node."""
     from mindmerger.data.batches import automatic_dev_size, split_dev
     from mindmerger.data.tokenising import load_tokenizers
@@ -65,22 +65,22 @@ def load_data(args, plan: Plan, cache_dir=None):
     tokenizers = on_all_ranks(load_tokenizers, args.mt_path, args.llm_path)
     data = first_on_each_node(
         build_training_set,
-        plan.task,
-        DATA_OF_STAGE[plan.stage.data],
+        settings.task,
+        DATA_OF_STAGE[settings.stage.data],
         tokenizers,
         data_root=args.data_root,
-        languages=plan.languages,
+        languages=settings.languages,
         train_num=args.train_num,
         max_seq_len=args.max_seq_len,
         max_gen_len=args.max_gen_len,
-        with_prompt=plan.with_prompt,
-        encoder_text=plan.stage.encoder_text,
+        with_prompt=settings.with_prompt,
+        encoder_text=settings.stage.encoder_text,
         cache_dir=cache_dir,
         skip_faulty_rows=args.skip_faulty_rows,
     )
     number = len(data.dataset)
     if data.faults:
-        where = "" if args.dry_run else f", all of them listed in {plan.output_dir / FAULTS_FILE}"
+        where = "" if args.dry_run else f", all of them listed in {settings.output_dir / FAULTS_FILE}"
         warn(describe_faults(data.faults, where))
     if args.dev_size == "auto":  # the number is what a checkpoint knows
         args.dev_size = automatic_dev_size(number)
@@ -135,8 +135,8 @@ def train_steps(trainer: Trainer, record, bar) -> int:
                 trainer.evaluation_due = True
                 code = code or evaluate_and_save(trainer, record)
             elif end:  # without a dev split the last mapping is the best known
-                save_mapping(trainer, trainer.plan.output_dir)
-                save_mapping(trainer, trainer.plan.output_dir / "last")
+                save_mapping(trainer, trainer.settings.output_dir)
+                save_mapping(trainer, trainer.settings.output_dir / "last")
             if trainer.step % trainer.save_steps == 0 or end or code or trainer.signals.save_agreed:
                 record.flush()
                 save_checkpoint(trainer)
@@ -209,7 +209,7 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
     from mindmerger.training.deepspeed_config import zero_stage
 
     engine = trainer.engine
-    by_hand = zero_stage(trainer.plan.config) == 0
+    by_hand = zero_stage(trainer.settings.config) == 0
     norm = step_loss.new_zeros(())
     if by_hand:
         trained = list(engine.module.trained_parameters().values())
@@ -272,8 +272,8 @@ def evaluate_and_save(trainer: Trainer, record) -> int:
     best = loss < trainer.best_dev_loss
     if best:
         trainer.best_dev_loss = loss
-        save_mapping(trainer, trainer.plan.output_dir)
-    save_mapping(trainer, trainer.plan.output_dir / "last")
+        save_mapping(trainer, trainer.settings.output_dir)
+    save_mapping(trainer, trainer.settings.output_dir / "last")
     log(
         f"step {trainer.step}: dev loss {loss:.4f}, perplexity {perplexity(loss):.3f}{' (best so far)' if best else ''}"
     )
@@ -281,41 +281,41 @@ def evaluate_and_save(trainer: Trainer, record) -> int:
 
 
 def prepare(args):
-    """Checks and settles everything that needs no model: the plan, the data, the checkpoint to continue from."""
-    plan = on_all_ranks(check_arguments, args)
-    plan.init_file, plan.init_hash = broadcast_object((plan.init_file, plan.init_hash))
+    """Checks and settles everything that needs no model: the settings, the data, the checkpoint to continue from."""
+    settings = on_all_ranks(settle, args)
+    settings.init_file, settings.init_hash = broadcast_object((settings.init_file, settings.init_hash))
     cache_dir = None
     with contextlib.ExitStack() as stack:
         if args.dry_run:
             cache_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="mindmerger-dry-run-"))
-        tokenizers, data, split = load_data(args, plan, cache_dir)
-        inputs = {"data": data.fingerprint, "LLM (--llm_path)": plan.models[0], "encoder (--mt_path)": plan.models[1]}
-        agree_on(inputs)
-        on_all_ranks(check_lengths, args, plan, data)
-        on_all_ranks(check_tokens, args, tokenizers, data)
+        tokenizers, data, split = load_data(args, settings, cache_dir)
+        llm, encoder = settings.models
+        agree_on({"data": data.fingerprint, "LLM (--llm_path)": llm, "encoder (--mt_path)": encoder})
+        on_all_ranks(check_lengths, settings, data)
+        on_all_ranks(check_tokens, settings, tokenizers, data)
         if args.dry_run:
-            on_all_ranks(print_estimate, args, plan, data, split)
+            on_all_ranks(print_estimate, args, settings, data, split)
             return None
-    return plan, tokenizers, data, split
+    return settings, tokenizers, data, split
 
 
-def run(args, device, plan: Plan, tokenizers, data, split) -> int:
+def run(args, device, settings: Settings, tokenizers, data, split) -> int:
     """Trains the stage in its locked output folder; returns the exit code."""
     from mindmerger.runtime.files import FolderLock
     from mindmerger.runtime.signals import Signals
 
     with contextlib.ExitStack() as stack:
-        lock = on_all_ranks(lambda: FolderLock(plan.output_dir) if is_main() else None)
+        lock = on_all_ranks(lambda: FolderLock(settings.output_dir) if is_main() else None)
         if lock is not None:
             stack.callback(lock.release)
-            remove_leftovers(plan.output_dir)
+            remove_leftovers(settings.output_dir)
         if args.overwrite_output_dir:
-            on_all_ranks(clear_outputs, plan.output_dir)
-        checkpoint = broadcast_object(on_all_ranks(find_checkpoint_to_resume, args, plan, data))
-        trainer = build_trainer(args, plan, device, tokenizers, data, split, checkpoint)
-        record = Recorder(args, plan.output_dir)
+            on_all_ranks(clear_outputs, settings.output_dir)
+        checkpoint = broadcast_object(on_all_ranks(find_checkpoint_to_resume, args, settings, data))
+        trainer = build_trainer(args, settings, device, tokenizers, data, split, checkpoint)
+        record = Recorder(args, settings.output_dir)
         stack.push(lambda kind, *_: record.close(failed=kind is not None))
-        on_all_ranks(write_settings, args, plan, data)
+        on_all_ranks(write_settings, args, settings, data)
         on_all_ranks(record.rewind, trainer.step, trainer.evaluation_due)
         trainer.engine.train()
         on_all_ranks(probe_memory, trainer)
@@ -324,18 +324,18 @@ def run(args, device, plan: Plan, tokenizers, data, split) -> int:
         with trainer.signals.saving():
             on_all_ranks(record.flush)
             if is_main():
-                draw_loss(record.path, plan.output_dir / "loss.png")
+                draw_loss(record.path, settings.output_dir / "loss.png")
         # Not after an error: a launcher's SIGTERM must not end this rank before it has said what happened.
         trainer.signals.close()
     end = "ended by a signal" if code else "finished"
-    log(f"{end} at step {trainer.step} of {trainer.total_steps}: {plan.output_dir}")
+    log(f"{end} at step {trainer.step} of {trainer.total_steps}: {settings.output_dir}")
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the flags, trains one stage, writes its outputs; returns the exit code."""
     watch_launcher()
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for a checkpoint; before the first step there is none to write
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -87,7 +87,7 @@ def check_training(flags, tmp_path, monkeypatch):
 
     def call(*extra):
         argv = [*flags, "--languages", "Swahili", *(str(part) for part in extra)]
-        return run_training.prepare(training_settings.build_parser().parse_args(argv))
+        return run_training.prepare(training_settings.parse(argv))
 
     return call
 

@@ -20,6 +20,7 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.training import dry_run, guards
 from mindmerger.training import settings as training_settings
 from mindmerger.training import trainer as training_trainer
+from mindmerger.training.initial_mapping import find_initial_mapping
 
 OUTPUTS = {"pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"}
 OUTPUTS |= {"ds_config.json", "args.json", "last"}
@@ -410,16 +411,16 @@ def test_a_mapping_of_other_models_is_warned_of(flags, tiny_encoder, tiny_llm, t
     MindMerger.from_models(tiny_encoder, tiny_llm).save_pretrained(str(tmp_path / "mapping"))
     other = shutil.copytree(tiny_llm, tmp_path / "other")
     given = [*flags, "--init_checkpoint", str(tmp_path / "mapping"), "--llm_path", str(other)]
-    args = training_settings.build_parser().parse_args([str(flag) for flag in given])
-    stage = training_settings.find_stage(args.bridge, args.stage_name)
-    assert training_settings.find_initial_mapping(args, stage, tmp_path).endswith("mapping.safetensors")
+    args = training_settings.parse([str(flag) for flag in given])
+    stage = training_settings.settle_stage(args, {})
+    assert find_initial_mapping(args, stage, {}, tmp_path).endswith("mapping.safetensors")
     errors = capsys.readouterr().err
     assert errors.count("was trained with --") == 1 and f"--llm_path {tiny_llm}, not {other}" in errors
 
 
 def settled(flags, *more):
-    """What `check_arguments` makes of the flags, in this process."""
-    return training_settings.check_arguments(training_settings.build_parser().parse_args([*flags, *map(str, more)]))
+    """What training settles from the flags, in this process."""
+    return training_settings.settle(training_settings.parse([*flags, *map(str, more)]))
 
 
 def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, tmp_path, capsys):
@@ -446,11 +447,13 @@ def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, t
         (["--save_name", "a\nb"], r"--save_name 'a\\nb' has control characters"),
         (["--seed", "-1"], "--seed must be at least 0 and below 2.64, not -1"),
         (["--seed", str(2**64)], "--seed must be at least 0 and below 2.64"),
-        (["--max_seq_len", str(10**30)], "--max_seq_len must be below 2.63"),
+        (["--max_seq_len", str(10**30)], "--max_seq_len: expected a whole number of at least 1, got '1000"),
+        (["--train_num", "0"], "--train_num: expected a whole number of at least 1, got '0'"),
+        (["--warmup_ratio", "1"], "--warmup_ratio: expected a number of at least 0 and below 1, got '1'"),
         # Written to ds_config.json as Infinity, which is not JSON.
-        (["--max_grad_norm", "inf"], "--max_grad_norm must be a finite number above 0, not inf"),
-        (["--max_grad_norm", "nan"], "--max_grad_norm must be a finite number above 0, not nan"),
-        (["--lr", "inf"], "--lr must be a finite number above 0, not inf"),
+        (["--max_grad_norm", "inf"], "--max_grad_norm: expected a finite number above 0, got 'inf'"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm: expected a finite number above 0, got 'nan'"),
+        (["--lr", "inf"], "--lr: expected a finite number above 0, got 'inf'"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_anything_loads(flags, more, message):
@@ -459,8 +462,8 @@ def test_flags_that_cannot_be_are_refused_before_anything_loads(flags, more, mes
 
 
 def test_names_and_seeds_up_to_the_limits_are_taken(flags):
-    plan = settled(flags, "--save_name", "über/läuft 2", "--seed", 2**64 - 1)
-    assert plan.output_dir == Path("outputs/über/läuft 2/math/mapping")
+    settings = settled(flags, "--save_name", "über/läuft 2", "--seed", 2**64 - 1)
+    assert settings.output_dir == Path("outputs/über/läuft 2/math/mapping")
 
 
 def test_an_encoder_as_the_llm_is_refused_and_an_llm_as_the_encoder_is_said(flags, tiny_llm, tmp_path, capsys):
@@ -494,13 +497,13 @@ def test_positions_are_checked_as_in_evaluation(flags, tiny_llm, tmp_path, capsy
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     GPT2Config(n_positions=20, n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path / "gpt2")
     data = SimpleNamespace(merged_lengths=lambda prefix_length: np.array([9, 21]), encoder_lengths=np.array([4, 5]))
-    plan = SimpleNamespace(bridge=Mapping(4, 4))
-    args = training_settings.build_parser().parse_args([*flags, "--llm_path", str(short)])
-    training_settings.check_lengths(args, plan, data)
+    args = training_settings.parse([*flags, "--llm_path", str(short)])
+    settings = SimpleNamespace(args=args, bridge=Mapping(4, 4))
+    training_settings.check_lengths(settings, data)
     assert f"the longest row needs 21 positions but {short} has 20: lower" in capsys.readouterr().err
     args.llm_path = str(tmp_path / "gpt2")
     with pytest.raises(UserError, match="the longest row needs 21 positions but .*gpt2 has 20: lower --max_gen_len"):
-        training_settings.check_lengths(args, plan, data)
+        training_settings.check_lengths(settings, data)
 
 
 # Checkpointing recomputes a layer only as far as its backward pass needs.
@@ -525,7 +528,7 @@ def test_the_estimated_arithmetic_is_what_torch_counts_in_the_matrix_products(
     mapping = 60 * (4 * first + 6 * second)  # no gradient reaches the encoder
     lengths = {"merged": 62, "encoder": 30, "target": 10}
     data = SimpleNamespace(**{f"{name}_lengths": np.array([n, n]) for name, n in lengths.items()})
-    args = training_settings.build_parser().parse_args(["--gradient_checkpointing"] * checkpointing)
+    args = training_settings.parse(["--gradient_checkpointing"] * checkpointing)
     estimate = dry_run.training_flop(args, data, data.merged_lengths, np.arange(2), model.llm, model.encoder)
     assert counted - mapping == pytest.approx(estimate, rel=tolerance)
 
@@ -543,7 +546,7 @@ def test_an_automatic_dev_split_of_nothing_is_said(flags, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for number, said in ((9, True), (10, False)):
         given = [*flags, "--languages", "Swahili", "--train_num", str(number), "--dev_size", "auto"]
-        *_, (dev, train) = run_training.prepare(training_settings.build_parser().parse_args(given))
+        *_, (dev, train) = run_training.prepare(training_settings.parse(given))
         assert (len(dev), len(train)) == ((0, 9) if said else (1, 9))
         assert ("--dev_size auto takes a tenth, none of 9 examples" in capsys.readouterr().err) == said
 
@@ -580,12 +583,12 @@ def test_the_memory_probe_takes_the_most_targets_and_sources_as_well_as_the_long
         dataset=datasets.Dataset.from_dict(stored),
         **{f"{name}_lengths": lengths[:, i] for i, name in enumerate(("encoder", "prompt", "target"))},
     )
-    args = training_settings.build_parser().parse_args(
+    args = training_settings.parse(
         ["--train_micro_batch_size_per_gpu", "2", "--eval_batch_size", "1", "--num_workers", "0"]
     )
     ids = SimpleNamespace(encoder_pad_id=0, llm_pad_id=0)
     places = {
-        "plan": None,
+        "settings": None,
         "lengths": 2 + lengths.sum(1),
         "tokenizers": ids,
         "device": torch.device("cpu"),
@@ -620,14 +623,17 @@ def test_help_names_a_default_once():
 
 
 def test_stage_form_and_defaults_follow_the_published_flags():
-    args = training_settings.build_parser().parse_args([])
+    parser = training_settings.build_parser()
     published = {
         **{"llm_path": "../LLMs/Llama-2-7b-hf/", "mt_path": "../LLMs/mt5-xl/", "save_name": "MindMerger"},
-        **{"stage_name": "mapping", "lr": 2e-5, "epoch_num": 3, "train_num": 100000, "train_batch_size": 24},
+        **{"lr": 2e-5, "epoch_num": 3, "train_num": 100000, "train_batch_size": 24},
         **{"train_micro_batch_size_per_gpu": 1, "eval_batch_size": 2, "max_seq_len": 512, "max_gen_len": 512},
         **{"dev_size": 3000, "augmentation": None, "task": "translation", "seed": 0, "logging_steps": 10},
     }
-    assert {name: getattr(args, name) for name in published} == published
+    assert {name: parser.get_default(name) for name in published} == published
+    args = training_settings.parse([])
+    training_settings.settle_stage(args, {})
+    assert args.stage_name == "mapping"
     described = [a for a in training_settings.build_parser()._actions if a.help]
     assert len(described) == len(training_settings.build_parser()._actions)
 
@@ -641,10 +647,8 @@ def test_stage_form_and_defaults_follow_the_published_flags():
     ],
 )
 def test_learning_rate_warms_up_and_decays(scheduler, expected):
-    args = training_settings.build_parser().parse_args(
-        ["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"]
-    )
-    fields = dict.fromkeys(("plan", "engine", "data", "tokenizers", "dev", "train", "device", "lengths"))
+    args = training_settings.parse(["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"])
+    fields = dict.fromkeys(("settings", "engine", "data", "tokenizers", "dev", "train", "device", "lengths"))
     trainer = training_trainer.Trainer(
         args=args, **fields, steps_per_epoch=5, total_steps=10, eval_steps=1, save_steps=1
     )

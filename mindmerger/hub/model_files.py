@@ -20,6 +20,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file, is_kernels_available, logging
 
 from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import model_path
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -43,11 +44,6 @@ INFERENCE_ONLY = ("fp8", "mxfp8")
 
 class ModelError(UserError):
     """A model or mapping that cannot be used as asked; the message is one line."""
-
-
-def model_path(path: str | None) -> str | None:
-    """`google/mt5-xl/` is meant as `google/mt5-xl`."""
-    return str(path).rstrip("/") or "/" if path is not None else None
 
 
 def one_line(error: BaseException) -> str:

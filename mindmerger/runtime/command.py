@@ -55,6 +55,21 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
 
 
+def at_least(minimum: int, below: int = 2**63):
+    """Returns a flag's type: whole numbers from `minimum` on, by default those that a tensor of indices holds."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value < below:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text[:40]!r}")
+        return value
+
+    return parse
+
+
 def check_save_name(name: str, flag: str = "--save_name") -> None:
     """Makes sure that a flag names something inside the outputs.
 

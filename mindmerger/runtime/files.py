@@ -19,6 +19,11 @@ def is_utf8(path) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in str(path))
 
 
+def model_path(path: str | None) -> str | None:
+    """Returns a path without slashes at its end: `google/mt5-xl/` is meant as `google/mt5-xl`."""
+    return str(path).rstrip("/") or "/" if path is not None else None
+
+
 def open_new(path):
     """Opens a new file for writing bytes. What stands in its place, a link too, is removed and never written to.
 

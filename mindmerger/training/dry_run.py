@@ -4,7 +4,7 @@ import json
 import math
 
 from mindmerger.runtime.processes import is_main, world_size
-from mindmerger.training.settings import ASSUMED_GPU, ASSUMED_SHARE, Plan
+from mindmerger.training.settings import ASSUMED_GPU, ASSUMED_SHARE, Settings
 from mindmerger.training.trainer import steps_per_epoch
 
 PEAK_FLOPS = {"bf16": 312e12, "fp32": 19.5e12}
@@ -33,7 +33,7 @@ def training_flop(args, data, merged, rows, llm, encoder) -> float:
     return float(passes * layers * positions + 4 * head.numel() * targets + 2 * encoding * sources)
 
 
-def print_estimate(args, plan: Plan, data, split) -> None:
+def print_estimate(args, settings: Settings, data, split) -> None:
     """Prints the effective settings, the steps and the memory that weights and optimizer take on each GPU."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
@@ -48,19 +48,20 @@ def print_estimate(args, plan: Plan, data, split) -> None:
         encoder = AutoModel.from_config(load_config(args.mt_path), trust_remote_code=False)
         encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
     frozen, trained = (
-        sum(p.numel() for model in models for p in model.parameters()) for models in ((llm, encoder), (plan.bridge,))
+        sum(p.numel() for model in models for p in model.parameters())
+        for models in ((llm, encoder), (settings.bridge,))
     )
-    stage, size = zero_stage(plan.config), world_size()
+    stage, size = zero_stage(settings.config), world_size()
     shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
     frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
     parts_gb = {"frozen weights": frozen_gb, "mapping": trained * 4 / shards["weights"] / 1e9}
     parts_gb |= {"gradient": trained * 4 / shards["gradient"] / 1e9, "Adam": trained * 8 / shards["Adam"] / 1e9}
     moved = {"offload_param": ("frozen weights", "mapping"), "offload_optimizer": ("Adam",)}
-    host_gb = {name: parts_gb.pop(name) for key in offloaded(plan.config) for name in moved[key]}
-    print(json.dumps({"arguments": vars(args), "deepspeed": plan.config}, indent=2, default=str))
-    print(f"output folder: {plan.output_dir}")
+    host_gb = {name: parts_gb.pop(name) for key in offloaded(settings.config) for name in moved[key]}
+    print(json.dumps({"arguments": vars(args), "deepspeed": settings.config}, indent=2, default=str))
+    print(f"output folder: {settings.output_dir}")
     print(f"examples: {len(split[1])} training, {len(split[0])} dev; {json.dumps(data.counts, ensure_ascii=False)}")
-    steps, lengths = steps_per_epoch(args, split), data.merged_lengths(plan.bridge.prefix_length)
+    steps, lengths = steps_per_epoch(args, split), data.merged_lengths(settings.bridge.prefix_length)
     print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}")
     print(f"longest row: {int(lengths.max())} positions, mean {lengths.mean():.0f}")
     print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")

@@ -20,7 +20,7 @@ from mindmerger.training.checkpoints import (
     write_checkpoint,
 )
 from mindmerger.training.record import TENSORBOARD_FOLDER, WANDB_FILE
-from mindmerger.training.settings import CHANGEABLE_ON_RESUME, FAULTS_FILE, Plan
+from mindmerger.training.settings import CHANGEABLE_ON_RESUME, FAULTS_FILE, Settings
 from mindmerger.training.trainer import Trainer
 
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
@@ -55,33 +55,33 @@ def save_checkpoint(trainer: Trainer) -> None:
         "examples_in_epoch": trainer.batch * trainer.args.train_batch_size,
         "best_dev_loss": None if math.isinf(trainer.best_dev_loss) else trainer.best_dev_loss,
         "evaluation_due": trainer.evaluation_due,
-        "identity": identity(trainer.args, trainer.plan, trainer.data),
+        "identity": identity(trainer.args, trainer.settings, trainer.data),
     }
 
     def write():
         if is_main():
-            write_checkpoint(trainer.plan.output_dir, trainer.step, tensors, state, trainer.args.save_total_limit)
+            write_checkpoint(trainer.settings.output_dir, trainer.step, tensors, state, trainer.args.save_total_limit)
 
     with trainer.signals.saving():
         on_all_ranks(write)
 
 
-def identity(args, plan: Plan, data) -> dict:
+def identity(args, settings: Settings, data) -> dict:
     """Returns what identifies a run: what must not change when it is resumed, and what may when the user says so."""
     fixed = {
-        "task": plan.task.training_name,
+        "task": settings.task.training_name,
         "stage_name": args.stage_name,
         "bridge": args.bridge,
-        "bridge_options": plan.bridge.options,
-        "augmentation": plan.with_prompt,
+        "bridge_options": settings.bridge.options,
+        "augmentation": settings.with_prompt,
         "seed": args.seed,
-        "llm": plan.models[0],
-        "encoder": plan.models[1],
+        "llm": settings.models[0],
+        "encoder": settings.models[1],
         "precision": args.precision,
         "dev_size": args.dev_size,
         "skip_faulty_rows": args.skip_faulty_rows,
         # These make other data too; before its hash, so that the difference has a name.
-        "languages": [language.code for language in plan.languages] if plan.languages else None,
+        "languages": [language.code for language in settings.languages] if settings.languages else None,
         "train_num": args.train_num,
         "max_seq_len": args.max_seq_len,
         "max_gen_len": args.max_gen_len,
@@ -91,7 +91,7 @@ def identity(args, plan: Plan, data) -> dict:
     return (
         fixed
         | {name: getattr(args, name) for name in sorted(CHANGEABLE_ON_RESUME)}
-        | {"init_checkpoint": plan.init_hash}
+        | {"init_checkpoint": settings.init_hash}
     )
 
 
@@ -119,7 +119,7 @@ def clear_outputs(output_dir: Path) -> None:
             raise UserError(f"--overwrite_output_dir cannot remove {path}: remove it, or use another --save_name")
 
 
-def find_checkpoint_to_resume(args, plan: Plan, data) -> tuple:
+def find_checkpoint_to_resume(args, settings: Settings, data) -> tuple:
     """The checkpoint to continue from as (folder, tensors, state), or three times None. Rank 0 reads it.
 
     Raises:
@@ -131,7 +131,7 @@ def find_checkpoint_to_resume(args, plan: Plan, data) -> tuple:
     given = None if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
     folder = given
     if given is None or holds_checkpoints(given):
-        folder, skipped = newest_valid(given or plan.output_dir)
+        folder, skipped = newest_valid(given or settings.output_dir)
         for line in skipped:
             warn(f"skipped {line}")
         if folder is None and given is None:
@@ -140,7 +140,7 @@ def find_checkpoint_to_resume(args, plan: Plan, data) -> tuple:
             raise UserError(f"no checkpoint in {given} is whole: pass another folder, or auto")
     tensors, state = read_checkpoint(folder)
     check_state(folder, state)
-    for name, value in identity(args, plan, data).items():
+    for name, value in identity(args, settings, data).items():
         before = state["identity"].get(name)
         if before == value or name in ABSENT_IN_OLD_CHECKPOINTS and name not in state["identity"]:
             continue
@@ -156,30 +156,30 @@ def find_checkpoint_to_resume(args, plan: Plan, data) -> tuple:
                 f"--allow_changed {name} to continue with the new value, or --overwrite_output_dir to start over"
             )
         log(f"--{name} was {before}, from here on {value}")
-    check_tensors(folder, tensors, {name: p.shape for name, p in plan.bridge.named_parameters()})
-    later = later_checkpoints(plan.output_dir, state["step"])
+    check_tensors(folder, tensors, {name: p.shape for name, p in settings.bridge.named_parameters()})
+    later = later_checkpoints(settings.output_dir, state["step"])
     if later:
         names = ", ".join(entry.name for entry in later)
         warn(f"resumes from step {state['step']}: the first new checkpoint replaces {names}")
     return folder, tensors, state
 
 
-def write_settings(args, plan: Plan, data) -> None:
+def write_settings(args, settings: Settings, data) -> None:
     """Writes what really ran: arguments, versions, data fingerprint, and DeepSpeed's effective config."""
     if not is_main():
         return
-    settings = {
+    ran = {
         "arguments": vars(args),
         "command": sys.argv,
         "world_size": world_size(),
-        "task": plan.task.training_name,
-        "augmentation": plan.with_prompt,
-        "init_file": plan.init_file,
+        "task": settings.task.training_name,
+        "augmentation": settings.with_prompt,
+        "init_file": settings.init_file,
         "versions": versions(),
         "data": {"fingerprint": data.fingerprint, "counts": data.counts, "files": data.files},
     }
-    write_json_atomic(plan.output_dir / "args.json", settings)
+    write_json_atomic(settings.output_dir / "args.json", ran)
     if data.faults:
         lines = "".join(f"{fault}\n" for fault in data.faults)
-        write_text_atomic(plan.output_dir / FAULTS_FILE, lines)
-    write_json_atomic(plan.output_dir / "ds_config.json", plan.config)
+        write_text_atomic(settings.output_dir / FAULTS_FILE, lines)
+    write_json_atomic(settings.output_dir / "ds_config.json", settings.config)

@@ -15,12 +15,12 @@ from mindmerger.runtime.processes import (
     rank,
     world_size,
 )
-from mindmerger.training.settings import Plan
+from mindmerger.training.settings import Settings
 
 DEFAULT_EVAL_MICRO_BATCHES = 2000
 
 
-def load_model(args, plan: Plan, device):
+def load_model(args, settings: Settings, device):
     """Frozen towers in the run's dtype, and the mapping in fp32 with its starting weights."""
     import torch
 
@@ -31,17 +31,17 @@ def load_model(args, plan: Plan, device):
 
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with placing_memory_named(device), sharded_loading(plan.config, bf16):
+    with placing_memory_named(device), sharded_loading(settings.config, bf16):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation)
         encoder = load_encoder(args.mt_path, dtype, args.attn_implementation)
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
-    model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, plan.bridge.options)
-    model.config.stage, model.config.task = args.stage_name, plan.task.training_name
-    model.config.augmentation = plan.with_prompt
-    if plan.init_file is not None:
+    model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, settings.bridge.options)
+    model.config.stage, model.config.task = args.stage_name, settings.task.training_name
+    model.config.augmentation = settings.with_prompt
+    if settings.init_file is not None:
         if is_main():
-            model.load_mapping(plan.init_file)
-        log(f"mapping: starts from {plan.init_file}")
+            model.load_mapping(settings.init_file)
+        log(f"mapping: starts from {settings.init_file}")
     else:
         log("mapping: starts fresh")
     if args.gradient_checkpointing:
@@ -81,7 +81,7 @@ class Trainer:
     loss so far; a checkpoint holds these, the mapping and the optimizer's moments, and nothing else."""
 
     args: argparse.Namespace
-    plan: Plan
+    settings: Settings
     engine: object
     data: object
     tokenizers: object
@@ -188,31 +188,31 @@ class EpochCut:
             yield from (micro.indices for micro in micro_batches)
 
 
-def build_trainer(args, plan: Plan, device, tokenizers, data, split, checkpoint) -> Trainer:
+def build_trainer(args, settings: Settings, device, tokenizers, data, split, checkpoint) -> Trainer:
     """Model and engine put together with the data, standing where the checkpoint left off if there is one."""
     from mindmerger.training.deepspeed_config import describe
     from mindmerger.training.deepspeed_engine import load_optimizer_state, make_engine
 
     folder, tensors, state = checkpoint
-    model = on_all_ranks(load_model, args, plan, device)
-    if plan.init_file is not None:
+    model = on_all_ranks(load_model, args, settings, device)
+    if settings.init_file is not None:
         broadcast_weights(model.mapping)
     if folder is not None:
         mapping = {name.removeprefix("mapping."): t for name, t in tensors.items() if name.startswith("mapping.")}
         model.mapping.load_state_dict(mapping, strict=True)
     with placing_memory_named(device):
-        engine = make_engine(model, plan.config, args.lr)
-    eval_steps = args.eval_steps or max(1, DEFAULT_EVAL_MICRO_BATCHES // plan.accumulation)
+        engine = make_engine(model, settings.config, args.lr)
+    eval_steps = args.eval_steps or max(1, DEFAULT_EVAL_MICRO_BATCHES // settings.accumulation)
     trainer = Trainer(
         args=args,
-        plan=plan,
+        settings=settings,
         engine=engine,
         data=data,
         tokenizers=tokenizers,
         dev=split[0],
         train=split[1],
         device=device,
-        lengths=data.merged_lengths(plan.bridge.prefix_length),
+        lengths=data.merged_lengths(settings.bridge.prefix_length),
         steps_per_epoch=steps_per_epoch(args, split),
         eval_steps=eval_steps,
         save_steps=args.save_steps or eval_steps,
@@ -227,8 +227,8 @@ def build_trainer(args, plan: Plan, device, tokenizers, data, split, checkpoint)
         trainer.evaluation_due = state["evaluation_due"]
     left = (args.epoch_num - trainer.epoch) * trainer.steps_per_epoch - trainer.batch
     trainer.total_steps = min(args.max_steps or math.inf, trainer.step + max(0, left))
-    log(f"{describe(plan.config)}; {trainer.steps_per_epoch} steps per epoch, {trainer.total_steps} in all")
-    where = f"resumes from {folder}" if folder is not None else f"starts fresh, no checkpoint in {plan.output_dir},"
+    log(f"{describe(settings.config)}; {trainer.steps_per_epoch} steps per epoch, {trainer.total_steps} in all")
+    where = f"resumes from {folder}" if folder is not None else f"starts fresh, no checkpoint in {settings.output_dir},"
     log(f"{where} at step {trainer.step}")
     return trainer
 

@@ -171,14 +171,13 @@ def make_trainer(args, folder: Path, stage: str, model, device, token_budget: in
     flags += ["--dev_size", "0", "--init_checkpoint", "none"]
     if token_budget:
         flags += ["--micro_batch_tokens", str(token_budget)]
-    settings = training_settings.build_parser().parse_args(flags)
-    plan = training_settings.check_arguments(settings)
-    tokenizers, data, split = run_training.load_data(settings, plan, folder / "cache")
-    config = effective_config({}, args.global_batch, args.micro_batch, plan.accumulation, 1.0)
+    settings = training_settings.settle(training_settings.parse(flags))
+    tokenizers, data, split = run_training.load_data(settings.args, settings, folder / "cache")
+    config = effective_config({}, args.global_batch, args.micro_batch, settings.accumulation, 1.0)
     trainer = training_trainer.Trainer(
-        args=settings,
-        plan=plan,
-        engine=make_engine(model, config, settings.lr),
+        args=settings.args,
+        settings=settings,
+        engine=make_engine(model, config, settings.args.lr),
         data=data,
         tokenizers=tokenizers,
         dev=split[0],
@@ -310,7 +309,7 @@ class Plain:
         limits, encoder, llm = self.trainer.args, self.trainer.tokenizers.encoder, self.trainer.tokenizers.llm
         cut = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
         source = encoder(example.source, truncation=True, max_length=limits.max_seq_len).input_ids
-        prompt = llm(example.prompt, **cut).input_ids if self.trainer.plan.with_prompt else []
+        prompt = llm(example.prompt, **cut).input_ids if self.trainer.settings.with_prompt else []
         return source, prompt, llm(example.target, **cut).input_ids + [2]
 
     def forward(self, examples: list, total: dict) -> None:

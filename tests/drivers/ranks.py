@@ -75,7 +75,7 @@ def arm(fault):
     elif at == "checkpoint":
         fail_at(outputs, "write_checkpoint", rank, message)
     elif at == "arguments":
-        fail_at(run_training, "check_arguments", rank, message)
+        fail_at(run_training, "settle", rank, message)
     elif at == "generate":
         fail_at(mindmerger.MindMerger, "generate", rank, no_memory)
     elif at == "fault in generate":

@@ -1,0 +1,88 @@
+"""The mapping that a training run starts from: found, checked against the models, kept safe from the run's outputs."""
+
+import os
+from pathlib import Path
+
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.processes import is_main, warn
+
+
+def settle_start(args, stage, mapping_config, output_dir: Path) -> tuple[str | None, str | None]:
+    """Finds the mapping that the run starts from and checks that it fits; rank 0 alone looks.
+
+    It may lie in an output folder that rank 0 alone has: the other ranks are told.
+
+    Returns:
+        its file and the start of its sha256, or twice None for a fresh mapping.
+
+    Raises:
+        UserError: when it cannot be used, or would not survive the run.
+    """
+    from mindmerger.model.mapping_files import check_mapping, mapping_sha256
+
+    if args.overwrite_output_dir and args.resume_from_checkpoint != "auto":
+        raise UserError(
+            "--overwrite_output_dir starts over and --resume_from_checkpoint continues from "
+            f"{args.resume_from_checkpoint}: leave one of them out"
+        )
+    init_file = find_initial_mapping(args, stage, mapping_config.bridge_options, output_dir) if is_main() else None
+    if init_file is None:
+        return None, None
+    check_mapping(init_file, mapping_config)
+    protect_initial_mapping(init_file, output_dir)
+    return init_file, mapping_sha256(init_file)[:16]
+
+
+def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path) -> str | None:
+    """The mapping file to start from: the given one, or the best of the stage that this one continues.
+
+    Raises:
+        UserError: when a stage that continues another has none to start from, or the file holds another bridge.
+    """
+    from mindmerger.model.mapping_files import find_mapping_file, read_config
+    from mindmerger.tasks import find_task
+
+    given = args.init_checkpoint
+    if given and given.lower() == "none" or stage.starts_from is None and not given:
+        return None
+    folder = given or str(output_dir.parent / stage.starts_from)
+    if not given and not Path(folder).is_dir():
+        if args.dry_run:
+            warn(f"there is no {folder} yet: the {stage.starts_from} stage has to run first")
+            return None
+        raise UserError(
+            f"the {args.stage_name} stage starts from the {stage.starts_from} stage's mapping, but there is no "
+            f"{folder}: run --stage_name {stage.starts_from} first, or name a mapping with --init_checkpoint ('none' "
+            "for a fresh one)"
+        )
+    file, recorded = find_mapping_file(folder), read_config(folder)
+    if recorded is not None and recorded.bridge != args.bridge:
+        raise UserError(f"{file} holds the bridge {recorded.bridge}, this run trains --bridge {args.bridge}")
+    for name, value in options.items():
+        if recorded is not None and recorded.bridge_options[name] != value:
+            raise UserError(f"{file} was trained with --bridge_option {name}={recorded.bridge_options[name]}, this run "
+                f"has {name}={value}: use the same")  # fmt: skip
+    for flag in ("llm_path", "mt_path"):
+        before, now = getattr(recorded, flag, None), getattr(args, flag)
+        if before is not None and Path(before).resolve() != Path(now).resolve():
+            warn(f"the mapping {file} was trained with --{flag} {before}, not {now}")
+    task = find_task(args.task).training_name
+    if recorded is not None and recorded.task not in (None, task):
+        warn(f"the mapping {file} was trained for task {recorded.task}, this run trains {task}")
+    return str(file)
+
+
+def protect_initial_mapping(init_file: str, output_dir: Path) -> None:
+    """Makes sure that the mapping to start from survives what the run removes and writes.
+
+    Raises:
+        UserError: when it lies in the run's own output folder, where each new best mapping replaces it.
+    """
+    # Both as written and behind its links: starting over may remove either.
+    places = (Path(os.path.abspath(init_file)), Path(init_file).resolve())
+    folders = (Path(os.path.abspath(output_dir)), output_dir.resolve())
+    if any(place.is_relative_to(folder) for place in places for folder in folders):
+        raise UserError(
+            f"the mapping to start from, {init_file}, lies in this run's own output folder {output_dir}, "
+            "which the run overwrites: copy it elsewhere, or use another --save_name"
+        )
