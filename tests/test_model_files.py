@@ -486,9 +486,10 @@ def test_logits_of_minus_infinity_are_legal_unless_no_token_is_left(tiny_llm):
 def test_merged_embeddings_for_another_engine_are_checked(evaluate, llm, encoder, mapping, datas):
     spoil(encoder, "encoder.final_layer_norm.weight", torch.inf)
     flags = ["--llm_path", str(llm), "--mt_path", str(encoder), "--init_checkpoint", mapping, "--data_root", datas]
-    plan = evaluation_settings.prepare(evaluation_settings.build_parser().parse_args([*flags, *FEW]), on_gpu=False)
-    model = generation_answers.load_model(plan, torch.device("cpu"), input_side_only=True)
-    assert "encoder.final_layer_norm.weight" in refusal(generation_answers.merge_batch, model, plan, [0, 1])
+    settings = evaluation_settings.settle(evaluation_settings.build_parser().parse_args([*flags, *FEW]), on_gpu=False)
+    settings.engine = "vllm"
+    model = generation_answers.load_model(settings, torch.device("cpu"))
+    assert "encoder.final_layer_norm.weight" in refusal(generation_answers.merge_batch, model, settings, [0, 1])
 
 
 # -- damaged files

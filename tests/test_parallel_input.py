@@ -16,7 +16,7 @@ from mindmerger.evaluation.parallel_input import (
     choose_languages,
     default_languages,
 )
-from mindmerger.evaluation.settings import build_parser, prepare
+from mindmerger.evaluation.settings import build_parser, settle
 from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import find_task
 from mindmerger.tasks.examples import evaluation_examples, read_parallel
@@ -319,9 +319,9 @@ def test_a_finished_run_with_another_order_or_translation_is_not_taken_for_this_
 def test_prompt_limit_grows_with_the_number_of_texts_unless_given(datas, tiny_llm):
     given = ["--llm_only", "--llm_path", tiny_llm, "--data_root", datas, "--languages", "sw", "--limit", "1"]
     given += ["--parallel_input", "6", "--translations", "aligned"]
-    assert prepare(build_parser().parse_args(given), False).identity["--max_gen_len"] == 7 * 512
+    assert settle(build_parser().parse_args(given), False).identity["--max_gen_len"] == 7 * 512
     given += ["--max_gen_len", "600"]
-    assert prepare(build_parser().parse_args(given), False).identity["--max_gen_len"] == 600
+    assert settle(build_parser().parse_args(given), False).identity["--max_gen_len"] == 600
 
 
 # -- the command

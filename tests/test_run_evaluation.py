@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import run_evaluation
 from mindmerger.evaluation import settings as evaluation_settings
 from mindmerger.evaluation import summary
-from mindmerger.evaluation.settings import build_parser, prepare
+from mindmerger.evaluation.settings import build_parser, settle
 from mindmerger.generation import answers
 from mindmerger.generation.answers import Generation, answer, generate_batch, split_batches
 from mindmerger.model.mapping_files import save_released
@@ -118,9 +118,11 @@ def test_scores_file_and_results_agree_with_the_predictions(evaluate, tmp_path, 
         return [Generation(texts[e.id[:2]].format(e.target), 3, e.language == "Thai") for e in chosen]
 
     examples = []
-    real = answers.tokenise_form
+    real = answers.tokenise_inputs
     monkeypatch.setattr(answers, "generate_batch", fixed)
-    monkeypatch.setattr(evaluation_settings, "tokenise_form", lambda *a: (examples.extend(a[1]), real(*a))[1])
+    monkeypatch.setattr(
+        evaluation_settings, "tokenise_inputs", lambda *a, **k: (examples.extend(a[1]), real(*a, **k))[1]
+    )
     out, _ = evaluate(*FEW)
     folder = tmp_path / "results/MindMerger/math_mgsm"
     results = json.loads((folder / "results.json").read_text())
@@ -164,9 +166,11 @@ def test_the_mean_s_interval_takes_questions_together_and_says_so(evaluate, tmp_
         return [Generation(e.target if e.id[-1] in "12" else "x", 3, False) for e in chosen]
 
     examples = []
-    real = answers.tokenise_form
+    real = answers.tokenise_inputs
     monkeypatch.setattr(answers, "generate_batch", fixed)
-    monkeypatch.setattr(evaluation_settings, "tokenise_form", lambda *a: (examples.extend(a[1]), real(*a))[1])
+    monkeypatch.setattr(
+        evaluation_settings, "tokenise_inputs", lambda *a, **k: (examples.extend(a[1]), real(*a, **k))[1]
+    )
     out, _ = evaluate(*FEW)
     results = json.loads((tmp_path / "results/MindMerger/math_mgsm/results.json").read_text())
     assert results["mean"]["interval"] == results["languages"]["Thai"]["interval"] == [0, 100]
@@ -363,14 +367,14 @@ def test_released_file_safetensors_and_folder_are_the_same_mapping(evaluate, tmp
 )
 def test_new_tokens_are_limited_by_the_flag_that_wins(world, datas, flags, expected):
     given = ["--init_checkpoint", world.folder, "--data_root", datas, "--limit", "1", "--languages", "en", *flags]
-    assert prepare(build_parser().parse_args(given), on_gpu=False).max_new_tokens == expected
+    assert settle(build_parser().parse_args(given), on_gpu=False).max_new_tokens == expected
 
 
 def test_precision_follows_the_device_unless_given(world, datas):
     given = ["--init_checkpoint", world.folder, "--data_root", datas, "--limit", "1", "--languages", "en"]
-    assert prepare(build_parser().parse_args(given), on_gpu=True).precision == "bf16"
-    assert prepare(build_parser().parse_args(given), on_gpu=False).precision == "fp32"
-    assert prepare(build_parser().parse_args([*given, "--precision", "fp32"]), on_gpu=True).precision == "fp32"
+    assert settle(build_parser().parse_args(given), on_gpu=True).precision == "bf16"
+    assert settle(build_parser().parse_args(given), on_gpu=False).precision == "fp32"
+    assert settle(build_parser().parse_args([*given, "--precision", "fp32"]), on_gpu=True).precision == "fp32"
 
 
 def test_older_flags_are_accepted_and_change_nothing(evaluate, tmp_path, monkeypatch):
@@ -563,7 +567,7 @@ from mindmerger.evaluation import summary
 import run_evaluation
 from mindmerger.runtime import command
 
-name, number, finish = sys.argv[1], int(sys.argv[2]), summary.finish
+name, number, summarise = sys.argv[1], int(sys.argv[2]), summary.summarise
 call, calls = getattr(os, name), []
 
 def counted(*arguments, **named):
@@ -574,9 +578,9 @@ def counted(*arguments, **named):
 
 def armed(*arguments):
     setattr(os, name, counted)
-    return finish(*arguments)
+    return summarise(*arguments)
 
-run_evaluation.finish = armed
+run_evaluation.summarise = armed
 command.run_main(lambda: run_evaluation.main(sys.argv[3:]))
 """
 
@@ -588,7 +592,7 @@ def test_kill_9_at_any_point_of_the_merge_loses_no_answer_and_leaves_no_litter(
     """Three files of predictions, scores.tsv, results.json, and then .partial goes."""
     evaluate(*FEW, "--results_dir", "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_evaluation, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run_evaluation, "summarise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         evaluate(*FEW, "--results_dir", "generated")
     monkeypatch.setattr(run_evaluation, "load_model", None)
     # Each of the five written files removes what may stand in its temporary one's place: the sixth is .partial's.
@@ -839,8 +843,8 @@ def test_wrong_input_is_one_line_before_any_model_loads(case, world, broken, dat
 
 def test_an_input_longer_than_learned_positions_is_refused_and_rotary_ones_warn(world, broken, datas, capsys):
     given = ["--init_checkpoint", world.folder, "--data_root", datas, "--languages", "en", "--limit", "1"]
-    plan = prepare(build_parser().parse_args([*given, "--llm_path", str(broken / "short_llm")]), on_gpu=False)
-    assert plan.max_new_tokens == 512 and "has 100: lower --max_new_tokens" in capsys.readouterr().err
+    settings = settle(build_parser().parse_args([*given, "--llm_path", str(broken / "short_llm")]), on_gpu=False)
+    assert settings.max_new_tokens == 512 and "has 100: lower --max_new_tokens" in capsys.readouterr().err
     from transformers import GPT2Config
 
     GPT2Config(n_positions=64, n_embd=8, n_head=2, n_layer=1).save_pretrained(broken / "gpt2")
@@ -870,7 +874,7 @@ def test_what_the_llm_alone_makes_no_use_of_is_said(world, datas, capsys, flags,
     given = ["--llm_only", "--data_root", datas, "--languages", "en", "--limit", "1"]
     given += [part.format(encoder=world.encoder) for part in flags] + ["--llm_path", world.llm] * bool(flags)
     given += [] if flags else ["--init_checkpoint", world.folder]
-    prepare(build_parser().parse_args(given), on_gpu=False)
+    settle(build_parser().parse_args(given), on_gpu=False)
     assert f"warning: --llm_only evaluates without encoder and mapping: {said}" in capsys.readouterr().err
 
 
@@ -882,9 +886,9 @@ def test_flags_beside_compare_are_said_to_be_unused(tmp_path, capsys):
 
 def test_a_mapping_trained_for_another_task_is_warned_of(world, datas, capsys):
     given = ["--init_checkpoint", world.folder, "--data_root", datas, "--languages", "en", "--limit", "1"]
-    prepare(build_parser().parse_args([*given, "--task", "xnli"]), on_gpu=False)
+    settle(build_parser().parse_args([*given, "--task", "xnli"]), on_gpu=False)
     assert "this mapping was trained for task math, now evaluated on xnli" in capsys.readouterr().err
-    prepare(build_parser().parse_args([*given, "--task", "math_msvamp"]), on_gpu=False)
+    settle(build_parser().parse_args([*given, "--task", "math_msvamp"]), on_gpu=False)
     assert "was trained for task" not in capsys.readouterr().err
 
 

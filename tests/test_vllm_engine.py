@@ -161,7 +161,7 @@ def test_the_llms_layers_are_not_loaded_twice(evaluate, stand_in, monkeypatch):
         return sum(isinstance(one, LlamaDecoderLayer) for one in gc.get_objects())
 
     found, before, real = [], layers(), generation_answers.start_engine
-    monkeypatch.setattr(run_evaluation, "start_engine", lambda plan: found.append(layers()) or real(plan))
+    monkeypatch.setattr(run_evaluation, "start_engine", lambda settings: found.append(layers()) or real(settings))
     evaluate("soft", "--engine", "vllm")
     assert found == [before]
 
@@ -218,7 +218,7 @@ def test_what_vllm_refuses_is_one_line(evaluate, stand_in, monkeypatch, world):
 
 
 def test_refusals_come_before_anything_is_read(evaluate, monkeypatch):
-    monkeypatch.setattr(run_evaluation, "prepare", None)
+    monkeypatch.setattr(run_evaluation, "settle", None)
     monkeypatch.setattr(generation_vllm_engine, "world_size", lambda: 2)
     with pytest.raises(UserError, match="--engine vllm runs in one process, this run has 2: start it with python"):
         evaluate("soft", "--engine", "vllm")

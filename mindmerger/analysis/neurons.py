@@ -32,8 +32,8 @@ RUN_FILE = "run.json"
 _HEATMAP_COLUMNS = 1000
 
 
-def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]:
-    """Counts over all examples of an evaluation plan (`run_evaluation.prepare`), in the batches its flags ask for.
+def count_all(model, settings, args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Counts over all examples of an evaluation, in the batches that its settings ask for.
 
     Returns:
         {"counts": (layers, width), "tokens": (1,), and both again as "counts.<code>" for every language}, int64 on the
@@ -45,19 +45,19 @@ def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]
     from mindmerger.tasks.languages import find_language
 
     tensors: dict[str, torch.Tensor] = {}
-    records: list[dict] = [{}] * len(plan.examples)
+    records: list[dict] = [{}] * len(settings.examples)
     by_language: dict[str, list[int]] = {}
-    for i, example in enumerate(plan.examples):
+    for i, example in enumerate(settings.examples):
         by_language.setdefault(example.language, []).append(i)
-    with progress_bar(total=len(plan.examples), unit="example", desc="counting") as progress:
+    with progress_bar(total=len(settings.examples), unit="example", desc="counting") as progress:
         for language, indices in by_language.items():
             code = find_language(language).code
-            for batch in split_evaluation(indices, plan, args):
-                inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
+            for batch in split_evaluation(indices, settings):
+                inputs = batch_inputs(model, settings.tokenizers, settings.columns, batch)
                 if args.tower == "encoder":
                     seen = observe_encoder(model, inputs)
                 else:
-                    seen = observe_answers(model, inputs, plan.max_new_tokens)
+                    seen = observe_answers(model, inputs, settings.max_new_tokens)
                 counts, tokens = seen.counts.cpu(), seen.tokens.cpu()
                 for suffix in ("", f".{code}"):
                     for name, value in (("counts", counts), ("tokens", tokens.sum().reshape(1))):
@@ -66,7 +66,7 @@ def count_plan(model, plan, args: argparse.Namespace) -> tuple[dict, list[dict]]
                 for i, row, n in zip(batch, seen.row_counts.tolist(), tokens.tolist(), strict=True):
                     shares = [active / (n * width) for active in row]
                     share = sum(row) / (n * width * len(row))
-                    head = {"id": plan.examples[i].id, "language": language, "tokens": n}
+                    head = {"id": settings.examples[i].id, "language": language, "tokens": n}
                     records[i] = head | {"active_share": share, "active_share_per_layer": shares}
                 progress.update(len(batch))
     return tensors, records
@@ -77,7 +77,7 @@ def count(args: argparse.Namespace) -> int:
     import torch
     from safetensors.torch import save
 
-    from mindmerger.evaluation.settings import prepare
+    from mindmerger.evaluation.settings import settle
     from mindmerger.evaluation.tables import form_title
     from mindmerger.generation.answers import load_model
 
@@ -88,28 +88,28 @@ def count(args: argparse.Namespace) -> int:
     if args.engine != "hf":
         raise NeuronError("neurons are counted in transformers' model: leave --engine out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = prepare(args, device.type == "cuda")
-    folder = Path(args.output_dir or plan.folder / ("neurons" if args.tower == "llm" else "neurons-encoder"))
+    settings = settle(args, device.type == "cuda")
+    folder = Path(args.output_dir or settings.folder / ("neurons" if args.tower == "llm" else "neurons-encoder"))
     if (folder / COUNTS_FILE).exists() and not args.overwrite:
         raise NeuronError(f"{folder} holds counts already: pass --overwrite to replace them, or another --output_dir")
-    model = load_model(plan, device)
+    model = load_model(settings, device)
     find_activations(model.encoder if args.tower == "encoder" else model.llm)
-    tensors, records = count_plan(model, plan, args)
-    title = form_title({"form": plan.form, "parallel_input": plan.parallel_input})
+    tensors, records = count_all(model, settings, args)
+    title = form_title({"form": settings.form, "parallel_input": settings.parallel_input})
     run = {
         "name": f"{'encoder of ' if args.tower == 'encoder' else ''}{title.split(' (mapped')[0].split(' (prompt')[0]}",
         "tower": args.tower,
-        "task": plan.task.name,
-        "form": plan.form,
-        "parallel_input": plan.parallel_input,
+        "task": settings.task.name,
+        "form": settings.form,
+        "parallel_input": settings.parallel_input,
         "tokens": int(tensors["tokens"]),
-        "identity": plan.identity,
+        "identity": settings.identity,
         "command": sys.argv,
         "versions": versions(),
     }
-    if plan.parallel_input is not None:
-        run["name"] = f"LLM alone, {plan.parallel_input['name']}"
-    write_bytes_atomic(folder / COUNTS_FILE, save(tensors, metadata={"tower": args.tower, "task": plan.task.name}))
+    if settings.parallel_input is not None:
+        run["name"] = f"LLM alone, {settings.parallel_input['name']}"
+    write_bytes_atomic(folder / COUNTS_FILE, save(tensors, metadata={"tower": args.tower, "task": settings.task.name}))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text_atomic(folder / PROPORTION_FILE, lines)
     write_json_atomic(folder / RUN_FILE, run)

@@ -18,7 +18,6 @@ from mindmerger.runtime.processes import log, warn
 
 PARTIAL = ".partial"
 
-
 # The entry of an identity that no answer depends on: an unfinished evaluation is scored when it ends.
 SCORER = "version of the scorer"
 # What a line of an unfinished evaluation holds.
@@ -46,39 +45,13 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
         ResultsError: when the folder holds an evaluation of another identity, naming the first difference, or what it
             holds cannot be read, or the disk refuses it.
     """
-    partial, final = folder / PARTIAL, folder / "results.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            # results.json first: without it nothing claims that the rest is complete.
-            final.unlink(missing_ok=True)
-            (folder / "scores.tsv").unlink(missing_ok=True)
-            for part in (folder / "predictions", partial):
-                remove(part)
-                if os.path.lexists(part):
-                    raise ResultsError(f"--overwrite cannot remove {part}: remove it, or use another --save_name")
-        if final.is_file():
-            results = _read_json(final)
-            _require_same(folder, identity, results, "a finished evaluation")
-            _remove_leftovers(folder)
-            shutil.rmtree(partial, ignore_errors=True)  # still there after a kill between results.json and its end
-            return results, {}
-        if partial.is_symlink():  # not ours: what it leads to is not to be written into
-            partial.unlink()
-        partial.mkdir(exist_ok=True)
-        run_file = partial / "run.json"
-        if run_file.is_file():
-            unscored = {name: value for name, value in identity.items() if name != SCORER}
-            _require_same(folder, unscored, _read_json(run_file), "an unfinished evaluation")
-        else:
-            write_json_atomic(run_file, {"identity": identity, "versions": versions()})
-        _remove_leftovers(folder)
-        finished = read_finished(partial)
-        # One clean file replaces the shards, so that new lines never follow a line that a crash cut short.
-        records = sorted(finished.values(), key=lambda record: record["index"])
-        write_text_atomic(partial / "finished.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        for shard in partial.glob("rank*.jsonl"):
-            shard.unlink()
+            clear_results(folder)
+        if (folder / "results.json").is_file():
+            return reopen_finished(folder, identity), {}
+        finished = open_unfinished(folder, identity)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
         raise ResultsError(f"cannot use the results folder {folder}: {what}") from error
@@ -87,9 +60,66 @@ def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> 
     return None, finished
 
 
+def clear_results(folder: Path) -> None:
+    """Removes what an evaluation left in a folder, finished or not; anything else in it stays.
+
+    Raises:
+        ResultsError: when something cannot be removed.
+    """
+    # results.json first: without it nothing claims that the rest is complete.
+    (folder / "results.json").unlink(missing_ok=True)
+    (folder / "scores.tsv").unlink(missing_ok=True)
+    for part in (folder / "predictions", folder / PARTIAL):
+        remove(part)
+        if os.path.lexists(part):
+            raise ResultsError(f"--overwrite cannot remove {part}: remove it, or use another --save_name")
+
+
+def reopen_finished(folder: Path, identity: dict) -> dict:
+    """Returns the results of a finished evaluation, and removes what a kill at its end left beside them.
+
+    Raises:
+        ResultsError: when it is of another identity, or cannot be read.
+    """
+    results = _read_json(folder / "results.json")
+    _require_same(folder, identity, results, "a finished evaluation")
+    _remove_leftovers(folder)
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    return results
+
+
+def open_unfinished(folder: Path, identity: dict) -> dict[int, dict]:
+    """Begins an evaluation in a folder, or continues one.
+
+    Returns:
+        the finished records by example index.
+
+    Raises:
+        ResultsError: when the folder holds an unfinished evaluation of another identity, or it cannot be read.
+    """
+    partial = folder / PARTIAL
+    if partial.is_symlink():  # not ours: what it leads to is not to be written into
+        partial.unlink()
+    partial.mkdir(exist_ok=True)
+    run_file = partial / "run.json"
+    if run_file.is_file():
+        unscored = {name: value for name, value in identity.items() if name != SCORER}
+        _require_same(folder, unscored, _read_json(run_file), "an unfinished evaluation")
+    else:
+        write_json_atomic(run_file, {"identity": identity, "versions": versions()})
+    _remove_leftovers(folder)
+    finished = read_finished(partial)
+    # One clean file replaces the shards, so that new lines never follow a line that a crash cut short.
+    records = sorted(finished.values(), key=lambda record: record["index"])
+    write_text_atomic(partial / "finished.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    for shard in partial.glob("rank*.jsonl"):
+        shard.unlink()
+    return finished
+
+
 def join_results(folder: Path, identity: dict, overwrite: bool) -> dict[int, dict]:
-    """Makes a results folder ready on a rank that does not share rank 0's, after `open_results` there: what this
-    node finishes stays for a continuation. In rank 0's own folder it changes nothing.
+    """Makes a results folder ready on a rank that does not share rank 0's, after `open_results` there: what this node
+    finishes stays for a continuation. In rank 0's own folder it changes nothing.
 
     Args:
         identity: rank 0's.
@@ -155,7 +185,7 @@ def _require_same(folder: Path, identity: dict, stored: dict, what: str) -> None
 
 
 def read_finished(partial: Path) -> dict[int, dict]:
-    """Finished records by example index, from all files in `partial`, however many ranks wrote them.
+    """Reads the finished records by example index, from all files in `partial`, however many ranks wrote them.
 
     A batch counts when all of its examples are there: what a crash left of one is generated again as a whole, so that
     a continued run sees the same batches as an uninterrupted one. Lines that are not records count as lost.
@@ -180,8 +210,8 @@ def read_finished(partial: Path) -> dict[int, dict]:
 def open_shard(folder: Path, rank: int):
     """Opens the file that takes one rank's finished examples; close it when the rank has generated its share.
 
-    It stays open: a rank that outlives its run then writes on into this very file, which the next run removes, and
-    never into the next run's.
+    It stays open: a rank that outlives its run then continues to write into this very file, which the next run removes,
+    and never into the next run's.
 
     Raises:
         ResultsError: when it cannot be opened.
@@ -213,13 +243,13 @@ def append_records(shard, records: list[dict]) -> None:
 
 
 def find_results(folder: str) -> str:
-    """The folder itself, or the finished evaluation inside it where it holds exactly one."""
+    """Returns the folder itself, or the finished evaluation inside it where it holds exactly one."""
     inside = [found.parent for found in Path(folder).glob("*/results.json")]
     return str(inside[0]) if len(inside) == 1 and not (Path(folder) / "results.json").is_file() else folder
 
 
 def read_results(folder: str) -> dict:
-    """The content of a finished evaluation's `results.json`.
+    """Reads a finished evaluation's `results.json`.
 
     Raises:
         ResultsError: when there is none, or it cannot be read.
@@ -247,11 +277,11 @@ def read_results(folder: str) -> dict:
 
 
 def read_predictions(folder: str, language: str) -> dict[str, dict]:
-    """One language's predictions by item id.
+    """Reads one language's predictions, by item id.
 
     Raises:
         ResultsError: naming file and line, and the id where one stands twice, or both numbers where `results.json`
-            counts other than are there.
+            counts another number than are there.
     """
     file = Path(folder) / "predictions" / f"{language}.jsonl"
     if not file.is_file():

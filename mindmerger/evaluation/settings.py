@@ -1,49 +1,79 @@
 """An evaluation's command line, and everything that can be settled before a model loads.
 
-`prepare` reads data, tokenizers and configs, checks that they fit each other, and returns the run's `Plan`.
+`settle` reads data, tokenizers and configs, checks that they fit each other, and returns the run's `Settings`.
 """
 
 import argparse
 import hashlib
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from mindmerger.evaluation.models import (
+    DEFAULT_BRIDGE,
+    DEFAULT_ENCODER,
+    DEFAULT_LLM,
+    Models,
+    check_models_fit,
+    find_models_on_rank_0,
+    warn_of_other_training,
+)
 from mindmerger.evaluation.parallel_input import add_arguments as add_parallel_arguments
-from mindmerger.generation.answers import DEFAULT_MAX_LEN, check_tokens, input_positions, tokenise_form
+from mindmerger.evaluation.parallel_input import options_of
+from mindmerger.generation.answers import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_MAX_LEN,
+    check_tokens,
+    input_positions,
+    tokenise_inputs,
+)
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import sha256_of_file
-from mindmerger.runtime.processes import broadcast_object, is_main, log, on_all_ranks, warn, world_size
+from mindmerger.runtime.processes import is_main, log, warn
 
 # torch, transformers and our modules that need them are imported where they are used: --help answers at once.
-DEFAULT_LLM = "../LLMs/Llama-2-7b-hf"
-DEFAULT_ENCODER = "../LLMs/mt5-xl"
 
-
-START = "--init_checkpoint (sha256)"  # of an evaluation's identity; rank 0 alone reads the file
+MAPPING_HASH = "--init_checkpoint (sha256)"  # of an evaluation's identity; rank 0 alone reads the file
 FORM_SUFFIX = {"soft": "", "hard": "-hard", "llm_only": "-llm_only"}
 
 
 def _at_least(minimum: int):
-    def parse(text: str) -> int:
+    def parse_number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = None
+        # An upper end too: numpy's generators and torch's sizes overflow with a traceback.
         if value is None or not minimum <= value < 2**64:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text[:40]!r}")
         return value
 
-    return parse
+    return parse_number
 
 
 def _path(text: str) -> str:
     return text.rstrip("/") or "/"  # google/mt5-xl/ is meant as google/mt5-xl
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line, and says which flags have no effect beside --compare.
+
+    Raises:
+        UserError: for a flag that does not exist, or a value that it cannot have.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.compare:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        ignored = [f"--{name}" for name in given if name not in ("compare", "seed", "deepspeed", "local_rank")]
+        if ignored:
+            warn(f"--compare evaluates nothing: no use of {', '.join(ignored)}")
+    return args
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every flag with its default and meaning."""
+    """Returns the parser of the command line; every flag with its default and meaning."""
     parser = CommandParser(
         description="Evaluates a mapping, or the LLM alone, on one task: greedy answers, scores, one table.",
         allow_abbrev=False,
@@ -55,46 +85,48 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--init_checkpoint",
         type=_path,
-        help="the mapping: a saved folder, a .safetensors file or a released pytorch_model.bin (default: what training "
-        "left in outputs/<save_name>/<task>/augmentation)",
+        help="the mapping: a saved folder, a .safetensors file or a released pytorch_model.bin (default: what the last "
+        "stage of training left in outputs/<save_name>/<task>)",
     )
     what.add_argument(
-        "--llm_path", type=_path, help=f"default: what the mapping's config.json names, else {DEFAULT_LLM}"
+        "--llm_path", type=_path, help=f"the LLM; default: what the mapping's config.json names, else {DEFAULT_LLM}"
     )
     what.add_argument("--mt_path", type=_path, help=f"the encoder; default: as for --llm_path, else {DEFAULT_ENCODER}")
     what.add_argument(
         "--augmentation",
         type=parse_bool,
-        help="True: Soft, mapped source and prompt (default); False: Hard, mapped source only",
+        help="True: Soft, mapped source and prompt (MindMerger's default); False: Hard, mapped source only",
     )
     what.add_argument("--llm_only", action="store_true", help="the LLM alone on the prompt: no encoder, no mapping")
     add_parallel_arguments(parser.add_argument_group("parallel multilingual input (PMI), with --llm_only"))
     _add_data_and_generation(parser)
     output = parser.add_argument_group("results")
     output.add_argument("--save_name", default="MindMerger", help="name of the run (default MindMerger)")
-    output.add_argument("--results_dir", type=_path, default="results", help="default results")
     output.add_argument(
-        "--overwrite", action="store_true", help="start over where results/<save_name>/<task> already exists"
+        "--results_dir", type=_path, default="results", help="folder of all results folders (default results)"
+    )
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace the results that results/<save_name>/<task> already holds"
     )
     output.add_argument(
         "--seed",
         type=_at_least(0),
         default=0,
-        help="of the bootstrap intervals and of --compare's sign-flip test (default 0); decoding is greedy",
+        help="seed of the bootstrap intervals and of --compare's sign-flip test (default 0); decoding is greedy",
     )
     output.add_argument(
         "--compare",
         nargs="+",
         metavar="FOLDER",
-        help="evaluate nothing: compare finished results folders, the first with each other one",
+        help="compare finished results folders instead of evaluating: the first with each other one",
     )
     launcher = parser.add_argument_group("launcher and older commands")
     launcher.add_argument(
         "--deepspeed",
         action="store_true",
-        help="accepted; the launcher's processes share the examples with or without it",
+        help="accepted: the launcher's processes share the examples with or without it",
     )
-    launcher.add_argument("--local_rank", type=int, default=0, help="appended by the launcher")
+    launcher.add_argument("--local_rank", type=int, default=0, help="number of this process, appended by the launcher")
     launcher.add_argument(
         "--gpu", help="accepted, changes nothing: set CUDA_VISIBLE_DEVICES or use deepspeed --include"
     )
@@ -107,52 +139,72 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data_root", type=_path, default="./datas", help="data folder (default ./datas)")
     data.add_argument(
-        "--languages", help="only these, by name or code, with commas: Swahili,th (default: all of the task)"
+        "--languages", help="languages to evaluate, by name or code, with commas: Swahili,th (default: all of the task)"
     )
-    data.add_argument("--limit", type=_at_least(1), help="only the first N examples of each language")
+    data.add_argument(
+        "--limit", type=_at_least(1), help="number of examples of each language, from the first on (default: all)"
+    )
     data.add_argument(
         "--skip_faulty_rows",
         action="store_true",
-        help="leave out and list rows of the test sets that are faulty, where the first one otherwise ends the run",
+        help="leave out and list faulty rows of the test sets; without it the first one ends the run",
     )
     generation = parser.add_argument_group("generation")
     generation.add_argument(
         "--eval_batch_size",
         type=_at_least(1),
-        help="most examples in a batch (default 8; with --eval_max_tokens no limit)",
+        help="most examples of a batch (default 8; with --eval_max_tokens no limit)",
     )
     generation.add_argument(
         "--eval_max_tokens",
         type=_at_least(1),
-        help="most positions in a batch, new tokens included: short questions then share larger batches",
+        help="most positions of a batch, new tokens included: short questions then share larger batches",
     )
     generation.add_argument(
-        "--max_seq_len", type=_at_least(2), default=DEFAULT_MAX_LEN, help="limits the encoder's tokens (default 512)"
+        "--max_seq_len",
+        type=_at_least(2),
+        default=DEFAULT_MAX_LEN,
+        help="most tokens of the encoder's input (default 512)",
     )
     generation.add_argument(
         "--max_gen_len",
         type=_at_least(2),
-        help="limits the prompt's tokens (default 512) and, when given, the new tokens",
+        help="most tokens of the prompt (default 512) and, when given, most new tokens",
     )
     generation.add_argument(
         "--max_new_tokens",
         type=_at_least(1),
-        help="limits the new tokens, wins over --max_gen_len (default 512 math, 16 others)",
+        help="most new tokens, wins over --max_gen_len (default 512 math, 16 others)",
     )
     generation.add_argument(
-        "--precision", choices=["bf16", "fp32"], help="of both models (default bf16 on a GPU, fp32 on a CPU)"
+        "--precision", choices=["bf16", "fp32"], help="dtype of both models (default bf16 on a GPU, fp32 on a CPU)"
     )
-    generation.add_argument("--attn_implementation", help="handed to transformers: sdpa, eager, flash_attention_2, …")
+    generation.add_argument(
+        "--attn_implementation", help="attention of transformers: sdpa, eager, flash_attention_2, …"
+    )
     generation.add_argument(
         "--engine",
         choices=["hf", "vllm"],
         default="hf",
-        help="what decodes: transformers (default), or vLLM on one NVIDIA GPU in one process",
+        help="library that decodes: transformers (default), or vLLM on one NVIDIA GPU in one process",
     )
 
 
+class Items(NamedTuple):
+    """The questions of all languages, in table order.
+
+    faults: of the rows that --skip_faulty_rows left out. parallel_input: as results.json records --parallel_input.
+    suffix: of the results folder, where not the form decides it.
+    """
+
+    examples: list
+    faults: list[str] | None
+    parallel_input: dict | None
+    suffix: str | None
+
+
 @dataclass
-class Plan:
+class Settings:
     """All that is known before models load. Lists run parallel to `examples`, languages in table order."""
 
     task: object
@@ -164,15 +216,20 @@ class Plan:
     llm_path: str
     bridge_name: str
     bridge: object | None  # without storage: asked for the prefix's length
-    checkpoint: str | None
+    mapping_file: str | None
     precision: str
     attn_implementation: str | None
+    engine: str
     max_new_tokens: int
+    batch_size: int | None  # None: as many rows as `token_budget` allows
+    token_budget: int | None
+    seed: int
     folder: Path
-    identity: dict  # everything the answers and scores depend on
-    engine: str = "hf"
-    faults: list[str] | None = None  # of the rows that --skip_faulty_rows left out
-    parallel_input: dict | None = None  # what results.json says of --parallel_input
+    overwrite: bool
+    faults: list[str] | None
+    parallel_input: dict | None
+    arguments: dict  # the command line, for results.json
+    identity: dict = field(default_factory=dict)  # everything the answers and scores depend on
 
     @property
     def two_scorers(self) -> bool:
@@ -181,124 +238,63 @@ class Plan:
         return empty.prediction != empty.reference_prediction
 
 
-def form_of(args: argparse.Namespace) -> str:
-    """The form that is evaluated: soft, hard or llm_only."""
-    return "llm_only" if args.llm_only else "hard" if args.augmentation is False else "soft"
-
-
-def find_models_on_rank_0(args: argparse.Namespace) -> tuple[str | None, str | None, str, str] | None:
-    """Returns rank 0's `find_models`, whose node alone may have the mapping; None in a run of one process."""
-    from mindmerger.tasks import find_task
-
-    if world_size() == 1:
-        return None
-
-    def find():
-        check_save_name(args.save_name)
-        return find_models(args, find_task(args.task), form_of(args)) if is_main() else None
-
-    return broadcast_object(on_all_ranks(find))
-
-
-def prepare(args: argparse.Namespace, on_gpu: bool, models: tuple | None = None) -> Plan:
-    """Reads data, tokenizers and configs and checks that they fit each other; `models` as `find_models_on_rank_0`
-    returns them.
+def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
+    """Reads data, tokenizers and configs and checks that they fit each other. Call it on all ranks.
 
     Raises:
         UserError: for the first thing that does not.
     """
     from mindmerger.data.tokenising import load_tokenizers
-    from mindmerger.hub.model_files import check_models
-    from mindmerger.model.mapping_files import check_mapping, config_of_models, empty_bridge
-    from mindmerger.model.towers import check_roles
-    from mindmerger.tasks import TASKS, find_task
-    from mindmerger.tasks.languages import parse_languages
 
-    check_seed(args.seed)
-    check_save_name(args.save_name)
-    _check_parallel_input(args)
-    warn_of_unused(args)
-    form = form_of(args)
-    args.augmentation = args.augmentation is not False
-    task = find_task(args.task)
-    if args.task == "math":
-        log(f"task math means {task.name}; the other set is --task math_msvamp")
-    if not task.evaluation_languages:
-        known = ", ".join(name for name, one in TASKS.items() if one.evaluation_languages)
-        raise UserError(f"task {task.name} has no evaluation set: choose --task {known}")
-    wanted = ",".join(task.evaluation_languages) if args.languages is None else args.languages
-    languages = parse_languages(wanted)
-    checkpoint, mt_path, llm_path, bridge_name = models or find_models(args, task, form)
-    check_roles(llm_path, mt_path)
-    check_models(mt_path, llm_path, backward=False)
-    examples, faults = _read_examples(args, task, languages)
-    examples, parallel_input, suffix = _with_parallel_input(args, task, examples)
-    # A PMI prompt holds the question several times: the default limit grows with it, or its translations would be cut.
-    prompt_limit = args.max_gen_len or DEFAULT_MAX_LEN * (1 + (args.parallel_input or 0))
-    tokenizers = load_tokenizers(mt_path, llm_path)
-    columns = tokenise_form(tokenizers, examples, form, args.max_seq_len, prompt_limit)
-    max_new_tokens = args.max_new_tokens or args.max_gen_len or task.max_new_tokens
-    precision = args.precision or ("bf16" if on_gpu else "fp32")
-    bridge = None
-    if checkpoint is not None:
-        between = config_of_models(mt_path, llm_path, bridge_name)
-        bridge = empty_bridge(between)
-        if is_main():
-            check_mapping(checkpoint, between)
-    check_inputs(tokenizers, columns, bridge, mt_path, llm_path, max_new_tokens)
-    plan = Plan(
+    check_flags(args)
+    task, languages = choose_task(args)
+    models = find_models_on_rank_0(args, task)
+    form = choose_form(args, models)
+    if form != "llm_only":
+        warn_of_other_training(models.config, task, form)
+    bridge = check_models_fit(models)
+    items = read_items(args, task, languages)
+    tokenizers = load_tokenizers(models.encoder, models.llm)
+    settings = Settings(
         task=task,
         form=form,
-        examples=examples,
-        columns=columns,
+        examples=items.examples,
+        columns=tokenise_items(args, tokenizers, items.examples, form, models.config),
         tokenizers=tokenizers,
-        mt_path=mt_path,
-        llm_path=llm_path,
-        bridge_name=bridge_name,
+        mt_path=models.encoder,
+        llm_path=models.llm,
+        bridge_name=models.config.bridge if models.config is not None else DEFAULT_BRIDGE,
         bridge=bridge,
-        checkpoint=checkpoint,
-        precision=precision,
+        mapping_file=models.mapping_file,
+        precision=args.precision or ("bf16" if on_gpu else "fp32"),
         attn_implementation=args.attn_implementation,
-        max_new_tokens=max_new_tokens,
-        folder=Path(args.results_dir) / args.save_name / (task.name + (suffix or FORM_SUFFIX[form])),
-        identity={},
         engine=args.engine,
-        parallel_input=parallel_input,
-        faults=faults,
+        max_new_tokens=args.max_new_tokens or args.max_gen_len or task.max_new_tokens,
+        batch_size=args.eval_batch_size or (None if args.eval_max_tokens else DEFAULT_BATCH_SIZE),
+        token_budget=args.eval_max_tokens,
+        seed=args.seed,
+        folder=Path(args.results_dir) / args.save_name / (task.name + (items.suffix or FORM_SUFFIX[form])),
+        overwrite=args.overwrite,
+        faults=items.faults,
+        parallel_input=items.parallel_input,
+        arguments=vars(args) | {"augmentation": form != "hard"},
     )
-    plan.identity = identity_of(args, plan, languages, prompt_limit)
-    return plan
+    check_inputs(settings)
+    settings.identity = identity_of(args, settings, languages)
+    return settings
 
 
-def identity_of(args: argparse.Namespace, plan: Plan, languages: list, prompt_limit: int) -> dict:
-    """Everything that answers and scores depend on, by the names that the user knows it by."""
-    from mindmerger.evaluation.results import SCORER
-    from mindmerger.model.towers import model_fingerprint
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together, and warns of those without effect.
 
-    rows = [astuple(example)[:-1] for example in plan.examples]
-    return {
-        "--task": plan.task.name,
-        "form (--augmentation, --llm_only)": plan.form,
-        START: sha256_of_file(plan.checkpoint) if plan.checkpoint and is_main() else None,
-        "--llm_path (fingerprint)": model_fingerprint(plan.llm_path),
-        "--mt_path (fingerprint)": model_fingerprint(plan.mt_path) if plan.mt_path else None,
-        "--languages": [language.name for language in languages],
-        "--limit": args.limit,
-        "--parallel_input": args.parallel_input,
-        "--translations": plan.parallel_input and plan.parallel_input["translations"],
-        "--order": plan.parallel_input and plan.parallel_input["order"],
-        # Without the question, which no answer depends on.
-        "data (sha256)": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-        "--max_seq_len": args.max_seq_len,
-        "--max_gen_len": prompt_limit,
-        "--max_new_tokens": plan.max_new_tokens,
-        "--precision": plan.precision,
-        "--attn_implementation": args.attn_implementation,
-        # Its kernels round otherwise. None for transformers: folders without the entry are its.
-        "--engine": None if args.engine == "hf" else args.engine,
-        "--seed": args.seed,
-        SCORER: plan.task.scorer_version,
-    }
+    Raises:
+        UserError: for the first that does not.
+    """
+    check_seed(args.seed)
+    check_save_name(args.save_name)
+    if options_of(args) is not None and not args.llm_only:
+        raise UserError("--parallel_input is for the LLM alone: pass --llm_only too")
+    warn_of_unused(args)
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
@@ -314,8 +310,41 @@ def warn_of_unused(args: argparse.Namespace) -> None:
         warn(f"--llm_only evaluates without encoder and mapping: no use of {', '.join(unused)}{named}")
 
 
-def _read_examples(args: argparse.Namespace, task, languages: list) -> tuple[list, list[str] | None]:
-    """The examples of all languages, and the faults of the rows that --skip_faulty_rows leaves out of them."""
+def choose_form(args: argparse.Namespace, models: Models) -> str:
+    """Returns the form that is evaluated: soft, hard or llm_only.
+
+    Without --augmentation it is the one that the bridge's last stage trains.
+    """
+    from mindmerger.model.mapping_files import form_of
+
+    return "llm_only" if args.llm_only else form_of(models.config, args.augmentation)
+
+
+def choose_task(args: argparse.Namespace) -> tuple:
+    """Returns the task and the languages of its test set that are asked for.
+
+    Raises:
+        UserError: for unknown ones, or a task without a test set.
+    """
+    from mindmerger.tasks import TASKS, find_task
+    from mindmerger.tasks.languages import parse_languages
+
+    task = find_task(args.task)
+    if args.task == "math":
+        log(f"task math means {task.name}; the other set is --task math_msvamp")
+    if not task.evaluation_languages:
+        known = ", ".join(name for name, one in TASKS.items() if one.evaluation_languages)
+        raise UserError(f"task {task.name} has no evaluation set: choose --task {known}")
+    return task, parse_languages(",".join(task.evaluation_languages) if args.languages is None else args.languages)
+
+
+def read_items(args: argparse.Namespace, task, languages: list) -> Items:
+    """Reads the test sets, and puts the prompts of --parallel_input in their place where it is given.
+
+    Raises:
+        UserError: for missing or faulty data.
+    """
+    from mindmerger.evaluation.parallel_input import apply_parallel_input
     from mindmerger.tasks.examples import evaluation_examples
     from mindmerger.tasks.readers import describe_faults, skipping_named
 
@@ -325,75 +354,89 @@ def _read_examples(args: argparse.Namespace, task, languages: list) -> tuple[lis
         examples = [e for one in languages for e in evaluation_examples(*source, one, args.limit, faults)]
     if faults:
         warn(describe_faults(faults, ", all of them listed in results.json"))
-    return examples, faults
-
-
-def _check_parallel_input(args: argparse.Namespace) -> None:
-    from mindmerger.evaluation.parallel_input import options_of
-
-    if options_of(args) is not None and not args.llm_only:
-        raise UserError("--parallel_input is for the LLM alone: pass --llm_only too")
-
-
-def _with_parallel_input(args: argparse.Namespace, task, examples: list) -> tuple[list, dict | None, str | None]:
-    """The examples with --parallel_input's prompts, its record for results.json, and the results folder's suffix."""
-    from mindmerger.evaluation.parallel_input import apply_parallel_input, options_of
-
     options = options_of(args)
     if options is None:
-        return examples, None, None
-    examples, languages = apply_parallel_input(task, args.data_root, examples, options)
+        return Items(examples, faults, None, None)
+    examples, beside = apply_parallel_input(task, args.data_root, examples, options)
     record = {"k": options.size, "translations": options.label, "source": options.translations, "order": options.order}
-    return examples, {"name": options.name, **record, "languages": languages}, options.suffix
+    return Items(examples, faults, {"name": options.name, **record, "languages": beside}, options.suffix)
 
 
-def check_inputs(tokenizers, columns: dict, bridge, mt_path: str | None, llm_path: str, max_new_tokens: int) -> None:
-    """Refuses inputs that a model has no embeddings or no positions for."""
+def tokenise_items(args: argparse.Namespace, tokenizers, examples: list, form: str, config) -> dict:
+    """Returns the columns of ids that the form reads.
+
+    Args:
+        config: of the mapping, whose stage says what the encoder reads; None for the LLM alone.
+    """
+    from mindmerger.model.mapping_files import stage_of
+
+    return tokenise_inputs(
+        tokenizers,
+        examples,
+        with_source=form != "llm_only",
+        with_prompt=form != "hard",
+        max_seq_len=args.max_seq_len,
+        max_gen_len=prompt_limit(args),
+        encoder_text=stage_of(config).encoder_text if config is not None else "source",
+    )
+
+
+def prompt_limit(args: argparse.Namespace) -> int:
+    """Returns the most tokens of a prompt.
+
+    A PMI prompt holds the question several times: the default grows with it, or its translations would be truncated.
+    """
+    return args.max_gen_len or DEFAULT_MAX_LEN * (1 + (args.parallel_input or 0))
+
+
+def check_inputs(settings: Settings) -> None:
+    """Refuses inputs that a model has no embeddings or no positions for.
+
+    Raises:
+        UserError: naming the token, or the number of positions and the flags that lower it.
+    """
     from mindmerger.hub.model_files import embedding_rows, llm_config, load_config
     from mindmerger.model.towers import check_positions
 
+    mt_path, llm_path, columns = settings.mt_path, settings.llm_path, settings.columns
     encoder_rows = embedding_rows(load_config(mt_path)) if mt_path is not None else None
-    check_tokens(tokenizers, columns, (mt_path, encoder_rows), (llm_path, embedding_rows(llm_config(llm_path)[0])))
-    longest = max(input_positions(columns, bridge)) + max_new_tokens
+    llm_rows = embedding_rows(llm_config(llm_path)[0])
+    check_tokens(settings.tokenizers, columns, (mt_path, encoder_rows), (llm_path, llm_rows))
+    longest = max(input_positions(columns, settings.bridge)) + settings.max_new_tokens
     flags = "--max_new_tokens, --max_gen_len or --max_seq_len"
     check_positions(llm_path, longest, "the longest input with its new tokens", flags)
     if mt_path is not None:
         check_positions(mt_path, max(map(len, columns["encoder_ids"])), "the longest question", "--max_seq_len")
 
 
-def find_models(args: argparse.Namespace, task, form: str) -> tuple[str | None, str | None, str, str]:
-    """(mapping file, encoder, LLM, bridge): from the flags, else the mapping's config.json, else the defaults."""
-    from mindmerger.model.mapping_files import find_bridge, find_mapping_file, read_config
+def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -> dict:
+    """Returns everything that answers and scores depend on, by the names that the user knows it by."""
+    from mindmerger.evaluation.results import SCORER
+    from mindmerger.model.mapping_files import mapping_sha256
+    from mindmerger.model.towers import model_fingerprint
 
-    checkpoint = args.init_checkpoint
-    if checkpoint is None and form != "llm_only":
-        trained = Path("outputs") / args.save_name / task.training_name / "augmentation"
-        if not trained.is_dir():
-            raise UserError(
-                f"no --init_checkpoint given and training left nothing in {trained}: pass the mapping to evaluate, or "
-                "--llm_only for the LLM alone"
-            )
-        checkpoint = str(trained)
-        log(f"--init_checkpoint not given: taking {trained}")
-    mapping_file = str(find_mapping_file(checkpoint)) if checkpoint is not None else None
-    config = read_config(checkpoint) if checkpoint is not None else None
-    found = {}
-    defaults = {"llm_path": DEFAULT_LLM} | ({} if form == "llm_only" else {"mt_path": DEFAULT_ENCODER})
-    for flag, default in defaults.items():
-        given, recorded = getattr(args, flag), getattr(config, flag, None)
-        if given is None and recorded is not None:
-            log(f"--{flag} not given: taking {recorded}, named by the mapping's config.json")
-        elif given is not None and recorded is not None and Path(given).resolve() != Path(recorded).resolve():
-            warn(f"this mapping was trained with --{flag} {recorded}, not {given}")
-        found[flag] = given or recorded or default
-    if form == "llm_only":
-        return None, None, found["llm_path"], "mindmerger"
-    if config is not None and config.task not in (None, task.training_name):
-        warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
-    stage = find_bridge(config.bridge).stages.get(config.stage) if config is not None else None
-    if stage is not None and stage.data == "pairs":
-        warn(f"this mapping comes from the {config.stage} stage: it has not been trained on the task yet")
-    elif config is not None and config.augmentation not in (None, form == "soft"):
-        name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
-        warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[form == 'soft']}")
-    return mapping_file, found["mt_path"], found["llm_path"], config.bridge if config is not None else "mindmerger"
+    # Without the question, which no answer depends on.
+    rows = [astuple(example)[:-1] for example in settings.examples]
+    parallel = settings.parallel_input or {}
+    return {
+        "--task": settings.task.name,
+        "form (--augmentation, --llm_only)": settings.form,
+        MAPPING_HASH: mapping_sha256(settings.mapping_file) if settings.mapping_file and is_main() else None,
+        "--llm_path (fingerprint)": model_fingerprint(settings.llm_path),
+        "--mt_path (fingerprint)": model_fingerprint(settings.mt_path) if settings.mt_path else None,
+        "--languages": [language.name for language in languages],
+        "--limit": args.limit,
+        "--parallel_input": args.parallel_input,
+        "--translations": parallel.get("translations"),
+        "--order": parallel.get("order"),
+        "data (sha256)": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "--max_seq_len": args.max_seq_len,
+        "--max_gen_len": prompt_limit(args),
+        "--max_new_tokens": settings.max_new_tokens,
+        "--precision": settings.precision,
+        "--attn_implementation": args.attn_implementation,
+        # Its kernels round otherwise. None for transformers: folders without the entry are its.
+        "--engine": None if args.engine == "hf" else args.engine,
+        "--seed": args.seed,
+        SCORER: settings.task.scorer_version,
+    }

@@ -1,68 +1,87 @@
 """Files that an evaluation writes once all answers are there: predictions, scores.tsv and, last, results.json."""
 
-import argparse
 import json
 import math
 import shutil
 import sys
 from importlib import metadata
 
-from mindmerger.evaluation.settings import Plan
+from mindmerger.evaluation.settings import Settings
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import warn, world_size
 
 
-def finish(plan: Plan, args: argparse.Namespace, generated_now: set[int], seconds: float) -> dict:
-    """Scores all answers and writes predictions, scores.tsv and, last, results.json. Call it on rank 0 only."""
-    from mindmerger.evaluation.results import PARTIAL, read_finished
+def summarise(settings: Settings, generated_now: set[int], seconds: float) -> dict:
+    """Scores all answers and writes predictions, scores.tsv and, last, results.json. Call it on rank 0 only.
 
-    partial = plan.folder / PARTIAL
-    records = read_finished(partial)
-    missing = sum(i not in records for i in range(len(plan.examples)))
-    if missing:
-        raise UserError(
-            f"{missing} of {len(plan.examples)} answers are not in {partial}: the same command generates them again"
-        )
-    items = {}
-    for i, example in enumerate(plan.examples):
-        items.setdefault(example.language, []).append(prediction_item(plan, example, records[i]["output"]))
-    for language, rows in items.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text_atomic(plan.folder / "predictions" / f"{language}.jsonl", lines)
-    results = summarise(plan, args, items, records)
-    tokens = sum(records[i]["generated_tokens"] for i in generated_now)
-    results["timing"] = {
-        "seconds": round(seconds, 3),
-        "examples": len(generated_now),
-        "examples_per_s": round(len(generated_now) / seconds, 3) if generated_now else None,
-        "generated_tokens": tokens,
-        "generated_tokens_per_s": round(tokens / seconds, 3) if generated_now else None,
-        "world_size": world_size(),
-        **_device_record(),
-    }
-    scores = "".join(f"{name}\t{one['accuracy']}\n" for name, one in results["languages"].items())
-    write_text_atomic(plan.folder / "scores.tsv", scores)
-    write_json_atomic(plan.folder / "results.json", results)
-    shutil.rmtree(partial, ignore_errors=True)  # the results are complete; what stays goes at the next start
+    Args:
+        generated_now: the examples that this run has answered, for the timing.
+        seconds: that it took.
+
+    Raises:
+        UserError: when answers are missing, or the disk refuses what is written.
+    """
+    records = read_answers(settings)
+    items = score_answers(settings, records)
+    results = build_results(settings, items, records)
+    results["timing"] = measure_speed([records[i] for i in sorted(generated_now)], seconds)
+    write_results(settings.folder, items, results)
     return results
 
 
-def prediction_item(plan: Plan, example, output: str) -> dict:
-    """One line of predictions/<language>.jsonl."""
-    score = plan.task.score(output, example.target, example.language)
+def read_answers(settings: Settings) -> dict[int, dict]:
+    """Reads the records of all answers, by the number of their example.
+
+    Raises:
+        UserError: when any is missing.
+    """
+    from mindmerger.evaluation.results import PARTIAL, read_finished
+
+    partial, number = settings.folder / PARTIAL, len(settings.examples)
+    records = read_finished(partial)
+    missing = sum(i not in records for i in range(number))
+    if missing:
+        raise UserError(f"{missing} of {number} answers are not in {partial}: the same command generates them again")
+    return records
+
+
+def score_answers(settings: Settings, records: dict[int, dict]) -> dict[str, list[dict]]:
+    """Returns the lines of predictions/<language>.jsonl, by language in table order."""
+    items = {}
+    for i, example in enumerate(settings.examples):
+        items.setdefault(example.language, []).append(prediction_item(settings, example, records[i]["output"]))
+    return items
+
+
+def write_results(folder, items: dict[str, list[dict]], results: dict) -> None:
+    """Writes the files of a finished evaluation, results.json as the last one: it says that the others are complete."""
+    from mindmerger.evaluation.results import PARTIAL
+
+    for language, rows in items.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text_atomic(folder / "predictions" / f"{language}.jsonl", lines)
+    scores = "".join(f"{name}\t{one['accuracy']}\n" for name, one in results["languages"].items())
+    write_text_atomic(folder / "scores.tsv", scores)
+    write_json_atomic(folder / "results.json", results)
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what stays of it goes at the next start
+
+
+def prediction_item(settings: Settings, example, output: str) -> dict:
+    """Returns one line of predictions/<language>.jsonl."""
+    score = settings.task.score(output, example.target, example.language)
     item = {
         "id": example.id,
         **({"question": example.question} if example.question else {}),
         "source": example.source,
-        "prompt": example.prompt if plan.form != "hard" else "",
+        "prompt": example.prompt if settings.form != "hard" else "",
         "output": output,
         "prediction": score.prediction,
         "answer": example.target,
         "correct": score.correct,
     }
-    if plan.two_scorers:
+    if settings.two_scorers:
         reference = score.reference_prediction
         # Some 310 digits in a row overflow, and JSON has no infinity.
         item["reference_prediction"] = reference if math.isfinite(reference) else "infinity"
@@ -70,64 +89,98 @@ def prediction_item(plan: Plan, example, output: str) -> dict:
     return item
 
 
-def summarise(plan: Plan, args: argparse.Namespace, items: dict[str, list[dict]], records: dict[int, dict]) -> dict:
-    """The content of results.json but for the timing: scores first, then everything needed to run again."""
+def build_results(settings: Settings, items: dict[str, list[dict]], records: dict[int, dict]) -> dict:
+    """Returns the content of results.json but for the timing: scores, then everything needed to run again."""
     from mindmerger.evaluation.statistics import bootstrap_intervals, describe_questions, questions_of, resampling_note
-    from mindmerger.evaluation.tables import published_scores
 
-    number = len(plan.examples)
-    marks = {
-        "hit_limit": [records[i]["hit_limit"] for i in range(number)],
-        "cut_sources": plan.columns.get("source_cut", [False] * number),
-        "cut_prompts": plan.columns.get("prompt_cut", [False] * number),
-    }
-    questions = {name: questions_of(plan.task.name, name, rows) for name, rows in items.items()}
+    marks = mark_examples(settings, records)
+    questions = {name: questions_of(settings.task.name, name, rows) for name, rows in items.items()}
     resampling = describe_questions(questions)
     if resampling["numbers_with_different_answers"]:
         warn(f"the test sets are not parallel throughout: {resampling_note(resampling)}")
-    marks_of = {name: [row["correct"] for row in rows] for name, rows in items.items()}
-    intervals, mean_interval = bootstrap_intervals(questions, marks_of, args.seed)
+    correct = {name: [row["correct"] for row in rows] for name, rows in items.items()}
+    intervals, mean_interval = bootstrap_intervals(questions, correct, settings.seed)
     languages = {}
     for name, rows in items.items():
-        correct = sum(row["correct"] for row in rows)
-        one = {
-            "n": len(rows),
-            "correct": correct,
-            "accuracy": round(100 * correct / len(rows), 4),
-            "interval": intervals[name],
-        }
-        if plan.two_scorers:
-            reference = sum(row["reference_correct"] for row in rows)
-            one |= {"reference_correct": reference, "reference_accuracy": round(100 * reference / len(rows), 4)}
-        for mark, values in marks.items():
-            one[mark] = sum(value for value, e in zip(values, plan.examples, strict=True) if e.language == name)
-        languages[name] = one
-    scores = ["accuracy", "reference_accuracy"] if plan.two_scorers else ["accuracy"]
-    mean = {key: round(sum(one[key] for one in languages.values()) / len(languages), 4) for key in scores}
-    # The published rows have no parallel input: beside a PMI run they would be taken for its own.
-    published = None
-    if plan.parallel_input is None:
-        rows_of = {name: one["n"] for name, one in languages.items()}
-        published = published_scores(plan.task, plan.form, plan.llm_path, plan.mt_path, rows_of)
+        here = [i for i, example in enumerate(settings.examples) if example.language == name]
+        counts = {mark: sum(values[i] for i in here) for mark, values in marks.items()}
+        languages[name] = score_language(settings, rows, intervals[name]) | counts
+    keys = ["accuracy", "reference_accuracy"] if settings.two_scorers else ["accuracy"]
+    mean = {key: round(sum(one[key] for one in languages.values()) / len(languages), 4) for key in keys}
     return {
-        "task": plan.task.name,
-        "form": plan.form,
-        "parallel_input": plan.parallel_input,
+        "task": settings.task.name,
+        "form": settings.form,
+        "parallel_input": settings.parallel_input,
         "mean": {**mean, "interval": mean_interval},
         "resampling": resampling,
         "languages": languages,
-        **({"faulty_rows": plan.faults} if plan.faults else {}),
-        "counts": {"examples": number} | {mark: sum(values) for mark, values in marks.items()},
-        "published": published,
-        "max_new_tokens": plan.max_new_tokens,
-        "engine": plan.engine if plan.engine == "hf" else f"vllm {metadata.version('vllm')}",
-        "checkpoint": plan.checkpoint,
-        "llm_path": plan.llm_path,
-        "mt_path": plan.mt_path,
-        "identity": plan.identity,
-        "arguments": vars(args),
+        **({"faulty_rows": settings.faults} if settings.faults else {}),
+        "counts": {"examples": len(settings.examples)} | {mark: sum(values) for mark, values in marks.items()},
+        "published": find_published(settings, languages),
+        **describe_run(settings),
+    }
+
+
+def mark_examples(settings: Settings, records: dict[int, dict]) -> dict[str, list[bool]]:
+    """Returns what is counted beside the scores, each with a mark for every example."""
+    number, columns = len(settings.examples), settings.columns
+    return {
+        "hit_limit": [records[i]["hit_limit"] for i in range(number)],
+        "cut_sources": columns.get("source_cut", [False] * number),
+        "cut_prompts": columns.get("prompt_cut", [False] * number),
+    }
+
+
+def score_language(settings: Settings, rows: list[dict], interval: list[float]) -> dict:
+    """Returns the scores of one language."""
+
+    def percent(key: str) -> tuple[int, float]:
+        right = sum(row[key] for row in rows)
+        return right, round(100 * right / len(rows), 4)
+
+    correct, accuracy = percent("correct")
+    one = {"n": len(rows), "correct": correct, "accuracy": accuracy, "interval": interval}
+    if settings.two_scorers:
+        one["reference_correct"], one["reference_accuracy"] = percent("reference_correct")
+    return one
+
+
+def find_published(settings: Settings, languages: dict[str, dict]) -> dict | None:
+    """Returns the published row that belongs beside this run, None where there is none."""
+    from mindmerger.evaluation.tables import published_scores
+
+    if settings.parallel_input is not None:  # the published rows have none: they would be taken for this run's
+        return None
+    rows = {name: one["n"] for name, one in languages.items()}
+    return published_scores(settings.task, settings.form, settings.llm_path, settings.mt_path, rows)
+
+
+def describe_run(settings: Settings) -> dict:
+    """Returns the entries of results.json by which the evaluation can be run again."""
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "engine": settings.engine if settings.engine == "hf" else f"vllm {metadata.version('vllm')}",
+        "checkpoint": settings.mapping_file,
+        "llm_path": settings.llm_path,
+        "mt_path": settings.mt_path,
+        "identity": settings.identity,
+        "arguments": settings.arguments,
         "command": sys.argv,
         "versions": versions(),
+    }
+
+
+def measure_speed(records: list[dict], seconds: float) -> dict:
+    """Returns the timing of a run by the records that it has made; rates are None where it made none."""
+    tokens = sum(record["generated_tokens"] for record in records)
+    return {
+        "seconds": round(seconds, 3),
+        "examples": len(records),
+        "examples_per_s": round(len(records) / seconds, 3) if records else None,
+        "generated_tokens": tokens,
+        "generated_tokens_per_s": round(tokens / seconds, 3) if records else None,
+        "world_size": world_size(),
+        **_device_record(),
     }
 
 

@@ -13,7 +13,7 @@ FORM_TITLES = {
 
 
 def form_title(results: dict) -> str:
-    """Says in words what was evaluated, from the content of a `results.json`; parallel input says who translated."""
+    """Returns in words what was evaluated, from the content of a `results.json`; parallel input says who translated."""
     title = FORM_TITLES.get(results["form"], results["form"])
     parallel = results.get("parallel_input")
     if parallel is None:
@@ -23,7 +23,7 @@ def form_title(results: dict) -> str:
 
 
 def align(rows: list[list[str]], rule_before_last: bool = False) -> str:
-    """Rows of cells as lines of text: first column left, others right, a rule below the first row."""
+    """Lays rows of cells out as lines of text: first column left, others right, a rule below the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -37,7 +37,7 @@ def align(rows: list[list[str]], rule_before_last: bool = False) -> str:
 
 
 def format_results(results: dict) -> str:
-    """The table of one evaluation, from the content of its `results.json`."""
+    """Returns the table of one evaluation, from the content of its `results.json`."""
     languages, mean, published = results["languages"], results["mean"], results["published"]
     both_scorers = "reference_accuracy" in mean
     head = ["language", "n", "accuracy", "95 % interval"]
@@ -63,8 +63,8 @@ def format_results(results: dict) -> str:
     counts = results["counts"]
     for key, text in (
         ("hit_limit", f"answers stopped at the limit of {results['max_new_tokens']} new tokens"),
-        ("cut_sources", "questions were cut for the encoder (--max_seq_len)"),
-        ("cut_prompts", "prompts were cut for the LLM (--max_gen_len)"),
+        ("cut_sources", "questions were truncated for the encoder (--max_seq_len)"),
+        ("cut_prompts", "prompts were truncated for the LLM (--max_gen_len)"),
     ):
         if counts[key]:
             lines.append(f"{counts[key]} of {counts['examples']} {text}")
@@ -78,7 +78,7 @@ CHANGED_MODEL = ("merge.json", "mergekit_config.yml", "adapter_config.json")
 
 
 def is_model(path: str, hub_name: str | None, name: str) -> bool:
-    """Whether a model, as given on the command line, is a certain published one.
+    """Returns whether a model, as given on the command line, is a certain published one.
 
     It is by its hub name, by its place in the hub's cache, or by its folder's name. The `_name_or_path` of a config
     says nothing: it names what a folder was tuned from as often as what it is.
@@ -105,7 +105,7 @@ def is_model(path: str, hub_name: str | None, name: str) -> bool:
 
 
 def published_scores(task: Task, form: str, llm_path: str, mt_path: str | None, rows: dict[str, int]) -> dict | None:
-    """The published row that belongs beside a run: of the same form, the same LLM and the same encoder.
+    """Returns the published row that belongs beside a run: of the same form, the same LLM and the same encoder.
 
     Args:
         rows: language to its number of rows in the run.

@@ -1,9 +1,9 @@
 """The one way from texts to texts: batches of prompts in, greedy answers out, by transformers or by vLLM.
 
-`answer` is the form for use from Python; an evaluation uses the steps below it, batch by batch.
+`answer` is for use from Python. An evaluation takes the same steps batch by batch, so that each batch is on disk before
+the next begins.
 """
 
-import argparse
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,28 +16,46 @@ MEMORY_FLAGS = "lower --eval_max_tokens, --eval_batch_size (it continues where t
 MEMORY_FLAGS += "--max_gen_len"
 
 
-def tokenise_form(
-    tokenizers, examples: list, form: str, max_seq_len: int, max_gen_len: int, encoder_text: str = "source"
+def tokenise_inputs(
+    tokenizers,
+    examples: list,
+    *,
+    with_source: bool,
+    with_prompt: bool,
+    max_seq_len: int,
+    max_gen_len: int,
+    encoder_text: str = "source",
 ) -> dict:
-    """The columns of the ids that this form reads, and which of them were cut."""
+    """Returns the columns that the model reads: `encoder_ids` and `source_cut` (whether a source was truncated) with
+    the source, `prompt_ids` and `prompt_cut` with the prompt.
+
+    Args:
+        encoder_text: what the encoder reads, as the bridge's stage says: "source", or the whole "prompt".
+    """
     from mindmerger.data.tokenising import read_by_encoder, tokenise
 
-    kept = {"soft": ("encoder", "prompt"), "hard": ("encoder",), "llm_only": ("prompt",)}[form]
     columns = tokenise(
         tokenizers,
         list(read_by_encoder(examples, encoder_text)),
         max_seq_len=max_seq_len,
         max_gen_len=max_gen_len,
-        with_source="encoder" in kept,
-        with_prompt="prompt" in kept,
+        with_source=with_source,
+        with_prompt=with_prompt,
         with_target=False,
     )
-    cut_of = {"encoder": "source_cut", "prompt": "prompt_cut"}
-    return {name: columns[name] for part in kept for name in (f"{part}_ids", cut_of[part])}
+    kept = ["encoder_ids", "source_cut"] * with_source + ["prompt_ids", "prompt_cut"] * with_prompt
+    return {name: columns[name] for name in kept}
 
 
 def check_tokens(tokenizers, columns: dict, encoder: tuple, llm: tuple) -> None:
-    """Refuses tokens that a model has no embedding for; `encoder` and `llm` are (path, rows of the embedding table)."""
+    """Refuses tokens that a model has no embedding for.
+
+    Args:
+        encoder, llm: (path, rows of the embedding table).
+
+    Raises:
+        UserError: naming the first such token.
+    """
     from mindmerger.data.tokenising import check_rows
 
     for tokenizer, model, name in ((tokenizers.encoder, encoder, "encoder_ids"), (tokenizers.llm, llm, "prompt_ids")):
@@ -47,7 +65,7 @@ def check_tokens(tokenizers, columns: dict, encoder: tuple, llm: tuple) -> None:
 
 
 def input_positions(columns: dict, bridge) -> list[int]:
-    """Positions of each example's merged input: BOS, prefix and prompt, as far as the form has them.
+    """Returns the positions of each example's merged input: BOS, prefix and prompt, as far as it has them.
 
     Args:
         bridge: whose `prefix_length` says how many positions an encoded question takes; None for the LLM alone.
@@ -71,7 +89,7 @@ class Generation:
 def split_batches(
     indices: list[int], lengths: list[int], batch_size: int | None, token_budget: int | None = None, new_tokens: int = 0
 ) -> list[list[int]]:
-    """Batches of similar length, longest first, so that running out of memory shows at the start.
+    """Returns batches of similar length, longest first, so that running out of memory shows at the start.
 
     Taking whole batches out of `indices` leaves the other batches as they were: a continued run relies on it.
 
@@ -85,6 +103,7 @@ def split_batches(
     batches, start = [], 0
     while start < len(order):
         rows = batch_size or len(order)
+        # The first row is the longest: every other one of the batch is padded to it.
         if token_budget is not None:
             rows = min(rows, max(1, token_budget // (lengths[order[start]] + new_tokens)))
         batches.append(order[start : start + rows])
@@ -92,22 +111,21 @@ def split_batches(
     return batches
 
 
-def split_evaluation(remaining: list[int], plan, args: argparse.Namespace) -> list[list[int]]:
-    """The batches that the flags ask for."""
-    rows = args.eval_batch_size or (None if args.eval_max_tokens else DEFAULT_BATCH_SIZE)
-    lengths = input_positions(plan.columns, plan.bridge)
-    return split_batches(remaining, lengths, rows, args.eval_max_tokens, plan.max_new_tokens)
+def split_evaluation(remaining: list[int], settings) -> list[list[int]]:
+    """Returns the examples numbered `remaining` in the batches that an evaluation's settings ask for."""
+    lengths = input_positions(settings.columns, settings.bridge)
+    return split_batches(remaining, lengths, settings.batch_size, settings.token_budget, settings.max_new_tokens)
 
 
 def batch_inputs(model, tokenizers, columns: dict, batch: list[int]) -> dict:
-    """Collates the model's inputs for the examples numbered `batch`."""
+    """Returns the arguments of `MindMerger.generate` for the examples numbered `batch`."""
     from mindmerger.data.batches import collate
 
     rows = [{name: columns[name][i] for name in ("encoder_ids", "prompt_ids") if name in columns} for i in batch]
     tensors = collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
     names = ("encoder_input_ids", "encoder_attention_mask", "prompt_ids", "prompt_mask")
     inputs = {name: tensors[name] for name in names if tensors.get(name) is not None}
-    # Masks stay on the CPU, where packing is planned.
+    # Masks stay on the CPU: packing is planned there, and reading a mask back from the GPU would wait for it.
     return {name: value.to(model.device) if name.endswith("_ids") else value for name, value in inputs.items()}
 
 
@@ -120,14 +138,15 @@ def explain_batch_out_of_memory(inputs: dict, max_new_tokens: int):
 
 
 def to_generation(model, tokenizers, ids: list[int]) -> Generation:
-    """New ids, up to the first end token where there is one, as an answer."""
+    """Returns new ids as an answer, up to the first end token where there is one."""
+    # What follows an end token is padding, which an LLM without a pad token fills with an ordinary one.
     end = next((i for i, token in enumerate(ids) if token in model.eos_token_ids), None)
     text = tokenizers.llm.decode(ids[:end], skip_special_tokens=True)
     return Generation(text, len(ids) if end is None else end + 1, end is None)
 
 
 def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_tokens: int) -> list[Generation]:
-    """Greedy answers to the examples numbered `batch`, in that order.
+    """Returns greedy answers to the examples numbered `batch`, in that order.
 
     Raises:
         UserError: out of memory, naming what to lower.
@@ -138,14 +157,14 @@ def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_t
     return [to_generation(model, tokenizers, ids) for ids in ids_BT.tolist()]
 
 
-def merge_batch(model, plan, batch: list[int]) -> list:
-    """The merged embeddings (L, D) of each example numbered `batch`, without padding, on the CPU.
+def merge_batch(model, settings, batch: list[int]) -> list:
+    """Returns the merged embeddings (L, D) of each example numbered `batch`, without padding, on the CPU.
 
     Raises:
         UserError: out of memory, or for embeddings that are not numbers.
     """
-    inputs = batch_inputs(model, plan.tokenizers, plan.columns, batch)
-    with explain_batch_out_of_memory(inputs, plan.max_new_tokens):
+    inputs = batch_inputs(model, settings.tokenizers, settings.columns, batch)
+    with explain_batch_out_of_memory(inputs, settings.max_new_tokens):
         embeds_BLD, mask_BL = model.merged_embeddings(**inputs)
         embeds_BLD = embeds_BLD.cpu()
     lengths = mask_BL.sum(1).tolist()
@@ -155,47 +174,55 @@ def merge_batch(model, plan, batch: list[int]) -> list:
     return rows
 
 
-def answer_batches(model, engine, plan, batches: list[list[int]]):
+def answer_batches(model, engine, settings, batches: list[list[int]]):
     """Yields (batches, answers to all their examples in order): one batch by transformers, a chunk of them by vLLM."""
+    tokenizers, new_tokens = settings.tokenizers, settings.max_new_tokens
     if engine is None:
         for batch in batches:
-            yield [batch], generate_batch(model, plan.tokenizers, plan.columns, batch, plan.max_new_tokens)
+            yield [batch], generate_batch(model, tokenizers, settings.columns, batch, new_tokens)
         return
     from mindmerger.generation import vllm_engine
 
     for chunk in vllm_engine.chunks(batches):
-        rows = [row for batch in chunk for row in merge_batch(model, plan, batch)]
-        answers = vllm_engine.decode(engine, rows, model.eos_token_ids, plan.max_new_tokens)
-        yield chunk, [to_generation(model, plan.tokenizers, ids) for ids in answers]
+        rows = [row for batch in chunk for row in merge_batch(model, settings, batch)]
+        answers = vllm_engine.decode(engine, rows, model.eos_token_ids, new_tokens)
+        yield chunk, [to_generation(model, tokenizers, ids) for ids in answers]
 
 
-def load_model(plan, device, input_side_only: bool = False):
-    """Both towers and the mapping on this rank's device, if asked for without the LLM's layers."""
+def load_model(settings, device):
+    """Loads both towers and what stands between them on this rank's device; with vLLM without the LLM's layers.
+
+    Rank 0 alone reads the mapping, since its node alone may have the file: the caller gives it to the other ranks.
+
+    Raises:
+        UserError: out of memory, or for a model that cannot be loaded.
+    """
     import torch
 
     from mindmerger.generation.vllm_engine import keep_input_side
     from mindmerger.model.mindmerger import MindMerger
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
+    paths = settings.mt_path, settings.llm_path
+    between = settings.bridge_name, settings.bridge.options if settings.bridge is not None else None
     advice = "use a larger GPU or --precision bf16"
     with explain_out_of_memory(f"while placing the models on {device}", {}, advice):
-        between = (plan.bridge_name, plan.bridge.options if plan.bridge is not None else None)
-        model = MindMerger.from_models(plan.mt_path, plan.llm_path, dtype, plan.attn_implementation, *between)
-        if plan.checkpoint is not None and is_main():  # `evaluate` gives it to the other ranks
-            model.load_mapping(plan.checkpoint)
-        if input_side_only:
+        model = MindMerger.from_models(*paths, dtype, settings.attn_implementation, *between)
+        if settings.mapping_file is not None and is_main():
+            model.load_mapping(settings.mapping_file)
+        if settings.engine == "vllm":  # which loads the LLM itself: twice would not fit
             keep_input_side(model)
         return model.to(device).eval()
 
 
-def start_engine(plan):
-    """Starts the engine that decodes where that is not the model itself, once the model has its place on the GPU."""
-    if plan.engine == "hf":
+def start_engine(settings):
+    """Starts what decodes where that is not the model itself. Call it when the model has its place on the GPU."""
+    if settings.engine == "hf":
         return None
     from mindmerger.generation import vllm_engine
 
-    longest = max(input_positions(plan.columns, plan.bridge)) + plan.max_new_tokens
-    return vllm_engine.start(plan.llm_path, plan.precision, longest)
+    longest = max(input_positions(settings.columns, settings.bridge)) + settings.max_new_tokens
+    return vllm_engine.start(settings.llm_path, settings.precision, longest)
 
 
 def answer(
@@ -225,28 +252,23 @@ def answer(
     """
     from mindmerger.model.mapping_files import form_of, stage_of
     from mindmerger.tasks import find_task
-    from mindmerger.tasks.base import Example
-    from mindmerger.tasks.languages import find_language
 
     if isinstance(texts, str):
         raise UserError("answer() takes a list of texts, got one string: put it in a list")
     if not texts:
         return []
     task = find_task(task)
-    languages = [languages] * len(texts) if languages is None or isinstance(languages, str) else languages
-    if len(languages) != len(texts):
-        raise UserError(f"answer() needs one language for each text: {len(texts)} texts, {len(languages)} languages")
     tokenizers = _cached_tokenizers(model.config.mt_path if model.encoder is not None else None, model.config.llm_path)
-    if None in languages and hasattr(tokenizers.encoder, "src_lang"):
-        raise UserError(f"answer() needs the texts' languages: encoder {model.config.mt_path} reads a language tag")
-    names = ["English" if language is None else find_language(language).name for language in languages]
-    examples = []
-    for i, (text, name) in enumerate(zip(texts, names, strict=True)):
-        prompt, cut = task.format_query(text)
-        examples.append(Example(str(i), name, text, prompt, "", cut))
-    form = "llm_only" if model.encoder is None else form_of(model.config, augmentation)
-    encoder_text = stage_of(model.config).encoder_text
-    columns = tokenise_form(tokenizers, examples, form, DEFAULT_MAX_LEN, DEFAULT_MAX_LEN, encoder_text)
+    examples = build_examples(task, texts, name_languages(model, tokenizers, languages, len(texts)))
+    columns = tokenise_inputs(
+        tokenizers,
+        examples,
+        with_source=model.encoder is not None,
+        with_prompt=model.encoder is None or form_of(model.config, augmentation) == "soft",
+        max_seq_len=DEFAULT_MAX_LEN,
+        max_gen_len=DEFAULT_MAX_LEN,
+        encoder_text=stage_of(model.config).encoder_text,
+    )
     rows = [tower and tower.get_input_embeddings().num_embeddings for tower in (model.encoder, model.llm)]
     check_tokens(tokenizers, columns, (model.config.mt_path, rows[0]), (model.config.llm_path, rows[1]))
     outputs = [""] * len(texts)
@@ -255,6 +277,34 @@ def answer(
         for i, one in zip(batch, answers, strict=True):
             outputs[i] = one.output
     return outputs
+
+
+def name_languages(model, tokenizers, languages: list[str] | str | None, number: int) -> list[str]:
+    """Returns the English name of each text's language, as `answer` is given them.
+
+    Raises:
+        UserError: for an unknown language, another number of them, or none where the encoder needs one.
+    """
+    from mindmerger.tasks.languages import find_language
+
+    languages = [languages] * number if languages is None or isinstance(languages, str) else languages
+    if len(languages) != number:
+        raise UserError(f"answer() needs one language for each text: {number} texts, {len(languages)} languages")
+    # An encoder that is silently told the wrong language answers worse, and nobody sees why.
+    if None in languages and hasattr(tokenizers.encoder, "src_lang"):
+        raise UserError(f"answer() needs the texts' languages: encoder {model.config.mt_path} reads a language tag")
+    return ["English" if language is None else find_language(language).name for language in languages]
+
+
+def build_examples(task, texts: list[str], languages: list[str]) -> list:
+    """Returns each text with the task's prompt around it and without a gold answer."""
+    from mindmerger.tasks.base import Example
+
+    examples = []
+    for i, (text, language) in enumerate(zip(texts, languages, strict=True)):
+        prompt, cut = task.format_query(text)
+        examples.append(Example(str(i), language, text, prompt, "", cut))
+    return examples
 
 
 @lru_cache(maxsize=4)

@@ -3,8 +3,8 @@
 Our own code merges the embeddings and vLLM takes them as a prompt, so the method stays in one place. On our side only
 the encoder, the mapping and the LLM's input embedding go to the GPU; the layers of the LLM are there once, vLLM's.
 
-Written against the source of vLLM 0.33: `LLM(enable_prompt_embeds=True)`, prompts `{"prompt_embeds": (L, D)}`. It goes
-on from where `get_input_embeddings()` ends in transformers: Gemma's scale is part of what we hand over, the factor of
+Written against the source of vLLM 0.33: `LLM(enable_prompt_embeds=True)`, prompts `{"prompt_embeds": (L, D)}`. It
+continues where `get_input_embeddings()` ends in transformers: Gemma's scale is part of what we hand over, the factor of
 Granite and the projection of OPT follow in both.
 """
 
@@ -38,13 +38,13 @@ def check_vllm(device_type: str) -> str:
         return metadata.version("vllm")
     except metadata.PackageNotFoundError as error:
         raise UserError(
-            f'--engine vllm needs the package vllm: pip install "vllm>={WRITTEN_FOR}" in an environment of its own '
+            f'--engine vllm needs the package vllm: pip install "vllm>={WRITTEN_FOR}" in its own environment '
             f"(this program was written against vLLM {WRITTEN_FOR}, which pins torch), or leave --engine vllm out"
         ) from error
 
 
 def keep_input_side(model) -> None:
-    """Lets go of all of a MindMerger's LLM but its input embedding, before the model is moved to the GPU."""
+    """Drops all of a MindMerger's LLM but its input embedding, before the model is moved to the GPU."""
     from torch import nn
 
     class InputSide(nn.Module):
@@ -55,14 +55,14 @@ def keep_input_side(model) -> None:
             self.embedding = embedding
 
         def get_input_embeddings(self) -> nn.Module:
-            """As the models of transformers have it."""
+            """Returns it, as the models of transformers do."""
             return self.embedding
 
     model.llm = InputSide(model.llm.get_input_embeddings())
 
 
 def start(llm_path: str, precision: str, longest: int):
-    """A `vllm.LLM` in this process, on what the GPU has left.
+    """Starts a `vllm.LLM` in this process, on what the GPU has left.
 
     Args:
         precision: bf16 or fp32, of weights, activations and the handed embeddings.
@@ -96,7 +96,7 @@ def start(llm_path: str, precision: str, longest: int):
 
 
 def decode(engine, rows: list, eos_token_ids: list[int], max_new_tokens: int) -> list[list[int]]:
-    """Greedy new ids, the end token included, after each of the given embeddings (L, D) on the CPU."""
+    """Returns greedy new ids, the end token included, after each of the given embeddings (L, D) on the CPU."""
     from vllm import SamplingParams
 
     # ignore_eos: else vLLM would add the end tokens of files that we do not read them from.
@@ -112,7 +112,7 @@ def decode(engine, rows: list, eos_token_ids: list[int], max_new_tokens: int) ->
 
 
 def chunks(batches: list[list[int]]) -> list[list[list[int]]]:
-    """Groups of successive batches, each of at least `CHUNK_ROWS` rows but the last."""
+    """Groups successive batches into chunks of at least `CHUNK_ROWS` rows each but the last."""
     groups, rows = [], CHUNK_ROWS
     for batch in batches:
         if rows >= CHUNK_ROWS:

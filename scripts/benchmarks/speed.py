@@ -492,7 +492,8 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
         for code in ("sw", "de", "zh")
         for example in evaluation_examples(task, args.data_root, find_language(code), args.questions // 3)
     ]
-    columns = generation_answers.tokenise_form(tokenizers, examples, form, 512, 512)
+    kept = {"with_source": form != "llm_only", "with_prompt": form != "hard"}
+    columns = generation_answers.tokenise_inputs(tokenizers, examples, **kept, max_seq_len=512, max_gen_len=512)
     lengths = generation_answers.input_positions(columns, model.mapping)
     every, new = list(range(len(examples))), args.max_new_tokens
     batches = {

@@ -1,0 +1,115 @@
+"""The models of an evaluation: which ones the flags and the mapping mean, and whether they fit each other."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.processes import broadcast_object, is_main, log, on_all_ranks, warn
+
+DEFAULT_LLM = "../LLMs/Llama-2-7b-hf"
+DEFAULT_ENCODER = "../LLMs/mt5-xl"
+DEFAULT_BRIDGE = "mindmerger"
+
+
+class Models(NamedTuple):
+    """The models that are evaluated, those of the LLM alone without `mapping_file`, `encoder` and `config`.
+
+    config: of the mapping, with MindMerger's bridge where it has no config.json, as the released ones have none.
+    """
+
+    mapping_file: str | None
+    encoder: str | None
+    llm: str
+    config: object | None
+
+
+def find_models_on_rank_0(args: argparse.Namespace, task) -> Models:
+    """Returns on every rank what `find_models` finds on rank 0, whose node alone may have the mapping."""
+    return broadcast_object(on_all_ranks(lambda: find_models(args, task) if is_main() else None))
+
+
+def find_models(args: argparse.Namespace, task) -> Models:
+    """Returns the models that the flags name, else the mapping's config.json, else the defaults.
+
+    Raises:
+        UserError: where no mapping is found.
+    """
+    from mindmerger.model.mapping_files import MindMergerConfig, find_mapping_file, read_config
+
+    given = args.init_checkpoint
+    if given is None and not args.llm_only:
+        given = trained_mapping(args.save_name, task)
+    recorded = read_config(given) if given is not None else None
+    mapping_file = str(find_mapping_file(given)) if given is not None else None
+    llm = choose_path(args, recorded, "llm_path", DEFAULT_LLM)
+    if args.llm_only:
+        return Models(None, None, llm, None)
+    encoder = choose_path(args, recorded, "mt_path", DEFAULT_ENCODER)
+    return Models(mapping_file, encoder, llm, recorded or MindMergerConfig(encoder, llm, None, 0))
+
+
+def trained_mapping(save_name: str, task) -> str:
+    """Returns the folder in which the last stage of training leaves its mapping.
+
+    Raises:
+        UserError: when it is not there.
+    """
+    from mindmerger.model.mapping_files import find_bridge
+
+    last_stage = list(find_bridge(DEFAULT_BRIDGE).stages)[-1]
+    folder = Path("outputs") / save_name / task.training_name / last_stage
+    if not folder.is_dir():
+        raise UserError(
+            f"no --init_checkpoint given and training left nothing in {folder}: pass the mapping to evaluate, or "
+            "--llm_only for the LLM alone"
+        )
+    log(f"--init_checkpoint not given: taking {folder}")
+    return str(folder)
+
+
+def choose_path(args: argparse.Namespace, config, flag: str, default: str) -> str:
+    """Returns the path of a model: as given, else as the mapping's config.json records it, else the default."""
+    given, recorded = getattr(args, flag), getattr(config, flag, None)
+    if given is None and recorded is not None:
+        log(f"--{flag} not given: taking {recorded}, named by the mapping's config.json")
+    elif given is not None and recorded is not None and Path(given).resolve() != Path(recorded).resolve():
+        warn(f"this mapping was trained with --{flag} {recorded}, not {given}")
+    return given or recorded or default
+
+
+def warn_of_other_training(config, task, form: str) -> None:
+    """Says where a mapping, by its config.json, was trained for another task, stage or form than is evaluated."""
+    from mindmerger.model.mapping_files import find_bridge
+
+    if config.task not in (None, task.training_name):
+        warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
+    stage = find_bridge(config.bridge).stages_with(config.bridge_options).get(config.stage)
+    if stage is not None and stage.data == "pairs":
+        warn(f"this mapping comes from the {config.stage} stage: it has not been trained on the task yet")
+    elif config.augmentation not in (None, form == "soft"):
+        name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}
+        warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[form == 'soft']}")
+
+
+def check_models_fit(models: Models):
+    """Refuses models that cannot be used, or a mapping that does not fit between them.
+
+    Returns:
+        the bridge without storage, None for the LLM alone.
+
+    Raises:
+        UserError: naming the model and what does not fit.
+    """
+    from mindmerger.hub.model_files import check_models
+    from mindmerger.model.mapping_files import check_mapping, config_of_models, empty_bridge
+    from mindmerger.model.towers import check_roles
+
+    check_roles(models.llm, models.encoder)
+    check_models(models.encoder, models.llm, backward=False)
+    if models.mapping_file is None:
+        return None
+    config = config_of_models(models.encoder, models.llm, models.config.bridge, models.config.bridge_options)
+    if is_main():
+        check_mapping(models.mapping_file, config)
+    return empty_bridge(config)
