@@ -809,7 +809,7 @@ WRONG = {
     ),
     "part of a checkpoint": (
         ["--init_checkpoint", "{broken}/part.safetensors", "--llm_path", "{llm}", "--mt_path", "{encoder}"],
-        "part.safetensors is not a mapping: missing .'end_boundary",
+        "part.safetensors is not a mapping of the bridge mindmerger: missing .'end_boundary",
     ),
     "missing llm": (["--llm_path", "./absent"], "./?absent"),
     "missing encoder": (["--mt_path", "./absent"], "./?absent"),
