@@ -31,9 +31,7 @@ CODES = {language.name: language.code for language in LANGUAGES.values()}
 
 
 def build_parser() -> CommandParser:
-    parser = CommandParser(
-        prog="python -m scripts.prepare_data", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
+    parser = CommandParser(prog="python -m scripts.prepare_data", description=__doc__.split("\n\n")[0])
     parser.add_argument("--data_root", type=Path, default=Path("datas"), help="the folder to fill (default: ./datas)")
     parser.add_argument(
         "--archive", type=Path, help="the released data: a .zip or .tar archive, or its unpacked folder"

@@ -16,8 +16,6 @@ one training text shares with it (ours). The training text is read as a stream: 
 """
 
 import argparse
-import csv
-import io
 import json
 import sys
 import unicodedata
@@ -25,13 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mindmerger.evaluation.items import add_item_flags, find_items
 from mindmerger.runtime.command import CommandParser, run_main, versions
-from mindmerger.runtime.files import write_json_atomic, write_text_atomic
+from mindmerger.runtime.files import write_csv_atomic, write_json_atomic
 from mindmerger.runtime.processes import log
-from mindmerger.tasks import find_task
 from mindmerger.tasks.base import Task
 from mindmerger.tasks.examples import read_parallel, varying_text
-from mindmerger.tasks.languages import Language, find_language, parse_languages
+from mindmerger.tasks.languages import Language, find_language
 from mindmerger.tasks.readers import DataError, Record, find_file, read_lines, read_records
 
 WORDS_PER_GRAM = 13
@@ -363,12 +361,7 @@ def _threshold(text: str) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = CommandParser(
-        prog="python -m mindmerger.analysis.contamination",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="python -m mindmerger.analysis.contamination", description=__doc__)
     parser.add_argument(
         "--train",
         nargs="+",
@@ -377,21 +370,32 @@ def build_parser() -> argparse.ArgumentParser:
         help="training text: .json list, .jsonl, .tsv, or any other file line by line",
     )
     parser.add_argument(
-        "--fields", help="of .json and .jsonl rows, with commas: query or question.stem (default: every text of a row)"
+        "--fields",
+        help="fields to read of .json and .jsonl rows, with commas: query or question.stem (default: every text)",
     )
-    parser.add_argument("--task", default="math", help="math (means MGSM, the default), math_msvamp, x-csqa, xnli")
-    parser.add_argument("--data_root", default="./datas", help="data folder of the test items (default ./datas)")
-    parser.add_argument("--languages", help="by name or code, with commas (default: all of the task)")
+    add_item_flags(parser)
     parser.add_argument(
         "--results",
         nargs="+",
         default=[],
         metavar="FOLDER",
-        help="results folders: accuracy on all, clean, dirty items",
+        help="results folders of evaluations: adds their accuracy on all, clean and dirty items",
     )
-    parser.add_argument("--threshold", type=_threshold, default=THRESHOLD, help="contaminated from this share (0.7)")
-    parser.add_argument("--output_dir", default="results/contamination", help="default results/contamination")
+    parser.add_argument(
+        "--threshold", type=_threshold, default=THRESHOLD, help="share from which an item is contaminated (default 0.7)"
+    )
+    parser.add_argument(
+        "--output_dir", default="results/contamination", help="folder of the result (default results/contamination)"
+    )
     return parser
+
+
+def write_report(folder: Path, task: Task, settings: dict, rows: list[dict], records: list[dict]) -> None:
+    """Writes <task>.json, which holds every item, and <task>.csv, the table."""
+    settings = settings | {"command": sys.argv, "versions": versions()}
+    write_json_atomic(folder / f"{task.name}.json", {"settings": settings, "languages": rows, "items": records})
+    write_csv_atomic(folder / f"{task.name}.csv", [rows[0].keys(), *(row.values() for row in rows)])
+    log(f"items and table are in {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -399,10 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     from mindmerger.evaluation.results import read_results
 
     args = build_parser().parse_args(argv)
-    task = find_task(args.task)
-    if not task.evaluation_languages:
-        raise DataError(f"task {task.name} has no evaluation set")
-    languages = parse_languages(args.languages or ",".join(task.evaluation_languages))
+    task, languages = find_items(args)
     paths = [find_file(".", name) for name in args.train]
     results = [folder.rstrip("/") or "/" for folder in args.results]
     for folder in results:
@@ -411,7 +412,6 @@ def main(argv: list[str] | None = None) -> int:
     fields = [name.strip() for name in args.fields.split(",")] if args.fields else None
     records, texts = check(task, args.data_root, languages, paths, fields, args.threshold)
     rows = build_table(records, results)
-    folder = Path(args.output_dir)
     settings = {
         "task": task.name,
         "train": [str(path) for path in paths],
@@ -420,18 +420,10 @@ def main(argv: list[str] | None = None) -> int:
         "words_per_gram": WORDS_PER_GRAM,
         "characters_per_gram": CHARACTERS_PER_GRAM,
         "threshold": args.threshold,
-        "command": sys.argv,
-        "versions": versions(),
     }
-    write_json_atomic(folder / f"{task.name}.json", {"settings": settings, "languages": rows, "items": records})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text_atomic(folder / f"{task.name}.csv", text.getvalue())
     print(f"{task.name} against {texts} training texts; contaminated: at least {args.threshold:.0%} of the n-grams")
     print(format_table(rows, results))
-    log(f"items and table are in {folder}")
+    write_report(Path(args.output_dir), task, settings, rows, records)
     return 0
 
 

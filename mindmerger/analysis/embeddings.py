@@ -13,15 +13,15 @@ Chance retrieval is 1 / number of sentences. --tsne adds a t-SNE picture; it nee
 """
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 
+from mindmerger.evaluation.items import add_item_flags, find_items
 from mindmerger.runtime.command import CommandParser, check_seed, run_main, versions
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import write_json_atomic, write_text_atomic
+from mindmerger.runtime.files import write_csv_atomic, write_json_atomic
 from mindmerger.runtime.processes import log, warn
+from mindmerger.tasks.languages import find_language
 
 
 class EmbeddingError(UserError):
@@ -29,8 +29,9 @@ class EmbeddingError(UserError):
 
 
 def read_sentences(task, data_root, languages: list, limit: int | None) -> dict:
-    """{language: [Example]} of the items that all languages have, in English's order; the question, stem or premise
-    stands in `source`.
+    """Reads the items that all languages have, in English's order: {language: [Example]}.
+
+    The question, stem or premise stands in `source`.
 
     Raises:
         EmbeddingError: when the languages have no item in common.
@@ -54,7 +55,7 @@ def read_sentences(task, data_root, languages: list, limit: int | None) -> dict:
 
 
 def encode_sentences(encoder, tokenizers, examples: list, max_seq_len: int, batch_size: int):
-    """The encoder's states of every sentence, on the CPU in float32: a list of (S, E) tensors without padding."""
+    """Returns the encoder's states of every sentence: (S, E) tensors without padding, in float32 on the CPU."""
     import torch
 
     from mindmerger.data.batches import collate
@@ -77,15 +78,16 @@ def encode_sentences(encoder, tokenizers, examples: list, max_seq_len: int, batc
         tensors = collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
         ids_BS, mask_BS = tensors["encoder_input_ids"].to(device), tensors["encoder_attention_mask"]
         with torch.no_grad():
-            # collate pads on the right, as encoders with absolute positions need it.
+            # collate pads on the right: encoders with absolute positions give other states under left padding.
             states_BSE = encoder(input_ids=ids_BS, attention_mask=mask_BS.to(device)).last_hidden_state
         lengths = mask_BS.sum(1).tolist()
+        # Kept on the CPU: a whole language's states, in float32, would stand on the GPU beside the encoder.
         states += [one[:length].float().cpu() for one, length in zip(states_BSE, lengths, strict=True)]
     return states
 
 
 def mean_mapped(mapping, states: list):
-    """(n, D) float32 on the CPU: the mean over each sentence's mapped states."""
+    """Returns the mean over each sentence's mapped states: (n, D), float32, on the CPU."""
     import torch
 
     device, means = next(mapping.parameters()).device, []
@@ -97,13 +99,15 @@ def mean_mapped(mapping, states: list):
 
 
 def retrieval(vectors, english) -> float:
-    """The share of rows i of `vectors` (n, D) whose nearest row of `english` (n, D), by cosine, is row i.
+    """Returns the share of rows i of `vectors` (n, D) whose nearest row of `english` (n, D), by cosine, is row i.
 
     Rows of `english` that are equally near count against it.
     """
     import torch
     import torch.nn.functional as F
 
+    # In float64: mapped sentences lie so near each other that float32 could round different similarities to equal
+    # ones, which count as misses.
     similarity_NN = F.normalize(vectors.double(), dim=1) @ F.normalize(english.double(), dim=1).T
     own_N1 = similarity_NN.diagonal()[:, None]
     others_NN = similarity_NN.masked_fill(torch.eye(len(vectors), dtype=torch.bool), -torch.inf)
@@ -111,15 +115,19 @@ def retrieval(vectors, english) -> float:
 
 
 def principal_components(vectors, number: int = 2):
-    """Coordinates (n, number) on the first principal components of (n, D) vectors, and the shares of variance.
+    """Projects (n, D) vectors on their first principal components.
 
     The sign of a component, which the decomposition leaves open, is chosen so that its largest entry is positive.
+
+    Returns:
+        the coordinates (n, number), and the components' shares of the variance.
     """
     import torch
 
     centred = vectors.double() - vectors.double().mean(0)
     left, singular, right = torch.linalg.svd(centred, full_matrices=False)
     signs = torch.sign(right.gather(1, right.abs().argmax(1, keepdim=True))[:, 0])
+    # Vectors that are all equal have no variance: the smallest double keeps their shares at 0, not NaN.
     share = singular**2 / (singular**2).sum().clamp(min=torch.finfo(torch.float64).tiny)
     return (left * singular * signs)[:, :number], share[:number]
 
@@ -127,12 +135,13 @@ def principal_components(vectors, number: int = 2):
 def _tsne(vectors, seed: int):
     from sklearn.manifold import TSNE
 
+    # scikit-learn refuses a perplexity of at least the number of points.
     perplexity = min(30, (len(vectors) - 1) / 3)
     return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(vectors.numpy())
 
 
 def draw_scatter(stages: dict, codes: list[str], axis_names: dict, path) -> None:
-    """One panel per mapping: a point per sentence, a colour per language, named by its code.
+    """Draws one panel per mapping: a point per sentence, a colour per language, named by its code.
 
     Args:
         stages: {title: {code: (n, 2) coordinates}}.
@@ -152,7 +161,7 @@ def draw_scatter(stages: dict, codes: list[str], axis_names: dict, path) -> None
 
 
 def draw_retrieval(scores: dict, chance: float, path) -> None:
-    """Grouped bars: retrieval per language, one colour per mapping. scores: {title: {code: percent}}."""
+    """Draws grouped bars: retrieval per language, one colour per mapping. scores: {title: {code: percent}}."""
     from mindmerger.evaluation.plots import colour, new_figure, save_figure
 
     codes = list(next(iter(scores.values())))
@@ -168,20 +177,9 @@ def draw_retrieval(scores: dict, chance: float, path) -> None:
     save_figure(figure, path)
 
 
-def _write_csv(path, head: list[str], rows: list[list]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *rows])
-    write_text_atomic(path, text.getvalue())
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = CommandParser(
-        prog="python -m mindmerger.analysis.embeddings",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Builds the parser of the command line."""
+    parser = CommandParser(prog="python -m mindmerger.analysis.embeddings", description=__doc__)
     parser.add_argument(
         "--init_checkpoint",
         nargs="+",
@@ -190,29 +188,30 @@ def build_parser() -> argparse.ArgumentParser:
         help="one or more mappings: saved folders, .safetensors files or released pytorch_model.bin files",
     )
     parser.add_argument(
-        "--names", nargs="+", help="of the mappings, for tables and pictures (default: the ends of their paths)"
+        "--names", nargs="+", help="names of the mappings in tables and pictures (default: the ends of their paths)"
     )
-    parser.add_argument("--before", metavar="MAPPING", help="a saved mapping for 'before' (default: a fresh one)")
+    parser.add_argument("--before", metavar="MAPPING", help="saved mapping to show as 'before' (default: a fresh one)")
     parser.add_argument("--mt_path", help="the encoder (default: what the first mapping's config.json names)")
     parser.add_argument("--llm_path", help="the LLM, read for its width alone (default: likewise)")
-    parser.add_argument("--task", default="math", help="math (means MGSM, the default), math_msvamp, x-csqa, xnli")
-    parser.add_argument("--data_root", default="./datas", help="data folder (default ./datas)")
-    parser.add_argument("--languages", help="by name or code, with commas; English is added (default: all of the task)")
-    parser.add_argument("--limit", type=int, help="only the first N items that all languages have")
-    parser.add_argument("--max_seq_len", type=int, default=512, help="limits the encoder's tokens (default 512)")
+    add_item_flags(parser, "; English is added")
+    parser.add_argument("--limit", type=int, help="compare only the first N items that all languages have")
+    parser.add_argument("--max_seq_len", type=int, default=512, help="limit of the encoder's tokens (default 512)")
     parser.add_argument("--batch_size", type=int, default=16, help="sentences encoded at once (default 16)")
     parser.add_argument(
-        "--precision", choices=["bf16", "fp32"], help="of the encoder (default bf16 on a GPU, else fp32)"
+        "--precision", choices=["bf16", "fp32"], help="dtype of the encoder (default bf16 on a GPU, else fp32)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the fresh mapping and of t-SNE (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the fresh mapping and of t-SNE (default 0)")
     parser.add_argument("--tsne", action="store_true", help="also draw t-SNE (van der Maaten and Hinton 2008)")
-    parser.add_argument("--output_dir", default="results/embeddings", help="default results/embeddings")
+    parser.add_argument(
+        "--output_dir", default="results/embeddings", help="folder of tables and pictures (default results/embeddings)"
+    )
     return parser
 
 
 def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
-    """{name: mapping in float32}, "before" first, and the configuration that they share. No LLM is loaded: its layers
-    have no part in this picture.
+    """Loads the mappings in float32: {name: mapping}, "before" first, and the configuration that they share.
+
+    No LLM is loaded: its layers have no part in this picture, and of it only the width counts.
 
     Raises:
         UserError: for a mapping that cannot be read or does not fit the models.
@@ -235,6 +234,7 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
             mapping.load_state_dict(check_mapping(path, config))
         return mapping.float()
 
+    # Before the first mapping is built: the fresh one must be the same in every call, or "before" would move.
     torch.manual_seed(args.seed)
     mappings = {"before": load(args.before)}
     for name, path in zip(args.names, args.init_checkpoint, strict=True):
@@ -243,7 +243,7 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The shortest ends of the paths, of two parts or more, that tell them apart: a picture has little room."""
+    """Returns the shortest ends of the paths, of two parts or more, that tell them apart: a picture has little room."""
     parts = [Path(path).parts for path in paths]
     for number in range(2, max(map(len, parts))):
         names = ["/".join(part[-number:]) for part in parts]
@@ -252,19 +252,13 @@ def short_names(paths: list[str]) -> list[str]:
     return paths
 
 
-def prepare(args: argparse.Namespace):
-    """Task and languages, English among them.
+def settle(args: argparse.Namespace) -> tuple:
+    """Returns the task and its languages, English last, and fills in the names of the mappings.
 
     Raises:
         UserError: for what can be known to be wrong before a model loads.
     """
-    from mindmerger.tasks import find_task
-    from mindmerger.tasks.languages import find_language, parse_languages
-
-    task = find_task(args.task)
-    if not task.evaluation_languages:
-        raise EmbeddingError(f"task {task.name} has no evaluation set")
-    languages = parse_languages(args.languages or ",".join(task.evaluation_languages))
+    task, languages = find_items(args)
     english = find_language("English")
     languages = [language for language in languages if language != english] + [english]
     if len(languages) < 2:
@@ -275,6 +269,7 @@ def prepare(args: argparse.Namespace):
     if len(set(args.names) | {"before"}) < len(args.names) + 1:
         raise EmbeddingError("two mappings have one name, or one is called before: tell them apart by --names")
     if args.tsne:
+        # Looked for now: without it the run would end only after every sentence has been encoded.
         try:
             import sklearn  # noqa: F401
         except ImportError:
@@ -282,83 +277,54 @@ def prepare(args: argparse.Namespace):
     return task, languages
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; see the module's docstring."""
-    args = build_parser().parse_args(argv)
-    check_seed(args.seed)
+def sentence_vectors(args: argparse.Namespace, mt_path: str, sentences: dict, mappings: dict) -> dict[str, dict]:
+    """Encodes every sentence once and maps it by every mapping.
+
+    Returns:
+        {name of the mapping: {language code: (n, D) vectors}}.
+    """
     import torch
     from tqdm import tqdm
 
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.model.towers import load_encoder
 
-    task, languages = prepare(args)
-    sentences = read_sentences(task, args.data_root, languages, args.limit)
-    number = len(sentences[languages[0]])
-    mappings, config = load_mappings(args)
-    tokenizers = load_tokenizers(config.mt_path, None)
+    tokenizers = load_tokenizers(mt_path, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    encoder = load_encoder(config.mt_path, dtype).to(device)
+    encoder = load_encoder(mt_path, dtype).to(device)
     vectors: dict[str, dict] = {name: {} for name in mappings}
     for language, examples in tqdm(sentences.items(), unit="language", desc="encoding", disable=None):
+        # The encoder takes nearly all the time, and a mapping hardly any: its states serve all mappings, and only one
+        # language's are held at once.
         states = encode_sentences(encoder, tokenizers, examples, args.max_seq_len, args.batch_size)
         for name, mapping in mappings.items():
             vectors[name][language.code] = mean_mapped(mapping.to(device), states)
-    scores = {
-        name: {code: 100 * retrieval(own, by_code["en"]) for code, own in by_code.items() if code != "en"}
-        for name, by_code in vectors.items()
-    }
-    folder, codes = Path(args.output_dir), [language.code for language in languages]
-    write_tables(folder, vectors, scores, sentences, args)
-    draw_retrieval(scores, 100 / number, folder / "retrieval.png")
-    if number == 2:
-        warn("two sentences per language say little: raise --limit")
-    write_json_atomic(
-        folder / "run.json",
-        {
-            "task": task.name,
-            "languages": codes,
-            "sentences": number,
-            "mt_path": config.mt_path,
-            "llm_path": config.llm_path,
-            "retrieval_percent": scores,
-            "command": sys.argv,
-            "versions": versions(),
-        },
-    )
-    for name, by_code in scores.items():
-        mean = sum(by_code.values()) / len(by_code)
-        each = "  ".join(f"{code} {score:.1f}" for code, score in by_code.items())
-        print(f"{name}: retrieval {mean:.1f} % over {number} sentences ({each})")
-    log(f"tables and pictures are in {folder}")
-    return 0
+    return vectors
 
 
 def write_tables(folder: Path, vectors: dict, scores: dict, sentences: dict, args: argparse.Namespace) -> None:
-    """retrieval.csv, points.csv and the scatter pictures."""
+    """Writes retrieval.csv, points.csv and the scatter pictures."""
     import torch
 
     codes = [language.code for language in sentences]
     number = len(next(iter(sentences.values())))
-    _write_csv(
-        folder / "retrieval.csv",
-        ["mapping", "language", "sentences", "retrieval_percent"],
-        [[name, code, number, f"{score:.4f}"] for name, found in scores.items() for code, score in found.items()],
-    )
+    rows = [[name, code, number, f"{score:.4f}"] for name, found in scores.items() for code, score in found.items()]
+    write_csv_atomic(folder / "retrieval.csv", [["mapping", "language", "sentences", "retrieval_percent"], *rows])
     ids = {language.code: [example.id for example in examples] for language, examples in sentences.items()}
-    methods = ["pca", "tsne"] if args.tsne else ["pca"]
-    rows = []
-    for method in methods:
+    rows = [["mapping", "method", "language", "id", "x", "y"]]
+    for method in ["pca", "tsne"] if args.tsne else ["pca"]:
         stages, labels = {}, {}
         for name, by_code in vectors.items():
-            on_all_ranks = torch.cat([by_code[code] for code in codes])
+            # Axes are one mapping's own: all its languages together, or each would be centred on its own mean and
+            # languages that lie apart would seem to lie on each other.
+            together = torch.cat([by_code[code] for code in codes])
             if method == "pca":
-                points, share = principal_components(on_all_ranks)
+                points, share = principal_components(together)
                 labels[name] = tuple(f"component {i + 1} ({100 * s:.0f} % of variance)" for i, s in enumerate(share))
             else:
-                points, labels[name] = _tsne(on_all_ranks, args.seed), ("t-SNE 1", "t-SNE 2")
+                points, labels[name] = _tsne(together, args.seed), ("t-SNE 1", "t-SNE 2")
             stages[name] = {code: points[i * number : (i + 1) * number] for i, code in enumerate(codes)}
             rows += [
                 [name, method, code, id, f"{float(x):.6f}", f"{float(y):.6f}"]
@@ -366,7 +332,49 @@ def write_tables(folder: Path, vectors: dict, scores: dict, sentences: dict, arg
                 for id, (x, y) in zip(ids[code], stages[name][code], strict=True)
             ]
         draw_scatter(stages, codes, labels, folder / f"{method}.png")
-    _write_csv(folder / "points.csv", ["mapping", "method", "language", "id", "x", "y"], rows)
+    write_csv_atomic(folder / "points.csv", rows)
+
+
+def report(task, config, vectors: dict, sentences: dict, args: argparse.Namespace) -> None:
+    """Scores the retrieval, prints it and writes all files of the output folder."""
+    folder, codes = Path(args.output_dir), [language.code for language in sentences]
+    number = len(next(iter(sentences.values())))
+    scores = {
+        name: {code: 100 * retrieval(own, by_code["en"]) for code, own in by_code.items() if code != "en"}
+        for name, by_code in vectors.items()
+    }
+    write_tables(folder, vectors, scores, sentences, args)
+    draw_retrieval(scores, 100 / number, folder / "retrieval.png")
+    run = {
+        "task": task.name,
+        "languages": codes,
+        "sentences": number,
+        "mt_path": config.mt_path,
+        "llm_path": config.llm_path,
+        "retrieval_percent": scores,
+        "command": sys.argv,
+        "versions": versions(),
+    }
+    write_json_atomic(folder / "run.json", run)
+    for name, by_code in scores.items():
+        mean = sum(by_code.values()) / len(by_code)
+        each = "  ".join(f"{code} {score:.1f}" for code, score in by_code.items())
+        print(f"{name}: retrieval {mean:.1f} % over {number} sentences ({each})")
+    log(f"tables and pictures are in {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; see the module's docstring."""
+    args = build_parser().parse_args(argv)
+    check_seed(args.seed)
+    task, languages = settle(args)
+    sentences = read_sentences(task, args.data_root, languages, args.limit)
+    if len(sentences[languages[0]]) == 2:
+        warn("two sentences per language say little: raise --limit")
+    mappings, config = load_mappings(args)
+    vectors = sentence_vectors(args, config.mt_path, sentences, mappings)
+    report(task, config, vectors, sentences, args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which neurons of a language model's MLPs are active while it answers.
+"""Neurons of a language model's MLPs that are active while it answers.
 
     python -m mindmerger.analysis.neurons count --llm_only --llm_path LLM --task math --limit 50
     python -m mindmerger.analysis.neurons count --init_checkpoint outputs/MindMerger/math/augmentation --task math
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from mindmerger.analysis.activations import NeuronError, find_activations, observe_answers, observe_encoder
 from mindmerger.runtime.command import CommandParser, run_main, versions
-from mindmerger.runtime.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from mindmerger.runtime.files import write_bytes_atomic, write_csv_atomic, write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import log, progress_bar, warn, world_size
 
 COUNTS_FILE = "neurons.safetensors"
@@ -50,6 +50,7 @@ def count_all(model, settings, args: argparse.Namespace) -> tuple[dict, list[dic
     for i, example in enumerate(settings.examples):
         by_language.setdefault(example.language, []).append(i)
     with progress_bar(total=len(settings.examples), unit="example", desc="counting") as progress:
+        # Batches hold one language: one forward pass gives one sum of counts, which nothing could take apart later.
         for language, indices in by_language.items():
             code = find_language(language).code
             for batch in split_evaluation(indices, settings):
@@ -73,12 +74,10 @@ def count_all(model, settings, args: argparse.Namespace) -> tuple[dict, list[dic
 
 
 def count(args: argparse.Namespace) -> int:
-    """The command `count`."""
+    """Runs the command `count`."""
     import torch
-    from safetensors.torch import save
 
     from mindmerger.evaluation.settings import settle
-    from mindmerger.evaluation.tables import form_title
     from mindmerger.generation.answers import load_model
 
     if world_size() > 1:
@@ -93,12 +92,28 @@ def count(args: argparse.Namespace) -> int:
     if (folder / COUNTS_FILE).exists() and not args.overwrite:
         raise NeuronError(f"{folder} holds counts already: pass --overwrite to replace them, or another --output_dir")
     model = load_model(settings, device)
+    # Only to refuse an unknown family now: the first batch would find it out after minutes of decoding.
     find_activations(model.encoder if args.tower == "encoder" else model.llm)
     tensors, records = count_all(model, settings, args)
-    title = form_title({"form": settings.form, "parallel_input": settings.parallel_input})
+    write_counts(folder, args.tower, settings, tensors, records)
+    return 0
+
+
+def write_counts(folder: Path, tower: str, settings, tensors: dict, records: list[dict]) -> None:
+    """Writes the three files that `read_counts` reads, and prints the mean share of active neurons."""
+    from safetensors.torch import save
+
+    from mindmerger.evaluation.tables import form_title
+
+    if settings.parallel_input is not None:
+        name = f"LLM alone, {settings.parallel_input['name']}"
+    else:
+        # A legend has room for the form alone: its explanation in brackets goes.
+        name = form_title({"form": settings.form, "parallel_input": None}).split(" (mapped")[0].split(" (prompt")[0]
+        name = f"encoder of {name}" if tower == "encoder" else name
     run = {
-        "name": f"{'encoder of ' if args.tower == 'encoder' else ''}{title.split(' (mapped')[0].split(' (prompt')[0]}",
-        "tower": args.tower,
+        "name": name,
+        "tower": tower,
         "task": settings.task.name,
         "form": settings.form,
         "parallel_input": settings.parallel_input,
@@ -107,9 +122,7 @@ def count(args: argparse.Namespace) -> int:
         "command": sys.argv,
         "versions": versions(),
     }
-    if settings.parallel_input is not None:
-        run["name"] = f"LLM alone, {settings.parallel_input['name']}"
-    write_bytes_atomic(folder / COUNTS_FILE, save(tensors, metadata={"tower": args.tower, "task": settings.task.name}))
+    write_bytes_atomic(folder / COUNTS_FILE, save(tensors, metadata={"tower": tower, "task": settings.task.name}))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text_atomic(folder / PROPORTION_FILE, lines)
     write_json_atomic(folder / RUN_FILE, run)
@@ -117,13 +130,12 @@ def count(args: argparse.Namespace) -> int:
     share = float(tensors["counts"].sum()) / (layers * width * run["tokens"])
     print(f"{run['name']}: {100 * share:.2f} % of {layers} x {width} neurons active, mean over {run['tokens']} tokens")
     log(f"counts are in {folder}")
-    return 0
 
 
 @dataclass
 class Counts:
-    """The content of a folder that `count` left. counts: {language code or "all": int64 (layers, width)}; tokens
-    likewise; ids: of the items, in order."""
+    """Content of a folder that `count` left. counts: {language code or "all": int64 (layers, width)}; tokens likewise;
+    ids: of the items, in order."""
 
     name: str
     tower: str
@@ -132,7 +144,7 @@ class Counts:
     ids: list[str]
 
     def shares(self, language: str = "all"):
-        """Active share of each layer, float64 (layers,)."""
+        """Returns the active share of each layer, float64 (layers,)."""
         counts = self.counts[language]
         return counts.sum(1) / (counts.shape[1] * self.tokens[language])
 
@@ -167,8 +179,10 @@ def read_counts(folder) -> Counts:
 
 
 def peak_neurons(counts, share: float) -> list[tuple[int, int, int]]:
-    """The most active neurons: (layer, neuron, count), count descending, ties by layer and then neuron; the first
-    floor(N * share) of all N = layers * width."""
+    """Returns the most active neurons as (layer, neuron, count): the first floor(N * share) of all N = layers * width.
+
+    Counts descend; of equal ones the lower layer's and then the lower neuron's comes first.
+    """
     import numpy as np
 
     flat = counts.reshape(-1)
@@ -177,17 +191,8 @@ def peak_neurons(counts, share: float) -> list[tuple[int, int, int]]:
     return [(int(i) // counts.shape[1], int(i) % counts.shape[1], int(flat[i])) for i in order]
 
 
-def _csv(path, head: list[str], rows: list[list]) -> None:
-    import csv
-    import io
-
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *rows])
-    write_text_atomic(path, text.getvalue())
-
-
 def draw_active_share(runs: list[Counts], path) -> None:
-    """One line per run: active share of each layer."""
+    """Draws one line per run: active share of each layer."""
     from mindmerger.evaluation.plots import line, new_figure, save_figure
 
     figure, axes = new_figure(7.5, 4.5)
@@ -203,8 +208,10 @@ def draw_active_share(runs: list[Counts], path) -> None:
 
 
 def draw_heatmap(run: Counts, path) -> None:
-    """counts / tokens, layers bottom-up, neurons from left to right; where there are more neurons than the picture has
-    room for, a column is the mean of neighbouring ones."""
+    """Draws counts / tokens, layers bottom-up, neurons from left to right.
+
+    Where there are more neurons than the picture has room for, a column is the mean of neighbouring ones.
+    """
     import numpy as np
 
     from mindmerger.evaluation.plots import new_figure, save_figure
@@ -216,6 +223,7 @@ def draw_heatmap(run: Counts, path) -> None:
     columns = np.add.reduceat(shares, starts, axis=1) / np.diff([*starts, width])
     figure, axes = new_figure(9, 4)
     # Nearest: any other interpolation would mix layers.
+    # One scale for every run, 0 to 100: pictures of two models are there to be compared.
     image = axes.imshow(
         columns,
         origin="lower",
@@ -234,7 +242,7 @@ def draw_heatmap(run: Counts, path) -> None:
 
 
 def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path) -> None:
-    """The rank-count curve of all neurons, and how many of the kept ones each layer has."""
+    """Draws the rank-count curve of all neurons, and how many of the kept ones each layer has."""
     import numpy as np
 
     from mindmerger.evaluation.plots import LINE_STYLES, colour, line, new_figure, save_figure
@@ -260,10 +268,13 @@ def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path
     save_figure(figure, folder / "peak_per_layer.png")
 
 
-def analyse(args: argparse.Namespace) -> int:
-    """The command `analyse`."""
-    import numpy as np
+def read_runs(args: argparse.Namespace) -> list[Counts]:
+    """Reads the folders to compare and gives them the names of --names.
 
+    Raises:
+        NeuronError: for folders that were counted on different items or towers, and for names that do not tell runs
+            apart.
+    """
     runs = [read_counts(folder) for folder in args.folders]
     if args.names is not None:
         if len(args.names) != len(runs):
@@ -275,80 +286,96 @@ def analyse(args: argparse.Namespace) -> int:
     for folder, run in zip(args.folders, runs, strict=True):
         if run.tower != runs[0].tower:
             raise NeuronError(f"{folder} counts the {run.tower} but {args.folders[0]} the {runs[0].tower}")
+        # Harder items make longer answers and other shares: a difference in items would pass for one between models.
         if run.ids != runs[0].ids:
             raise NeuronError(
                 f"{folder} ({len(run.ids)} items) and {args.folders[0]} ({len(runs[0].ids)} items) were counted on "
                 "different items: count both with the same --task, --languages and --limit"
             )
-    if not args.peak * runs[0].counts["all"].size >= 1:
-        warn(f"--peak {args.peak} of {runs[0].counts['all'].size} neurons keeps none")
-    folder = Path(args.output_dir)
-    rows = []
+    return runs
+
+
+def write_active_shares(runs: list[Counts], folder: Path) -> None:
+    """Writes active_share.csv and .png, and prints each run's mean share."""
+    rows = [["run", "language", "layer", "active_share"]]
     for run in runs:
         for language in run.counts:
             shares = run.shares(language)
             per_layer = [[run.name, language, i, f"{share:.6f}"] for i, share in enumerate(shares)]
             rows += [[run.name, language, "all", f"{shares.mean():.6f}"], *per_layer]
-    _csv(folder / "active_share.csv", ["run", "language", "layer", "active_share"], rows)
+    write_csv_atomic(folder / "active_share.csv", rows)
     draw_active_share(runs, folder / "active_share.png")
-    peaks = [peak_neurons(run.counts["all"], args.peak) for run in runs]
-    _csv(
-        folder / "peak.csv",
-        ["run", "rank", "layer", "neuron", "count", "tokens"],
-        [
-            [run.name, rank, *one, run.tokens["all"]]
-            for run, kept in zip(runs, peaks, strict=True)
-            for rank, one in enumerate(kept, 1)
-        ],
-    )
-    draw_peaks(runs, peaks, args.peak, folder)
-    for i, run in enumerate(runs, 1):
-        draw_heatmap(run, folder / f"heatmap-{i}.png")
-        print(f"{run.name}: {100 * np.mean(run.shares()):.2f} % active over {run.tokens['all']} tokens")
-        kept = peaks[i - 1]
+    for run in runs:
+        print(f"{run.name}: {100 * run.shares().mean():.2f} % active over {run.tokens['all']} tokens")
+
+
+def write_peaks(runs: list[Counts], share: float, folder: Path) -> None:
+    """Writes peak.csv and the two pictures of the most active neurons; warns where ties decide which those are."""
+    if not share * runs[0].counts["all"].size >= 1:
+        warn(f"--peak {share} of {runs[0].counts['all'].size} neurons keeps none")
+    peaks = [peak_neurons(run.counts["all"], share) for run in runs]
+    rows = [["run", "rank", "layer", "neuron", "count", "tokens"]]
+    for run, kept in zip(runs, peaks, strict=True):
+        rows += [[run.name, rank, *one, run.tokens["all"]] for rank, one in enumerate(kept, 1)]
         tied = int((run.counts["all"] == kept[-1][2]).sum()) if kept else 0
         if tied > sum(one[2] == kept[-1][2] for one in kept):
             warn(
-                f"{run.name}: {tied} neurons have the count {kept[-1][2]} at which --peak {args.peak} ends; of equals "
+                f"{run.name}: {tied} neurons have the count {kept[-1][2]} at which --peak {share} ends; of equals "
                 "the lower layers' are kept, so the kept neurons per layer say little here: count more items"
             )
+    write_csv_atomic(folder / "peak.csv", rows)
+    draw_peaks(runs, peaks, share, folder)
+
+
+def analyse(args: argparse.Namespace) -> int:
+    """Runs the command `analyse`."""
+    runs, folder = read_runs(args), Path(args.output_dir)
+    write_active_shares(runs, folder)
+    write_peaks(runs, args.peak, folder)
+    for i, run in enumerate(runs, 1):
+        draw_heatmap(run, folder / f"heatmap-{i}.png")
     log(f"tables and pictures are in {folder}")
     return 0
 
 
 def build_count_parser() -> argparse.ArgumentParser:
-    """The flags of `count`: those of an evaluation, so that the same items are counted, and two of its own."""
+    """Builds the parser of `count`: an evaluation's flags, so that the same items are counted, and two of its own."""
     from mindmerger.evaluation.settings import build_parser
 
     parser = build_parser()
     parser.prog = "python -m mindmerger.analysis.neurons count"
     parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     group = parser.add_argument_group("neurons")
-    group.add_argument("--tower", choices=["llm", "encoder"], default="llm", help="whose neurons (default llm)")
     group.add_argument(
-        "--output_dir", help="default: the folder neurons, or neurons-encoder, in the evaluation's results folder"
+        "--tower", choices=["llm", "encoder"], default="llm", help="model whose neurons are counted (default llm)"
+    )
+    group.add_argument(
+        "--output_dir",
+        help="folder of the counts (default: neurons, or neurons-encoder, in the evaluation's results folder)",
     )
     return parser
 
 
 def build_analyse_parser() -> argparse.ArgumentParser:
-    """The flags of `analyse`."""
+    """Builds the parser of `analyse`."""
     parser = CommandParser(
         prog="python -m mindmerger.analysis.neurons analyse",
-        description="Writes active_share.csv and .png (all runs in one plot), peak.csv, rank_count.png, "
+        description="Writes active_share.csv and .png (all runs in one plot), peak.csv, rank_count.png,\n"
         "peak_per_layer.png, and one heatmap of count / tokens per run.",
-        allow_abbrev=False,
     )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="what the count command left, on the same items")
-    parser.add_argument("--names", nargs="+", help="one per folder, for tables and legends")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="folder that the count command left, on the same items"
+    )
+    parser.add_argument("--names", nargs="+", help="names of the runs in tables and legends, one per folder")
     parser.add_argument(
         "--peak",
         type=_share,
         default=0.01,
         help="the share p of all N neurons to keep as the most active: the first floor(N * p) (default 0.01)",
     )
-    parser.add_argument("--output_dir", default="results/neurons", help="default results/neurons")
+    parser.add_argument(
+        "--output_dir", default="results/neurons", help="folder of tables and pictures (default results/neurons)"
+    )
     return parser
 
 

@@ -17,6 +17,7 @@ machine's (a file of {"id", "language", "text"} lines, results labelled machine)
 import argparse
 import json
 
+from mindmerger.evaluation.items import add_item_flags, find_items
 from mindmerger.evaluation.parallel_input import (
     add_arguments,
     apply_parallel_input,
@@ -27,26 +28,18 @@ from mindmerger.evaluation.parallel_input import (
 from mindmerger.runtime.command import CommandParser, check_seed, run_main
 from mindmerger.runtime.files import write_text_atomic
 from mindmerger.runtime.processes import log
-from mindmerger.tasks import find_task
 from mindmerger.tasks.examples import evaluation_examples, varying_text
-from mindmerger.tasks.languages import find_language, parse_languages
+from mindmerger.tasks.languages import find_language
 from mindmerger.tasks.readers import DataError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: look at prompts, or list what a translator has to translate."""
-    parser = CommandParser(
-        prog="python -m mindmerger.baselines.parallel_input",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--task", default="math", help="math (means MGSM, the default), math_msvamp, x-csqa, xnli")
-    parser.add_argument("--data_root", default="./datas", help="data folder (default ./datas)")
-    parser.add_argument("--languages", help="of the items, by name or code, with commas (default: all of the task)")
-    parser.add_argument("--limit", type=int, help="only the first N items of each language")
+    parser = CommandParser(prog="python -m mindmerger.baselines.parallel_input", description=__doc__)
+    add_item_flags(parser)
+    parser.add_argument("--limit", type=int, help="take only the first N items of each language")
     add_arguments(parser.add_argument_group("parallel input"))
-    parser.add_argument("--seed", type=int, default=0, help="of --order shuffled (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --order shuffled (default 0)")
     parser.add_argument("--show", type=int, default=1, help="print the prompts of the first N items per language")
     parser.add_argument(
         "--to_translate",
@@ -61,15 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
     check_seed(args.seed)
-    task = find_task(args.task)
-    if not task.evaluation_languages:
-        raise DataError(f"task {task.name} has no evaluation set")
+    task, languages = find_items(args)
     if args.to_translate and args.translations is None:
         args.translations = "aligned"  # nothing is read from it
     options = options_of(args)
     if options is None:
         raise DataError("--parallel_input is missing: how many translations (1, 3 or 6)?")
-    languages = parse_languages(args.languages or ",".join(task.evaluation_languages))
     examples = [e for language in languages for e in evaluation_examples(task, args.data_root, language, args.limit)]
     if args.to_translate:
         candidates = options.languages or default_languages(task)

@@ -34,7 +34,15 @@ class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UserError`s: one line, printed by rank 0 alone, no usage text."""
+    """An argument parser whose errors are `UserError`s: one line, printed by rank 0 alone, no usage text.
+
+    Flags are never abbreviated, and the description is shown as it is written, formulas and all.
+    """
+
+    def __init__(self, **options):
+        # An abbreviation that works today would become ambiguous, or another flag, with the next flag that is added.
+        common = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**common | options)
 
     def error(self, message: str):
         """Raises the error."""

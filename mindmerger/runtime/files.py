@@ -1,9 +1,11 @@
 """Files that are never half-written, and the lock that keeps a second run out of an output folder."""
 
 import contextlib
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -68,6 +70,13 @@ def write_text_atomic(path, text: str) -> None:
 def write_json_atomic(path, value) -> None:
     """`write_bytes_atomic` for a JSON value, indented, with its own scripts readable."""
     write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_csv_atomic(path, rows) -> None:
+    """`write_bytes_atomic` for rows of a CSV file, the first of which names the columns."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text_atomic(path, text.getvalue())
 
 
 class FolderLock:

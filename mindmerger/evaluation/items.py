@@ -1,0 +1,34 @@
+"""Flags that name test items, for commands that read these without evaluating a model on them."""
+
+import argparse
+
+from mindmerger.tasks import find_task
+from mindmerger.tasks.base import Task
+from mindmerger.tasks.languages import Language, parse_languages
+from mindmerger.tasks.readers import DataError
+
+
+def add_item_flags(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """Adds --task, --data_root and --languages.
+
+    Args:
+        also: what the help of --languages says besides.
+    """
+    parser.add_argument("--task", default="math", help="math (means MGSM, the default), math_msvamp, x-csqa, xnli")
+    parser.add_argument("--data_root", default="./datas", help="data folder of the test items (default ./datas)")
+    parser.add_argument(
+        "--languages",
+        help=f"languages of the test items, by name or code, with commas{also} (default: all of the task)",
+    )
+
+
+def find_items(args: argparse.Namespace) -> tuple[Task, list[Language]]:
+    """Returns the task and the languages that the flags name.
+
+    Raises:
+        DataError: for a name that is not known, and a task without test items.
+    """
+    task = find_task(args.task)
+    if not task.evaluation_languages:
+        raise DataError(f"task {task.name} has no evaluation set")
+    return task, parse_languages(args.languages or ",".join(task.evaluation_languages))
