@@ -83,6 +83,8 @@ class Bridge(nn.Module):
     as `lm_head`, a linear layer without bias: the model fills it with the LLM's weights and has the LLM use it.
     """
 
+    # Where the method is published, for the model card.
+    paper: ClassVar[str] = "not published"
     # By --bridge_option.
     choices: ClassVar[dict[str, Option]] = {}
     # By --stage_name, in the order in which they are trained.

@@ -20,6 +20,8 @@ HEADS, HEAD_WIDTH = 8, 64
 class LangBridge(Bridge):
     """Every encoder state mapped on its own, or as many latents as wished from all of them, and a learned end."""
 
+    paper = """Yoon et al., "LangBridge: Multilingual Reasoning Without Multilingual Supervision", ACL 2024,
+arXiv 2401.10695."""
     choices = {
         "mapper": Option("linear", ("linear", "ffn", "latent")),
         "latents": Option("64"),

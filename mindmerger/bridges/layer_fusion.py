@@ -24,6 +24,7 @@ LAYER = f"{TOKEN}transformerEncoder.layers.0."
 class LayerFusion(Bridge):
     """A mixer over the encoder's layers, one linear layer, and a learned end that starts at zero."""
 
+    paper = "Layer fusion, arXiv 2508.09091."
     choices = {"mix": Option("global", ("global", "token")), "feed_forward": Option("2048")}
     stages = {"task": Stage(data="english_task", with_prompt=True)}
     released = {

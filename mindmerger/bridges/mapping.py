@@ -17,6 +17,8 @@ class Mapping(Bridge):
     both with bias, and `end_boundary` (1, 1, D), which starts at zero.
     """
 
+    paper = """Huang et al., "MindMerger: Efficiently Boosting LLM Reasoning in non-English Languages", NeurIPS 2024,
+arXiv 2405.17386."""
     stages = {
         "mapping": Stage(data="pairs", with_prompt=False),
         "augmentation": Stage(data="task", with_prompt=True, starts_from="mapping"),

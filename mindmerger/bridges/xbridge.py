@@ -16,6 +16,7 @@ from mindmerger.bridges.base import Bridge, BridgeOutput, Stage, with_end
 class XBridge(Bridge):
     """RMSNorm, two linear layers with SiLU between them, and a learned end that starts at zero."""
 
+    paper = "XBridge, ACL 2026, arXiv 2603.17512 (its encoder side)."
     stages = {
         "translation": Stage(data="pairs", with_prompt=False),
         "task": Stage(data="task", with_prompt=True, starts_from="translation"),

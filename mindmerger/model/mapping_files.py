@@ -396,6 +396,7 @@ def save_released(path: str, state: dict[str, torch.Tensor]) -> None:
 def _model_card(config: MindMergerConfig, tensors: dict[str, torch.Tensor]) -> str:
     parameters = sum(tensor.numel() for tensor in tensors.values())
     form = {True: "Soft (mapped source and prompt)", False: "Hard (mapped source only)", None: "not recorded"}
+    head = ", with the LLM's output head, which is in the file too" if "lm_head.weight" in tensors else ""
     return f"""---
 library_name: mindmerger
 tags: [mindmerger, multilingual]
@@ -405,10 +406,11 @@ tags: [mindmerger, multilingual]
 
 A mapping of {parameters:,} parameters from the states of the multilingual encoder `{config.mt_path}` (width
 {config.encoder_width}) into the input embeddings of the LLM `{config.llm_path}` (width {config.llm_width}).
-Both models stay as they are; only this mapping was trained.
+Both models stay as they are; only this mapping was trained{head}.
 
 | | |
 |---|---|
+| bridge | {config.bridge}{_shown_options(config)} |
 | task | {config.task or "not recorded"} |
 | stage | {config.stage or "not recorded"} |
 | form | {form[config.augmentation]} |
@@ -419,6 +421,5 @@ from modeling_mindmerger import MindMerger
 model = MindMerger.from_pretrained("this/folder")
 ```
 
-Method: Huang et al., "MindMerger: Efficiently Boosting LLM Reasoning in non-English Languages", NeurIPS 2024,
-arXiv 2405.17386.
+Method: {find_bridge(config.bridge).paper}
 """
