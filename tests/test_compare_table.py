@@ -183,6 +183,13 @@ def test_every_row_of_the_picture_has_a_look_of_its_own(tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == [row.label for row in rows]
 
 
+@pytest.mark.parametrize("label", [os.fsdecode(b"model \xff"), "a $\\nonsense$ b", "5 $ and $ 7"])
+def test_a_label_that_no_font_can_draw_and_one_with_dollars_are_drawn_as_text(three, tmp_path, label):
+    """They ended in a traceback of the drawing library, once the tables were written."""
+    table_of(tmp_path, "--row", f"{label}={three[0]}", "--row", f"B={three[1]}")
+    assert (tmp_path / "out/table.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_mean_s_interval_takes_questions_together(tmp_path):
     """Three languages that get the same questions right tell as much of the mean as one of them."""
     folder = write_results(tmp_path / "a", dict.fromkeys(("Swahili", "Thai", "German"), "1" * 15 + "0" * 15))

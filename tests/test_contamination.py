@@ -10,6 +10,7 @@ from mindmerger.analysis.contamination import (
     TestIndex,
     build_table,
     check,
+    look_up_files,
     main,
     normalise,
     stream_json_list,
@@ -119,6 +120,14 @@ def test_every_planted_item_of_a_task_is_found_and_no_other(datas, tmp_path):
     assert {r["id"] for r in records if r["contaminated"]} == {e.id for e in planted.values()}
     found = next(r for r in records if r["id"] == planted["ja"].id)
     assert found["where"] == f"{tmp_path / 't.json'}:2" and found["unit"] == "character" and found["share"] == 1
+
+
+def test_progress_in_a_log_file_is_whole_lines(tmp_path, capsys):
+    """Of hours of reading a log file showed nothing."""
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    assert look_up_files(TestIndex(), [tmp_path / "t.txt"], None) == 2
+    error = capsys.readouterr().err
+    assert "\r" not in error and "\ntraining text: 100%|" in error, error
 
 
 def test_translated_training_data_shows_on_the_english_side(datas, tmp_path):

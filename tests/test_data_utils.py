@@ -316,6 +316,28 @@ def test_faulty_rows_are_refused_with_the_flags_name_or_left_out_counted_and_lis
     assert clean.fingerprint not in (whole.fingerprint, skipped.fingerprint) and clean.faults == []
 
 
+def test_pairs_with_an_empty_side_are_counted_and_said_by_runs_that_find_the_data_tokenised_too(
+    tokenizers, tmp_path, capsys
+):
+    """The second run of the same training said nothing of them."""
+    shutil.copytree(DATAS, tmp_path / "datas")
+    file = tmp_path / "datas/bilingual_pairs/en-de/train_100k.de"
+    lines = file.read_text(encoding="utf-8").split("\n")
+    lines[1] = lines[2] = " "
+    file.write_text("\n".join(lines), encoding="utf-8")
+    german = {"languages": [find_language("de")]}
+    whole = build(tokenizers, tmp_path / "cache", "mapping", **german)
+    assert "empty_pairs" not in whole.counts and capsys.readouterr().err == ""
+    for where in ("datas", "datas", "copy"):
+        if where == "copy":
+            shutil.copytree(tmp_path / "datas", tmp_path / "copy")
+        found = build(tokenizers, tmp_path / "cache", "mapping", root=tmp_path / where, **german)
+        assert found.counts["empty_pairs"] == 2 and len(found.dataset) == len(whole.dataset) - 2
+        named = file if where == "datas" else tmp_path / "copy/bilingual_pairs/en-de/train_100k.de"
+        said = f"warning: {named}: 2 pairs with an empty side are left out, the first at line 2\n"
+        assert capsys.readouterr().err == said
+
+
 def visible(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 

@@ -202,6 +202,20 @@ def test_missing_file_names_the_path_and_lists_what_is_there(tmp_path):
     assert "evaluation" in message and "--data_root" in message
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder", "a link to nowhere, which is not there"])
+def test_what_is_not_a_file_in_a_data_files_place_is_named_and_never_waited_for(tmp_path, kind):
+    file = tmp_path / "evaluation/mgsm/mgsm_de.tsv"
+    file.parent.mkdir(parents=True)
+    if kind == "a pipe":
+        os.mkfifo(file)
+    elif kind == "a folder":
+        file.mkdir()
+    else:
+        file.symlink_to(os.devnull if kind == "a device" else "nowhere")
+    message = error_of(lambda: evaluation_examples(find_task("math"), tmp_path, GERMAN))
+    assert message == f"{file} is {kind}: a file is expected there"
+
+
 def test_folder_in_a_files_place_and_an_impossible_path_are_one_line(tmp_path):
     (tmp_path / "evaluation/mgsm/mgsm_de.tsv").mkdir(parents=True)
     assert "is a folder" in error_of(lambda: evaluation_examples(find_task("math"), tmp_path, GERMAN))

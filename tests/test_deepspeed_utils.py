@@ -51,6 +51,23 @@ for batch_size in (2, 3):
         print(f"batch of {batch_size}: taken")
     except UserError as error:
         print(f"batch of {batch_size}: {error}")
+
+
+def refuse(error):
+    def initialize(**_):
+        raise error
+
+    return initialize
+
+
+from deepspeed.runtime.config import DeepSpeedConfigError
+
+for error in (Exception("two settings\\nat odds"), DeepSpeedConfigError("a setting"), RuntimeError("no setting")):
+    deepspeed.initialize = refuse(error)
+    try:
+        make_engine(Model(4, 4), config, 1e-3)
+    except Exception as error_again:
+        print(f"{type(error).__name__}: {type(error_again).__name__}: {error_again}")
 """
 
 
@@ -72,6 +89,14 @@ def test_settings_that_deepspeed_asserts_only_at_its_start_are_refused_in_one_li
     assert started["batch of 2"] == "taken"
     assert started["batch of 3"].startswith("DeepSpeed refuses this configuration: Check batch related parameters")
     assert started["batch of 3"].endswith("3 != 1 * 2 * 1; see --deepspeed_config")
+
+
+def test_what_deepspeed_raises_of_its_settings_is_one_line_and_nothing_else_is(started):
+    """Some of it is an `Exception` of no type of its own, which ended in a traceback."""
+    refused = "UserError: DeepSpeed refuses this configuration: {}; see --deepspeed_config"
+    assert started["Exception"] == refused.format("two settings at odds")
+    assert started["DeepSpeedConfigError"] == refused.format("a setting")
+    assert started["RuntimeError"] == "RuntimeError: no setting"
 
 
 @pytest.fixture
@@ -105,7 +130,7 @@ WRONG_VALUES = [
     (zero(offload_optimizer="cpu"), 'zero_optimization.offload_optimizer is "cpu"'),
     (zero(offload_optimizer={"device": "gpu"}), 'zero_optimization.offload_optimizer.device is "gpu"'),
     (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "zero_optimization: Partial offloading"),
-    (zero(offload_optimizer={"device": "cpu"}, cpu_offload=True), "zero_optimization: Cannot provide deprecated"),
+    (zero(offload_optimizer={"device": "cpu"}, cpu_offload=True), "zero_optimization: cpu_offload and offload"),
     (zero(3, offload_optimizer={"ratio": 1.5}), "zero_optimization.offload_optimizer.ratio is 1.5"),
     (zero(3, offload_param={"device": "cpu", "pin_memry": True}), "zero_optimization.offload_param.pin_memry: unknown"),
     (zero(3, offload_param={"device": "nvme"}), "zero_optimization.offload_param.nvme_path is None"),
@@ -138,8 +163,13 @@ WRONG_VALUES = [
     ),
     (
         zero(3, prefetch_bucket_size=5, stage3_prefetch_bucket_size=5),
-        "zero_optimization: prefetch_bucket_size: Extra inputs are not permitted",
+        "zero_optimization: prefetch_bucket_size and stage3_prefetch_bucket_size are names of the same setting: leave",
     ),
+    (
+        zero(3, stage3_gather_fp16_weights_on_model_save=True, stage3_gather_16bit_weights_on_model_save=True),
+        "stage3_gather_16bit_weights_on_model_save and stage3_gather_fp16_weights_on_model_save are names of the same",
+    ),
+    (zero(3, cpu_offload_param=True, offload_param={"device": "cpu"}), "cpu_offload_param and offload_param are names"),
     ('{"zero_optimization": {"stage": 2, "stage": 3}}', "is not readable JSON: Duplicate keys"),
 ]
 

@@ -154,6 +154,9 @@ def test_wrong_input_is_one_line(mapping, datas, tmp_path):
         (["--init_checkpoint", mapping, mapping], "one name"),
         (["--init_checkpoint", mapping, "--names", "a", "b"], "2 names for 1 mappings"),
     ]
+    # scikit-learn's generators take 32 bits of it.
+    seed = ["--tsne", "--seed", str(2**32)]
+    cases.append((["--init_checkpoint", mapping, *seed], rf"^--seed must be at least 0 and below 2\^32, not {2**32}$"))
     if importlib.util.find_spec("sklearn") is None:
         cases.append((["--init_checkpoint", mapping, "--tsne"], "pip install scikit-learn"))
     for arguments, message in cases:

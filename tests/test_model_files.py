@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT, byte_tokenizer
+from conftest import ROOT, byte_tokenizer, make_tiny_encoder, make_tiny_llm
 from safetensors.torch import load_file, save_file
 from test_modeling_mindmerger import DECODER, batch, rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +29,7 @@ from mindmerger.generation.answers import answer
 from mindmerger.hub.model_files import check_models, check_quantisation, load_config, load_tokenizer, takes_embeddings
 from mindmerger.model.mapping_files import save_released
 from mindmerger.model.mindmerger import MindMerger
-from mindmerger.model.towers import load_encoder, load_llm
+from mindmerger.model.towers import check_roles, load_encoder, load_llm
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import settings as training_settings
 from mindmerger.training import trainer
@@ -734,3 +734,58 @@ def test_a_model_that_an_offline_cache_lacks_is_told_how_to_fetch_it():
     for load in (load_config, load_tokenizer):
         with pytest.raises(UserError, match="HF_HUB_OFFLINE is set and the cache .* lacks it: .*'hf download org/llm'"):
             load("org/llm")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def with_m2m100(folder):
+    """An NLLB-like model with three encoder and four decoder layers."""
+    sizes = {f"{half}_{name}": 2 for half in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")}
+    config = transformers.M2M100Config(vocab_size=60, d_model=16, encoder_layers=3, decoder_layers=4, **sizes)
+    transformers.M2M100ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+LAYERED = [
+    (load_llm, lambda folder: make_tiny_llm(folder, layers=3), "num_hidden_layers", "model.layers"),
+    (load_encoder, lambda folder: make_tiny_encoder(folder, layers=3), "num_layers", "encoder.block"),
+    (load_encoder, with_m2m100, "encoder_layers", "layers"),
+]
+
+
+@pytest.mark.parametrize(("load", "make", "name", "where"), LAYERED)
+def test_a_model_whose_config_has_fewer_layers_than_its_files_is_refused_by_name(tmp_path, load, make, name, where):
+    """The other layers were left out without a word."""
+    folder = tmp_path / "model"
+    make(folder)
+    load(str(folder))
+    for layers in (2, 1):
+        edit_json(folder / "config.json", **{name: layers})
+        message = refusal(load, str(folder))
+        assert message.startswith(f"{folder}: its weight files hold 3 layers in {where}, its config.json has {layers}:")
+
+
+def test_weights_without_a_place_that_are_not_layers_of_the_config_change_nothing(tmp_path):
+    """Buffers of earlier versions, a vision tower, and the layer behind the last one that predicts further tokens."""
+    folder = Path(make_tiny_llm(tmp_path / "llm", layers=3))
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    state["vision_tower.layers.9.weight"] = torch.zeros(4)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert len(load_llm(str(folder)).model.layers) == 3
+    edit_json(folder / "config.json", num_hidden_layers=2, num_nextn_predict_layers=1)
+    assert len(load_llm(str(folder)).model.layers) == 2
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_model_without_layers_is_refused_before_it_loads(llm, encoder, layers):
+    """Its first forward pass ended in a traceback."""
+    edit_json(llm / "config.json", num_hidden_layers=layers)
+    assert refusal(check_roles, str(llm), None) == (
+        f"{llm}: its config.json asks for {layers} layers: correct the number there"
+    )
+    edit_json(llm / "config.json", num_hidden_layers=2)
+    edit_json(encoder / "config.json", num_layers=layers)
+    assert refusal(check_roles, str(llm), str(encoder)).startswith(f"{encoder}: its config.json asks for {layers} ")

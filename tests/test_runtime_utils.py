@@ -265,6 +265,26 @@ def test_a_progress_bar_in_a_log_file_is_a_line_every_30_seconds(monkeypatch, ca
     assert "\r" not in error and states == [0, 30, 60, 90, 100], error
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["MININTERVAL=abc", "MININTERVAL=", "NCOLS=wide", "TOTAL=all", "BAR_FORMAT={nothing}", "ASCII=x", "FILE=log"],
+)
+def test_a_variable_with_which_no_bar_can_be_drawn_is_named_in_one_line(setting):
+    """The drawing library reads them as it loads, so that any command ended in its traceback."""
+    name, _, value = f"TQDM_{setting}".partition("=")
+    command = [sys.executable, "-m", "mindmerger.analysis.contamination", "--train", "absent.txt"]
+    done = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, text=True, cwd=ROOT)
+    start = f"error: the environment has {name}={value!r}, with which tqdm draws no progress bar ("
+    assert done.returncode == 2 and done.stderr.startswith(start), done.stderr
+    assert done.stderr.endswith(f"): unset {name}\n") and done.stderr.count("\n") == 1
+
+
+def test_variables_with_which_bars_can_be_drawn_are_taken(monkeypatch):
+    for name, value in (("TQDM_MININTERVAL", "5"), ("TQDM_DISABLE", "1"), ("TQDM_OTHER", "abc")):
+        monkeypatch.setenv(name, value)
+    runtime_command.check_progress_settings()
+
+
 def test_a_lock_file_removed_while_it_was_being_locked_is_not_taken_for_the_lock(tmp_path, monkeypatch):
     """The run that held the folder removes the file when it ends, maybe after the next run has opened it."""
     lockf, calls = files.fcntl.lockf, []

@@ -49,7 +49,7 @@ def test_a_name_with_characters_that_no_terminal_shows_is_refused(name):
     assert str(e.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["\u3000", "\u00a0.\u2003"])
+@pytest.mark.parametrize("name", ["\u3000", "\u00a0.\u2003", " ./ ", ". / .", "a/ /b", "a/ ./", " ../a", "./"])
 def test_a_name_of_blanks_of_any_script_is_refused(name):
     with pytest.raises(UserError, match="--save_name .* names no folder"):
         check_save_name(name)

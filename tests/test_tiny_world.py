@@ -37,7 +37,9 @@ def numbers_in(text: str) -> tuple[int, ...]:
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "scripts.tiny_world", "--output_dir", str(folder), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=environment)
+    done = subprocess.run(command, capture_output=True, cwd=folder.parent, env=environment)
+    # Decoded here: subprocess would make line ends of carriage returns.
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def small_world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "first"
     done = make(folder, *SMALL)
     assert done.returncode == 0, done.stderr
+    folder.with_name("first.log").write_bytes(done.stderr.encode())
     return folder
 
 
@@ -115,6 +118,13 @@ def test_french_elides_before_vowels_and_only_there():
         text = problem.question("fr")
         assert not re.search(r"\b(d|j|l|n|qu)e [aeiouhœ]", text, re.IGNORECASE), text
         assert not re.search(r"'[^aeiouœ]", text), text
+
+
+def test_progress_in_a_log_file_is_whole_lines(small_world):
+    """It was one line of half a thousand states, joined by carriage returns."""
+    written = small_world.with_name("first.log").read_bytes().decode()
+    for title in ("English LLM", "translating mT5"):
+        assert re.search(rf"^{title}: +100%\|[^\r]*$", written, re.MULTILINE), written
 
 
 def test_train_and_test_share_no_number_combination(small_world):

@@ -26,7 +26,7 @@ from pathlib import Path
 from mindmerger.evaluation.items import add_item_flags, find_items
 from mindmerger.runtime.command import CommandParser, run_main, versions
 from mindmerger.runtime.files import write_csv_atomic, write_json_atomic
-from mindmerger.runtime.processes import log
+from mindmerger.runtime.processes import log, progress_bar
 from mindmerger.tasks.base import Task
 from mindmerger.tasks.examples import read_parallel, varying_text
 from mindmerger.tasks.languages import Language, find_language
@@ -225,10 +225,8 @@ def _strings(value) -> Iterator[str]:
 
 def look_up_files(index: TestIndex, paths: list[Path], fields: list[str] | None) -> int:
     """Looks up every training text; returns how many there were. Shows a progress bar."""
-    from tqdm import tqdm
-
     texts, sizes = 0, [path.stat().st_size for path in paths]
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="training text", disable=None) as progress:
+    with progress_bar(total=sum(sizes), unit="B", unit_scale=True, desc="training text") as progress:
         for i, path in enumerate(paths):
             for text, where, size in stream_texts(path, fields):
                 texts += 1

@@ -20,7 +20,7 @@ from mindmerger.evaluation.items import add_item_flags, find_items
 from mindmerger.runtime.command import CommandParser, check_seed, run_main, versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import write_csv_atomic, write_json_atomic
-from mindmerger.runtime.processes import log, warn
+from mindmerger.runtime.processes import log, progress_bar, warn
 from mindmerger.tasks.languages import find_language
 
 
@@ -284,7 +284,6 @@ def sentence_vectors(args: argparse.Namespace, mt_path: str, sentences: dict, ma
         {name of the mapping: {language code: (n, D) vectors}}.
     """
     import torch
-    from tqdm import tqdm
 
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.model.towers import load_encoder
@@ -295,7 +294,7 @@ def sentence_vectors(args: argparse.Namespace, mt_path: str, sentences: dict, ma
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     encoder = load_encoder(mt_path, dtype).to(device)
     vectors: dict[str, dict] = {name: {} for name in mappings}
-    for language, examples in tqdm(sentences.items(), unit="language", desc="encoding", disable=None):
+    for language, examples in progress_bar(sentences.items(), unit="language", desc="encoding"):
         # The encoder takes nearly all the time, and a mapping hardly any: its states serve all mappings, and only one
         # language's are held at once.
         states = encode_sentences(encoder, tokenizers, examples, args.max_seq_len, args.batch_size)
@@ -366,7 +365,7 @@ def report(task, config, vectors: dict, sentences: dict, args: argparse.Namespac
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
-    check_seed(args.seed)
+    check_seed(args.seed, bits=32 if args.tsne else 64)
     task, languages = settle(args)
     sentences = read_sentences(task, args.data_root, languages, args.limit)
     if len(sentences[languages[0]]) == 2:

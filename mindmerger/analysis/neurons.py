@@ -161,16 +161,15 @@ def read_counts(folder) -> Counts:
     folder = Path(folder)
     if not (folder / COUNTS_FILE).is_file() and (folder / "neurons" / COUNTS_FILE).is_file():
         folder = folder / "neurons"
+    absent = [name for name in (COUNTS_FILE, RUN_FILE, PROPORTION_FILE) if not (folder / name).is_file()]
+    if absent:
+        raise NeuronError(f"{folder} holds no counts: {absent[0]} is missing; make them by the count command")
     try:
         tensors = load_file(folder / COUNTS_FILE)
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         lines = (folder / PROPORTION_FILE).read_text(encoding="utf-8").splitlines()
         ids = [json.loads(line)["id"] for line in lines]
         name, tower = run["name"], run["tower"]
-    except FileNotFoundError as error:
-        raise NeuronError(
-            f"{folder} holds no counts: {error.filename} is missing; make them by the count command"
-        ) from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise NeuronError(f"{folder} cannot be read: {type(error).__name__} {error}") from error
     counts = {key.partition(".")[2] or "all": t for key, t in tensors.items() if key.startswith("counts")}

@@ -21,6 +21,7 @@ from mindmerger.tasks.base import Example, Task
 from mindmerger.tasks.examples import training_examples, training_files
 from mindmerger.tasks.languages import Language
 from mindmerger.tasks.readers import DataError, skipping_named
+from mindmerger.tasks.translation import warn_of_empty_pairs
 
 # Raised when the meaning of cached ids changes: older caches are then built anew.
 CACHE_VERSION = 1
@@ -36,8 +37,8 @@ class TrainingSet:
     """A tokenised training set. The rows stay on disk (memory-mapped, one copy for all processes of a machine).
 
     `dataset` has the columns id, language, encoder_ids, prompt_ids, target_ids. The length arrays are (rows,) int32.
-    `counts` holds rows per language under "rows", and "source_cut", "prompt_cut", "target_cut". `faults` lists the rows
-    that were left out as faulty, each as file:line: why.
+    `counts` holds rows per language under "rows", "source_cut", "prompt_cut", "target_cut", and "empty_pairs" where
+    pairs were left out for an empty side. `faults` lists the rows that were left out as faulty, each as file:line: why.
     """
 
     dataset: object
@@ -120,7 +121,9 @@ def build_training_set(
     from filelock import FileLock
 
     faults: list[str] | None = [] if skip_faulty_rows else None
-    examples = read_by_encoder(training_examples(task, stage, data_root, languages, train_num, faults), encoder_text)
+    empty: dict[str, tuple[int, int]] = {}
+    examples = training_examples(task, stage, data_root, languages, train_num, faults, empty)
+    examples = read_by_encoder(examples, encoder_text)
     files = {path: _hash_readable(path) for path in training_files(task, stage, data_root, languages)}
     hashes = {path.relative_to(data_root).as_posix(): digest for path, digest in files.items()}
     settings = {
@@ -158,7 +161,7 @@ def build_training_set(
             manifest = _read_manifest(folder)
             if manifest is None:
                 with skipping_named():
-                    _build_cache(folder, examples, tokenizers, limits, num_proc, faults, data_root)
+                    _build_cache(folder, examples, tokenizers, limits, num_proc, faults, empty, data_root)
                 manifest = _read_manifest(folder)
         return _open_cache(folder, manifest, hashes, data_root)
     except OSError as error:
@@ -202,7 +205,9 @@ def _read_manifest(folder: Path) -> dict | None:
     return manifest if whole else None
 
 
-def _build_cache(folder: Path, examples, tokenizers: Tokenizers, limits: dict, num_proc, faults, data_root) -> None:
+def _build_cache(
+    folder: Path, examples, tokenizers: Tokenizers, limits: dict, num_proc, faults, empty, data_root
+) -> None:
     """Writes a cache folder: texts first, then ids by several processes, then the manifest, then one rename.
 
     The same files elsewhere find the same cache, so that faults are kept with paths inside the data folder.
@@ -221,6 +226,9 @@ def _build_cache(folder: Path, examples, tokenizers: Tokenizers, limits: dict, n
         if faults is not None:
             manifest["counts"]["faulty_rows"] = len(faults)
             manifest["faults"] = [fault.removeprefix(f"{Path(data_root)}/") for fault in faults]
+        if empty:
+            manifest["counts"]["empty_pairs"] = sum(number for number, _ in empty.values())
+            manifest["empty_pairs"] = {path.removeprefix(f"{Path(data_root)}/"): found for path, found in empty.items()}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
         for path in temporary.iterdir():
             with open(path, "rb") as file:
@@ -344,4 +352,7 @@ def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str], data_root)
         faults=[str(Path(data_root) / fault) for fault in manifest.get("faults", [])],
     )
     data.release_pages()
+    # Here and not while reading: a run that finds the data tokenised lacks the same pairs.
+    for sources, (number, first) in manifest.get("empty_pairs", {}).items():
+        warn_of_empty_pairs(Path(data_root) / sources, number, first)
     return data

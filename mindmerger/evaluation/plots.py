@@ -47,7 +47,16 @@ def line(i: int) -> dict:
 
 
 def save_figure(figure, path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Writes a PNG, whole or not at all, with every text as it is.
+
+    A byte of a label that is not UTF-8 becomes \\udcXX, as in the tables, since fonts have no glyph for it; two dollars
+    in a label are no formula.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode("utf-8"))
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes_atomic(path, buffer.getvalue())

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -115,12 +116,38 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
             f"{path} leaves {len(absent)} parameters of {type(model).__name__} unset (first: {absent[0]}): the weight "
             "files are incomplete or belong to another architecture"
         )
+    _refuse_left_over_layers(path, model, info["unexpected_keys"])
     if getattr(config, "quantization_config", None) is not None and isinstance(dtype, torch.dtype):
         # What transformers turns back into numbers (fp8 on a CPU) it leaves in the dtype of their scales.
         for parameter in model.parameters():
             if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def _refuse_left_over_layers(path: str, model: nn.Module, unexpected: set[str]) -> None:
+    """Refuses weight files with more layers than the config: the model would answer without them, and badly.
+
+    Other weights without a place are usual: buffers of earlier versions, a decoder that is not loaded, a vision tower,
+    and the layers that predict further tokens (MTP), which are numbered after the others.
+
+    Args:
+        unexpected: names of weights in the files that the model has no place for.
+
+    Raises:
+        ModelError: naming the layers and how many of them the config has.
+    """
+    prefix, config = f"{model.base_model_prefix}.", model.config.get_text_config()
+    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    lists = {name: len(one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList)}
+    for name, number in lists.items():
+        inside = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(name.removeprefix(prefix))}\.(\d+)\.")
+        held = {int(found[1]) for key in unexpected if (found := inside.match(key))}
+        if held and max(held) >= number + further:
+            raise ModelError(
+                f"{path}: its weight files hold {max(held) + 1} layers in {name}, its config.json has {number}: "
+                "correct the number there, or fetch the config that belongs to these weights"
+            )
 
 
 def _is_decoder_only(config) -> bool:
@@ -131,7 +158,7 @@ def check_roles(llm_path: str, mt_path: str | None) -> None:
     """Makes sure that the LLM is none of the encoders, and warns of an LLM that is given as the encoder.
 
     Raises:
-        ModelError: for an encoder or an encoder-decoder as the LLM.
+        ModelError: for an encoder or an encoder-decoder as the LLM, and a model without layers.
     """
     for flag, path in (("llm_path", llm_path), ("mt_path", mt_path or "")):
         if not is_utf8(path):
@@ -140,6 +167,7 @@ def check_roles(llm_path: str, mt_path: str | None) -> None:
                 "rename it, or pass a link to it"
             )
     llm = load_config(llm_path)
+    _check_number_of_layers(llm_path, llm)
     # Some encoders have a causal head in the library: it would attend to both sides and generate noise.
     encoder = type(llm) in MODEL_FOR_TEXT_ENCODING_MAPPING and getattr(llm, "is_decoder", None) is False
     if llm.is_encoder_decoder or encoder:
@@ -151,6 +179,7 @@ def check_roles(llm_path: str, mt_path: str | None) -> None:
     if mt_path is None:
         return
     encoder = load_config(mt_path)
+    _check_number_of_layers(mt_path, encoder)
     if model_path(mt_path) == model_path(llm_path) or Path(mt_path).resolve() == Path(llm_path).resolve():
         warn(f"--mt_path and --llm_path are the same model, {mt_path}: the mapping then has no encoder's states to add")
     elif _is_decoder_only(encoder) and type(encoder) in AutoModelForCausalLM._model_mapping:
@@ -158,6 +187,12 @@ def check_roles(llm_path: str, mt_path: str | None) -> None:
             f"--mt_path {mt_path} is a decoder-only model ({encoder.model_type}): each of its states knows only the "
             "text before it, those of mT5 or NLLB know all of it"
         )
+
+
+def _check_number_of_layers(path: str, config) -> None:
+    layers = getattr(config.get_text_config(encoder=config.is_encoder_decoder or None), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise ModelError(f"{path}: its config.json asks for {layers} layers: correct the number there")
 
 
 def max_positions(config) -> int | None:

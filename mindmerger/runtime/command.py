@@ -1,6 +1,7 @@
 """Common parts of every command line: its parser, its exit codes, and the versions that a result records."""
 
 import argparse
+import io
 import os
 import sys
 import unicodedata
@@ -85,9 +86,11 @@ def check_save_name(name: str, flag: str = "--save_name") -> None:
         flag: the one to blame.
 
     Raises:
-        UserError: for a name that is empty, leaves the folder, or has characters that no terminal shows.
+        UserError: for a name that is empty, or a folder in it that is; one that leaves the outputs, or has characters
+            that no terminal shows.
     """
-    if all(c == "." or c.isspace() for c in os.path.normpath(name)):
+    parts = Path(os.path.normpath(name)).parts
+    if not parts or any(part != ".." and all(c == "." or c.isspace() for c in part) for part in parts):
         raise UserError(f"{flag} {name!r} names no folder: give the run a name")
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(f"{flag} {name!r} leaves the outputs: give a plain name, the folder has a flag of its own")
@@ -95,14 +98,40 @@ def check_save_name(name: str, flag: str = "--save_name") -> None:
         raise UserError(f"{flag} {name!r} has control characters or other invisible ones: leave them out")
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, bits: int = 64) -> None:
     """Makes sure that the random generators take a seed.
 
+    Args:
+        bits: of the generator with the fewest: torch's has 64, scikit-learn's 32.
+
     Raises:
-        UserError: for a negative one, and one of more than 64 bits.
+        UserError: for a negative one, and one of more bits.
     """
-    if not 0 <= seed < 2**64:
-        raise UserError(f"--seed must be at least 0 and below 2^64, not {seed}")
+    if not 0 <= seed < 2**bits:
+        raise UserError(f"--seed must be at least 0 and below 2^{bits}, not {seed}")
+
+
+def check_progress_settings() -> None:
+    """Makes sure that tqdm can draw a bar with the `TQDM_*` variables of the environment.
+
+    Raises:
+        UserError: when it cannot, naming the variables.
+    """
+    given = {name: value for name, value in os.environ.items() if name.startswith("TQDM_")}
+    if not given:  # tqdm then stays unloaded for as long as no bar is drawn
+        return
+    try:
+        from tqdm import tqdm  # it reads the variables as it loads
+
+        with tqdm(range(2), **({} if "TQDM_FILE" in given else {"file": io.StringIO()})) as bar:
+            list(bar)
+            bar.refresh()
+    except Exception as error:  # a value's own type error, or a key that TQDM_BAR_FORMAT lacks
+        values = ", ".join(f"{name}={value!r}" for name, value in sorted(given.items()))
+        raise UserError(
+            f"the environment has {values}, with which tqdm draws no progress bar ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}): unset {' '.join(sorted(given))}"
+        ) from error
 
 
 def run_main(main, alone: bool = False) -> None:
@@ -120,9 +149,10 @@ def run_main(main, alone: bool = False) -> None:
     steady_streams()
     # Before torch and tqdm load. Warnings of torch's C++ part concern sockets that are tried again.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", str(LOG_INTERVAL_S))
     try:
+        check_progress_settings()
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_MININTERVAL", str(LOG_INTERVAL_S))
         code = main() or 0
         code = _lost_output() or code
     except UserError as error:

@@ -26,6 +26,16 @@ def model_path(path: str | None) -> str | None:
     return str(path).rstrip("/") or "/" if path is not None else None
 
 
+def what_is(path) -> str:
+    """Says what stands where a file is expected, in words: reading a pipe would wait for its writer forever."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "missing"
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 def open_new(path):
     """Opens a new file for writing bytes. What stands in its place, a link too, is removed and never written to.
 

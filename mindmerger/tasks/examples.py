@@ -16,6 +16,7 @@ def training_examples(
     languages: Sequence[Language] | None = None,
     train_num: int | None = None,
     faults: list[str] | None = None,
+    empty: dict[str, tuple[int, int]] | None = None,
 ) -> Iterator[Example]:
     """Yields the examples of one stage ("mapping" or "augmentation"), at most `train_num` of each language.
 
@@ -23,6 +24,7 @@ def training_examples(
         languages: None for the task's own.
         faults: takes `file:line: why` of single faulty rows, which are then left out; without it the first one is
             raised.
+        empty: takes the pairs with an empty side, as `read_pairs` says.
 
     Raises:
         DataError: at once for a wrong argument or a missing file, while reading for a faulty one.
@@ -37,7 +39,7 @@ def training_examples(
     for language in chosen:
         for relative in _pair_files(language):
             find_file(data_root, relative)
-    return (example for language in chosen for example in read_pairs(data_root, language, train_num, faults))
+    return (example for language in chosen for example in read_pairs(data_root, language, train_num, faults, empty))
 
 
 def training_files(task: Task, stage: str, data_root, languages: Sequence[Language] | None = None) -> list[Path]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import what_is
 
 
 class DataError(UserError):
@@ -69,8 +70,8 @@ def find_file(data_root, relative: str) -> Path:
             with open(path, "rb") as file:
                 refuse_lfs_pointer(path, file.read(len(LFS_POINTER)))
             return path
-        if path.is_dir():
-            raise DataError(f"{path} is a folder, a file was expected")
+        if (found := what_is(path)) != "missing":
+            raise DataError(f"{path} is {found}: a file is expected there")
         folder = path.parent
         while not folder.is_dir() and folder != folder.parent:
             folder = folder.parent

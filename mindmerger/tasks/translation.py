@@ -1,6 +1,7 @@
 """Sentence pairs of the mapping stage: a sentence in any language in, its English translation out."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from mindmerger.runtime.processes import warn
 from mindmerger.tasks.base import Example, Task, _fill, _whole_text
@@ -26,7 +27,11 @@ def _pair_files(language: Language) -> tuple[str, str]:
 
 
 def read_pairs(
-    data_root, language: Language, train_num: int | None = None, faults: list[str] | None = None
+    data_root,
+    language: Language,
+    train_num: int | None = None,
+    faults: list[str] | None = None,
+    empty: dict[str, tuple[int, int]] | None = None,
 ) -> Iterator[Example]:
     """Yields en–X sentence pairs, source X and target English, at most `train_num`.
 
@@ -34,6 +39,8 @@ def read_pairs(
 
     Args:
         faults: takes the faults of single lines, whose pairs are then left out; without it the first one is raised.
+        empty: takes for the source file how many pairs have an empty side and the line of the first, for a caller that
+            warns of them itself.
 
     Raises:
         DataError: for a missing, empty or undecodable file, and where the two files differ in their number of lines.
@@ -42,7 +49,7 @@ def read_pairs(
     lines = count_lines(sources), count_lines(targets)
     if lines[0] != lines[1]:
         raise DataError(f"{sources} has {lines[0]} lines but {targets} has {lines[1]}: line i of both must be a pair")
-    given, empty = 0, []
+    given, left_out, first_left_out = 0, 0, 0
     lines = zip(read_lines(sources, faults), read_lines(targets, faults), strict=True)
     for (line, source), (_, target) in lines:
         if train_num is not None and given >= train_num:
@@ -51,17 +58,25 @@ def read_pairs(
             continue
         source, target = source.strip(), target.strip()
         if not source or not target:
-            empty.append(line)
+            left_out += 1
+            first_left_out = first_left_out or line
             continue
         given += 1
         prompt, cut = translation_prompt(source, language.name)
         yield Example(f"{language.code}-{line}", language.name, source, prompt, target, cut)
     if not given:
-        left_out = f" but {len(empty)} with an empty side" if empty else ""
-        left_out += f" but faulty ones, the first: {faults[0]}" if faults else ""
-        raise DataError(f"{sources} and {targets}: the files hold no pairs{left_out}")
-    if empty:
-        warn(f"{sources}: {len(empty)} pairs with an empty side are left out, the first at line {empty[0]}")
+        but = f" but {left_out} with an empty side" if left_out else ""
+        but += f" but faulty ones, the first: {faults[0]}" if faults else ""
+        raise DataError(f"{sources} and {targets}: the files hold no pairs{but}")
+    if left_out and empty is not None:
+        empty[str(sources)] = left_out, first_left_out
+    elif left_out:
+        warn_of_empty_pairs(sources, left_out, first_left_out)
+
+
+def warn_of_empty_pairs(sources: str | Path, number: int, first: int) -> None:
+    """Says how many pairs of a file were left out for an empty side, and the line of the first."""
+    warn(f"{sources}: {number} pairs with an empty side are left out, the first at line {first}")
 
 
 def _mapping_languages(task: Task, languages: Sequence[Language] | None) -> list[Language]:

@@ -253,12 +253,23 @@ def _check_model(given, model, where: str) -> None:
     for key, below in sections.items():
         if told.get(key) is not None:
             _check_model(told[key], below, f"{where}.{key}")
+    _refuse_two_names(told, model, where)
     try:
         model(**told)
     except ValidationError as error:
         raise UserError(f"{where}: {_reason(error)}") from error
-    except AssertionError as error:  # two names of one setting
-        raise UserError(f"{where}: {error}") from error
+
+
+def _refuse_two_names(told: dict, model, where: str) -> None:
+    """Refuses a setting that is given by two of its names: its own, its alias, and those of earlier versions."""
+    names: dict[str, set[str]] = {}
+    for name, field in model.model_fields.items():
+        setting = (field.json_schema_extra or {}).get("new_param", name)
+        names.setdefault(setting, set()).update((name, field.alias or name))
+    for one in names.values():
+        given = sorted(one & told.keys())
+        if len(given) > 1:
+            raise UserError(f"{where}: {' and '.join(given)} are names of the same setting: leave all but one out")
 
 
 def gradient_clipping(config: dict, flag: float | None) -> float:

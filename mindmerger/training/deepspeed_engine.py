@@ -86,6 +86,7 @@ def make_engine(model, config: dict, lr: float):
     """
     import deepspeed
     import torch
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
     os.environ.setdefault("LOCAL_RANK", "0")  # as above
     parameters = list(model.trained_parameters().values())
@@ -100,7 +101,10 @@ def make_engine(model, config: dict, lr: float):
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
         )
-    except (AssertionError, ValueError) as error:  # what it asserts of its settings, one beside another
+    except Exception as error:
+        # What it asserts of its settings, one beside another; some of that it raises as a plain `Exception`.
+        if not (isinstance(error, AssertionError | ValueError | DeepSpeedConfigError) or type(error) is Exception):
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"DeepSpeed refuses this configuration: {reason}; see --deepspeed_config") from error
     return engine

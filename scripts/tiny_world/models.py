@@ -8,6 +8,7 @@ import json
 import random
 from pathlib import Path
 
+from mindmerger.runtime.processes import progress_bar
 from scripts.tiny_world.templates import (
     FIRST_NUMBERS,
     KINDS,
@@ -133,7 +134,6 @@ def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.01,
     in a third of the steps that AdamW alone needs.
     """
     import torch
-    from tqdm import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
     head = model.get_output_embeddings()
@@ -148,7 +148,7 @@ def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.01,
     schedules = [get_cosine_schedule_with_warmup(optimizer, warmup, len(batches)) for optimizer in optimizers]
     model.train()
     losses: list[float] = []
-    progress = tqdm(batches, desc=title, mininterval=2)
+    progress = progress_bar(batches, desc=title)
     for batch in progress:
         loss = loss_of(batch)
         loss.backward()
