@@ -12,7 +12,7 @@ import torch
 from expert_folders import base_state, load_state, same_bits, save_expert, tiny_config, tuned
 
 from mindmerger.baselines import layer_swap as baselines_layer_swap
-from mindmerger.baselines.layer_swap import plan_layers, plan_middle, suggest_ends
+from mindmerger.baselines.layer_swap import suggest_ends, swap_ends, swap_middle
 from mindmerger.runtime.errors import UserError
 
 LAYERS = 6
@@ -44,25 +44,25 @@ def mean(first, second):
 
 def test_defaults_for_32_layers_are_the_papers():
     expected = ["language"] * 5 + ["mix"] + ["math"] * 23 + ["mix"] + ["language"] * 2
-    assert list(plan_layers(32, None, None, None, None)) == expected
+    assert list(swap_ends(32, None, None, None, None)) == expected
 
 
 def test_defaults_scale_with_depth_and_give_way_to_given_values():
-    assert plan_layers(3, 1, 1, None, None) == ("language", "mix", "language")
-    assert plan_layers(8, None, None, None, None) == ("language", "mix", *["math"] * 4, "mix", "language")
-    assert plan_layers(4, 4, None, None, None) == ("language",) * 4
-    assert plan_layers(1, None, None, None, None) == ("mix",)
+    assert swap_ends(3, 1, 1, None, None) == ("language", "mix", "language")
+    assert swap_ends(8, None, None, None, None) == ("language", "mix", *["math"] * 4, "mix", "language")
+    assert swap_ends(4, 4, None, None, None) == ("language",) * 4
+    assert swap_ends(1, None, None, None, None) == ("mix",)
 
 
 def test_sizes_beyond_the_number_of_layers_are_refused_with_both_numbers():
     with pytest.raises(UserError, match="--bottom 5 --top 2 need 7 layers, the experts have 6"):
-        plan_layers(6, 5, 2, None, None)
+        swap_ends(6, 5, 2, None, None)
 
 
 @pytest.mark.parametrize("span", ["2:7", "3:3", "4:2", "-1:3", "2", "a:b", ":", "1:2:3", "٢:٣"])
 def test_unknown_layer_range_is_refused(span):
     with pytest.raises(UserError, match="not a range of layers: expected A:B with 0 <= A < B <= 6"):
-        plan_middle(6, span, "language")
+        swap_middle(6, span, "language")
 
 
 # -- the merged tensors

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mindmerger.baselines import layer_swap as baselines_layer_swap
 from mindmerger.baselines import merged_folder, model_folder
-from mindmerger.baselines.merged_folder import plan_shards
+from mindmerger.baselines.merged_folder import deal_into_shards
 from mindmerger.baselines.model_folder import MergeError, open_model, place_of, row_blocks
 from mindmerger.runtime.errors import UserError
 
@@ -132,8 +132,8 @@ def test_shards_stay_below_the_limit_and_the_index_finds_every_tensor(pair, tmp_
 
 def test_larger_tensor_than_a_shard_gets_its_own_file():
     layout = {"a": ((2,), torch.float32), "b": ((100,), torch.float32), "c": ((2,), torch.float32)}
-    assert list(plan_shards(layout, 16).values()) == [["a"], ["b"], ["c"]]
-    assert list(plan_shards(layout, 10**6).values()) == [["a", "b", "c"]]
+    assert list(deal_into_shards(layout, 16).values()) == [["a"], ["b"], ["c"]]
+    assert list(deal_into_shards(layout, 10**6).values()) == [["a", "b", "c"]]
 
 
 def test_merged_folder_is_evaluated_like_any_llm(tmp_path, datas, run):

@@ -6,7 +6,6 @@ ICLR 2025, arXiv 2410.01335): bottom and top layers of a language expert around 
 """
 
 import argparse
-import csv
 import io
 import math
 import sys
@@ -16,12 +15,12 @@ from fractions import Fraction
 from mindmerger.baselines.merge_flags import HelpFormatter, add_output_flags, count, evaluation_of, ratio
 from mindmerger.runtime.command import CommandParser, run_main
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import write_bytes_atomic, write_json_atomic
+from mindmerger.runtime.files import write_bytes_atomic, write_csv_atomic, write_json_atomic
 from mindmerger.runtime.processes import log, warn
 
 MATH, LANGUAGE, MIX = "math", "language", "mix"
 EXPERTS = (MATH, LANGUAGE)
-# The paper's models have 32 layers; b = 5, u = 2, one transition layer at each end.
+# The paper's models have 32 layers: b = 5, u = 2, one transition layer at each end.
 PAPER_LAYERS, PAPER_BOTTOM, PAPER_TOP = 32, 5, 2
 ANALYSIS_FILE = "suggestion.json"
 
@@ -61,8 +60,8 @@ layer is that mean divided by its sum over all layers; b (u) is the length of th
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where every part comes from: one entry of `layers` per layer, each "math", "language" or "mix"."""
+class LayerPlan:
+    """Sources of a merged model's parts: one entry of `layers` per layer, each "math", "language" or "mix"."""
 
     layers: tuple[str, ...]
     embeddings: str
@@ -70,16 +69,16 @@ class Plan:
     weight: float  # the language expert's, where the source is "mix"
 
     def source(self, place) -> str:
-        """Source of a tensor, given its `Place`; the final norm goes with the head."""
+        """Returns the source of a tensor, given its `Place`; the final norm goes with the head."""
         if place.layer is not None:
             return self.layers[place.layer]
         return self.embeddings if place.kind == "embeddings" else self.head
 
 
-def plan_layers(
+def swap_ends(
     number: int, bottom: int | None, top: int | None, transition_bottom: int | None, transition_top: int | None
 ) -> tuple[str, ...]:
-    """The source of each of `number` layers (paper, section 3).
+    """Returns the source of each of `number` layers where the ends are swapped (paper, section 3).
 
     None stands for the default: the paper's 5, 2, 1, 1 scaled to the number of layers *(ours)*, and no more than the
     given values leave room for.
@@ -93,6 +92,7 @@ def plan_layers(
         "--transition_bottom": transition_bottom,
         "--transition_top": transition_top,
     }
+    # Halves go up: Python's own round would send them to the even neighbour, now up and now down.
     defaults = {
         "--bottom": math.floor(PAPER_BOTTOM * number / PAPER_LAYERS + 0.5),
         "--top": math.floor(PAPER_TOP * number / PAPER_LAYERS + 0.5),
@@ -103,6 +103,8 @@ def plan_layers(
     if room < 0:
         asked = " ".join(f"{flag} {value}" for flag, value in given.items() if value is not None)
         raise UserError(f"{asked} need {number - room} layers, the experts have {number}")
+    # What was given is taken as given; defaults share what is left, in this order, so that a small model gets ends
+    # before it gets transitions.
     sizes = {}
     for flag, value in given.items():
         sizes[flag] = min(defaults[flag], room) if value is None else value
@@ -112,13 +114,14 @@ def plan_layers(
     return (LANGUAGE,) * b + (MIX,) * tb + (MATH,) * middle + (MIX,) * tu + (LANGUAGE,) * u
 
 
-def plan_middle(number: int, span: str, middle_from: str) -> tuple[str, ...]:
-    """Layers A to B-1 of "A:B" from one expert, all others from the other one.
+def swap_middle(number: int, span: str, middle_from: str) -> tuple[str, ...]:
+    """Returns the source of each of `number` layers: A to B-1 of "A:B" from one expert, all others from the other.
 
     Raises:
         UserError: for a range that the model does not have.
     """
     first, colon, last = span.partition(":")
+    # isascii too: isdigit takes digits of every script, and so does int.
     valid = colon and all(part.isascii() and part.isdigit() for part in (first, last))
     if not (valid and int(first) < int(last) <= number):
         raise UserError(
@@ -128,8 +131,8 @@ def plan_middle(number: int, span: str, middle_from: str) -> tuple[str, ...]:
     return tuple(middle_from if int(first) <= i < int(last) else other for i in range(number))
 
 
-def make_plan(args: argparse.Namespace, config) -> Plan:
-    """The plan that the command line asks for, for models of this config.
+def settle_layers(args: argparse.Namespace, config) -> LayerPlan:
+    """Returns the sources that the command line asks for, for models of this config.
 
     Raises:
         UserError: for values that contradict each other or the number of layers.
@@ -137,12 +140,12 @@ def make_plan(args: argparse.Namespace, config) -> Plan:
     number = config.num_hidden_layers
     if args.middle is None:
         sizes = (args.bottom, args.top, args.transition_bottom, args.transition_top)
-        layers, outer = plan_layers(number, *sizes), LANGUAGE
+        layers, outer = swap_ends(number, *sizes), LANGUAGE
     else:
-        layers = plan_middle(number, args.middle, args.middle_from)
+        layers = swap_middle(number, args.middle, args.middle_from)
         outer = MATH if args.middle_from == LANGUAGE else LANGUAGE
     sources = {"average": MIX, MATH: MATH, LANGUAGE: LANGUAGE, None: outer}
-    plan = Plan(layers, sources[args.embeddings], sources[args.head], float(args.weight))
+    plan = LayerPlan(layers, sources[args.embeddings], sources[args.head], float(args.weight))
     if config.tie_word_embeddings and plan.head != plan.embeddings:
         warn("these models tie the output head to the embeddings: it follows --embeddings, --head the final norm alone")
     return plan
@@ -154,23 +157,22 @@ def merge(args: argparse.Namespace) -> None:
     Raises:
         UserError: for anything that keeps it from being written; nothing is left behind then.
     """
-    inputs = [args.math_expert, args.language_expert]
     from mindmerger.baselines.compatibility import check_compatible
     from mindmerger.baselines.merged_folder import check_output, write_merged
     from mindmerger.baselines.model_folder import open_model, place_of
 
-    output = check_output(args.output, args.overwrite, inputs)
+    output = check_output(args.output, args.overwrite, [args.math_expert, args.language_expert])
     math_expert = open_model("math expert", args.math_expert)
     language_expert = open_model("language expert", args.language_expert)
     common_rows = check_compatible(math_expert, [language_expert])
-    plan = make_plan(args, math_expert.config)
+    plan = settle_layers(args, math_expert.config)
     for source, meaning in ((LANGUAGE, "language"), (MIX, "mixed"), (MATH, "math")):
         log(f"{meaning} layers: {_spans(plan.layers, source)}")
     source_of = {name: plan.source(place_of(name)) for name in math_expert.tensors}
 
     def combine(name: str, start: int, stop: int):
         source = source_of[name]
-        if source != MIX:
+        if source != MIX:  # as it is stored, so that the merged tensor has the expert's very bits
             return (math_expert if source == MATH else language_expert).read(name, start, stop)
         mixed = language_expert.read(name, start, stop).float().mul_(plan.weight)
         return mixed.add_(math_expert.read(name, start, stop).float().mul_(1 - plan.weight))
@@ -181,15 +183,13 @@ def merge(args: argparse.Namespace) -> None:
         "arguments": {name: str(value) if isinstance(value, Fraction) else value for name, value in vars(args).items()},
         "plan": {**asdict(plan), "tensors": source_of},
     }
-    models = [math_expert, language_expert]
-    write_merged(
-        output, math_expert, models, common_rows, combine, record, dtype=args.dtype, max_shard_gb=args.max_shard_gb
-    )
+    models, form = [math_expert, language_expert], {"dtype": args.dtype, "max_shard_gb": args.max_shard_gb}
+    write_merged(output, math_expert, models, common_rows, combine, record, **form)
     log(f"wrote {args.output}; evaluate it with: {evaluation_of(output)}")
 
 
 def _spans(layers: tuple[str, ...], source: str) -> str:
-    """Layers of one source as ranges: "0-4, 30-31"."""
+    """Writes layers of one source as ranges: "0-4, 30-31"."""
     spans: list[list[int]] = []
     for i, one in enumerate(layers):
         if one != source:
@@ -228,28 +228,25 @@ def analyse(args: argparse.Namespace) -> None:
     rows = [["layer", "kind", "math", "language"]]
     for layer in range(base.config.num_hidden_layers):
         rows += [[layer, kind, *(changes[expert][layer][k] for expert in EXPERTS)] for k, kind in enumerate(KINDS)]
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
+    suggestion = {
+        "bottom": bottom,
+        "top": top,
+        "share_of_change": shares,
+        "models": {"base": str(base.path), **{name: str(model.path) for name, model in experts.items()}},
+    }
     with new_folder(output) as folder:
-        write_bytes_atomic(folder / "changes.csv", table.getvalue().encode())
+        write_csv_atomic(folder / "changes.csv", rows)
         write_bytes_atomic(folder / "changes.png", draw_changes(changes, shares, bottom, top))
-        write_json_atomic(
-            folder / ANALYSIS_FILE,
-            {
-                "bottom": bottom,
-                "top": top,
-                "share_of_change": shares,
-                "models": {"base": str(base.path), **{name: str(model.path) for name, model in experts.items()}},
-            },
-        )
+        write_json_atomic(folder / ANALYSIS_FILE, suggestion)
     log(f"suggested (ours): --bottom {bottom} --top {top}; the figures are in {args.output}")
 
 
 def relative_changes(base, experts: dict) -> dict[str, list[list[float]]]:
-    """For each expert, one row per layer with |expert - base| / |base| of the seven kinds of weight matrices.
+    """Returns |expert - base| / |base| of every weight matrix: per expert a row per layer, per row the seven kinds.
 
     Args:
-        base, experts: open `ModelFolder`s; of `experts` a mapping from name to folder.
+        base: an open `ModelFolder`.
+        experts: such folders by name.
 
     Raises:
         UserError: for a base matrix of zeros, which nothing can be relative to.
@@ -264,6 +261,7 @@ def relative_changes(base, experts: dict) -> dict[str, list[list[float]]]:
             if place.kind in KINDS and tensor.endswith(".weight"):
                 norm, moved = 0.0, dict.fromkeys(experts, 0.0)
                 for rows in row_blocks(stored.shape):
+                    # In float64: tuning moves weights little, and fp32 loses digits where it adds millions of squares.
                     block = base.read(tensor, *rows).double()
                     norm += block.square().sum().item()
                     for name, expert in experts.items():
@@ -277,7 +275,7 @@ def relative_changes(base, experts: dict) -> dict[str, list[list[float]]]:
 
 
 def _shares(changes: list[list[float]], model: str) -> list[float]:
-    """Each layer's mean change over the kinds, as a share of the sum over layers."""
+    """Returns each layer's mean change over the kinds, as a share of the sum over layers."""
     means = [math.fsum(row) / len(row) for row in changes]
     total = math.fsum(means)
     if not 0 < total < math.inf:
@@ -286,7 +284,7 @@ def _shares(changes: list[list[float]], model: str) -> list[float]:
 
 
 def suggest_ends(language: list[float], math_shares: list[float]) -> tuple[int, int]:
-    """(b, u) *(ours)*: the longest ends in whose every layer the language expert's share exceeds the math expert's.
+    """Suggests (b, u) *(ours)*: the longest ends where each layer's share is larger in the language expert.
 
     Shares sum to one on both sides, so the two ends never meet.
     """
@@ -297,7 +295,7 @@ def suggest_ends(language: list[float], math_shares: list[float]) -> tuple[int, 
 
 
 def draw_changes(changes: dict[str, list[list[float]]], shares: dict[str, list[float]], bottom: int, top: int) -> bytes:
-    """A PNG: one heatmap of relative change per expert (layers bottom-up × kinds) and the shares of change by layer."""
+    """Draws a PNG: a heatmap of relative change per expert (layers bottom-up × kinds), shares of change by layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -334,31 +332,30 @@ def draw_changes(changes: dict[str, list[list[float]]], shares: dict[str, list[f
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The merging command's flags."""
+    """Builds the parser of the merging command."""
     parser = CommandParser(
         prog="python -m mindmerger.baselines.layer_swap",
         description=MERGE_HELP,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--math_expert", required=True, help="model folder tuned on the English task; it is the task expert"
     )
     parser.add_argument("--language_expert", required=True, help="model folder tuned on the target language")
     ends = parser.add_argument_group("layers")
-    ends.add_argument("--bottom", type=count, help="b (default 5 of 32 layers)")
-    ends.add_argument("--top", type=count, help="u (default 2 of 32 layers)")
-    ends.add_argument("--transition_bottom", type=count, help="tb (default 1)")
-    ends.add_argument("--transition_top", type=count, help="tu (default 1)")
+    ends.add_argument("--bottom", type=count, help="number b of bottom layers (default 5 of 32)")
+    ends.add_argument("--top", type=count, help="number u of top layers (default 2 of 32)")
+    ends.add_argument("--transition_bottom", type=count, help="number tb of mixed layers above the bottom (default 1)")
+    ends.add_argument("--transition_top", type=count, help="number tu of mixed layers below the top (default 1)")
     ends.add_argument(
         "--weight",
         type=ratio,
         default=Fraction(1, 2),
-        help="w, the language expert's in mixed layers and in `average` (default 0.5, ours)",
+        help="weight w of the language expert in mixed layers and in `average` (default 0.5, ours)",
     )
     ends.add_argument("--middle", metavar="A:B", help="the mirror: swap layers A to B-1 instead of the ends")
     ends.add_argument(
-        "--middle_from", choices=EXPERTS, default=LANGUAGE, help="whose layers --middle takes (default language)"
+        "--middle_from", choices=EXPERTS, default=LANGUAGE, help="expert whose layers --middle takes (default language)"
     )
     choices = (LANGUAGE, MATH, "average")
     outside = "default language, ours; with --middle the expert that surrounds it"
@@ -369,12 +366,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_analyse_parser() -> argparse.ArgumentParser:
-    """The flags of `analyse`."""
+    """Builds the parser of `analyse`."""
     parser = CommandParser(
         prog="python -m mindmerger.baselines.layer_swap analyse",
         description=ANALYSE_HELP,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--base", required=True, help="model folder that both experts were tuned from")
     parser.add_argument("--math_expert", required=True, help="model folder tuned on the English task")

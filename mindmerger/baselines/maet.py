@@ -10,10 +10,10 @@ The method's code and coefficients were never published: every default here is o
 
 import argparse
 import math
-from dataclasses import dataclass, field
 from fractions import Fraction
 
 from mindmerger.baselines.merge_flags import HelpFormatter, add_output_flags, evaluation_of, number, ratio
+from mindmerger.baselines.selection import NOTHING, Models, Recipe, Selection, difference_bits, select, taking_part
 from mindmerger.runtime.command import CommandParser, run_main
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import log
@@ -45,191 +45,17 @@ The output is an ordinary model folder: python run_evaluation.py --llm_only --ll
 
 FORMULA = "t0 + eta * sum_j mu_j * (tj - t0) + gamma * [alpha * (tA - t0) - beta * (tE - t0)] * 1[K] * 1[t in T]"
 
-# |difference| in fp32 is ordered as its bit pattern is. Its upper bits make log-spaced bins (4096 to each power of
-# two), its lower bits tell apart what falls into one bin.
-LOW_BITS = 11
-LOW = 1 << LOW_BITS
-UPPER = 1 << (31 - LOW_BITS)
-NOTHING = 1 << 31  # a threshold above every bit pattern
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The coefficients of a merge; see the module's help."""
-
-    alpha: float = 1.0
-    beta: float = 1.0  # 0 without an English expert
-    gamma: float = 1.0
-    eta: float = 1.0
-    mu: tuple[float, ...] = (1.0,)
-    key_ratio: Fraction = Fraction(1, 20)
-    tensor_ratio: Fraction = Fraction(4, 5)
-    tensor_order: str = "lowest"
-    include_nonlayer: bool = False
-
-
-@dataclass(frozen=True)
-class Models:
-    """The open model folders; `probe` is often the task expert itself."""
-
-    task: object
-    base: object
-    probe: object
-    languages: tuple
-    english: object | None = None
-
-    def all(self) -> list:
-        """Each folder once, the task expert first."""
-        given = (self.task, self.base, self.probe, self.english, *self.languages)
-        return list({id(model): model for model in given if model is not None}.values())
-
-
-@dataclass
-class Selection:
-    """Result of the first pass: which scalars are in K and which tensors in T."""
-
-    key_bits: int  # bit pattern of the smallest |probe - base| in K
-    keys: int  # scalars in K
-    scalars: int  # scalars that take part
-    tensors: list[str]  # T
-    cosines: dict[str, float] = field(default_factory=dict)  # s_t; empty where nothing had to be measured
-
-
-def taking_part(names, include_nonlayer: bool) -> list[str]:
-    """The tensors that are merged: the layers' projections, or all."""
-    from mindmerger.baselines.model_folder import KINDS, place_of
-
-    return [name for name in names if include_nonlayer or place_of(name).kind in KINDS]
-
-
-def select(models: Models, recipe: Recipe, common_rows: dict[str, int]) -> Selection:
-    """Finds K and T in two sweeps: the first over base and probe alone, for a histogram of |probe - base|; the second
-    over all models, for the dot products and norms and, inside the threshold's bin, for the exact threshold.
-
-    Memory: two histograms of `UPPER` and `LOW` integers, and two rows of `LOW` doubles for each tensor.
-
-    Raises:
-        UserError: for weights that are not finite.
-    """
-    names = taking_part(models.task.tensors, recipe.include_nonlayer)
-    wanted_tensors = math.floor(recipe.tensor_ratio * len(names))
-    scalars = sum(common_rows[name] * math.prod(models.task.tensors[name].shape[1:]) for name in names)
-    wanted = math.floor(recipe.key_ratio * scalars)
-    if wanted == scalars and wanted_tensors in (0, len(names)):
-        return Selection(0, scalars, scalars, names[:wanted_tensors])
-    if wanted in (0, scalars):
-        upper, above = (-1, scalars) if wanted else (UPPER, 0)
-    else:
-        upper, above = _threshold_bin(models, names, common_rows, wanted)
-    sums, low_histogram, low_sums = _measure(models, recipe, names, common_rows, upper)
-    low = LOW
-    if 0 <= upper < UPPER:
-        low = _bin_of_rank(low_histogram, wanted - above)
-    keys = above + int(low_histogram[low:].sum())
-    cosines = {}
-    for name in names:
-        dot, task_square, language_square = sums[name]
-        if name in low_sums:
-            dot += low_sums[name][0][low:].sum().item()
-            task_square += low_sums[name][1][low:].sum().item()
-        if not all(math.isfinite(value) for value in (dot, task_square, language_square)):
-            raise UserError(f"{name} is not finite in one of the models: check {', '.join(map(str, models.all()))}")
-        norm = math.sqrt(task_square) * math.sqrt(language_square)
-        cosines[name] = dot / norm if norm else 0.0
-    sign = 1 if recipe.tensor_order == "lowest" else -1
-    chosen = set(sorted(names, key=lambda name: sign * cosines[name])[:wanted_tensors])  # a stable sort
-    key_bits = {-1: 0, UPPER: NOTHING}.get(upper, upper * LOW + low)
-    return Selection(key_bits, keys, scalars, [name for name in names if name in chosen], cosines)
-
-
-def difference_bits(probe_block, base_block):
-    """Bit patterns (int32) of |probe - base| in fp32: larger differences have larger patterns."""
-    import torch
-
-    return (probe_block.float() - base_block.float()).abs_().view(torch.int32)
-
-
-def _bin_of_rank(histogram, rank: int) -> int:
-    """The bin that holds the value of the given rank, counted from 1 at the largest."""
-    from_top = histogram.flip(0).cumsum(0)
-    return len(histogram) - 1 - int((from_top < rank).sum())
-
-
-def _threshold_bin(models: Models, names: list[str], common_rows: dict[str, int], wanted: int) -> tuple[int, int]:
-    """The upper bits of the threshold, and how many scalars lie in higher bins."""
-    import torch
-
-    histogram = torch.zeros(UPPER, dtype=torch.int64)
-    for name, rows in _sweep(models, names, common_rows, "pass 1 of 2: histogram"):
-        bits = difference_bits(models.probe.read(name, *rows), models.base.read(name, *rows))
-        if bits.max() >= 0x7F800000:  # infinity; above it NaN
-            raise UserError(f"{name} is not finite in {models.probe} or {models.base}: check these models")
-        histogram += torch.bincount(bits.flatten() >> LOW_BITS, minlength=UPPER)
-    upper = _bin_of_rank(histogram, wanted)
-    return upper, int(histogram[upper + 1 :].sum())
-
-
-def _measure(models: Models, recipe: Recipe, names: list[str], common_rows: dict[str, int], upper: int):
-    """Sums for the cosines, over scalars above the threshold's bin, and separately inside it by lower bits.
-
-    Returns {tensor: [R_A·R_L, |R_A|², |R_L|²]}, the histogram inside the bin, and {tensor: the first two sums inside
-    the bin, (2, LOW)}.
-    """
-    import torch
-
-    sums = {name: [0.0, 0.0, 0.0] for name in names}
-    low_histogram = torch.zeros(LOW, dtype=torch.int64)
-    low_sums: dict = {}
-    for name, rows in _sweep(models, names, common_rows, "pass 1 of 2: cosines"):
-        base_block = models.base.read(name, *rows).float()
-        bits = difference_bits(models.probe.read(name, *rows), base_block).flatten()
-        task = recipe.alpha * (models.task.read(name, *rows).float() - base_block).flatten()
-        if models.english is not None:
-            task -= recipe.beta * (models.english.read(name, *rows).float() - base_block).flatten()
-        language = torch.zeros_like(task)
-        for mu, model in zip(recipe.mu, models.languages, strict=True):
-            language += mu * (model.read(name, *rows).float() - base_block).flatten()
-        upper_bits = bits >> LOW_BITS
-        in_keys = torch.where(upper_bits > upper, task, 0).double()
-        sums[name][0] += (in_keys * language).sum().item()
-        sums[name][1] += in_keys.square().sum().item()
-        sums[name][2] += language.double().square().sum().item()
-        inside = (upper_bits == upper).nonzero().squeeze(1)
-        if len(inside):
-            low, task_inside = bits[inside] & (LOW - 1), task[inside].double()
-            low_histogram += torch.bincount(low, minlength=LOW)
-            new = torch.stack(
-                [
-                    torch.bincount(low, weights=task_inside * language[inside], minlength=LOW),
-                    torch.bincount(low, weights=task_inside.square(), minlength=LOW),
-                ]
-            )
-            low_sums[name] = low_sums[name] + new if name in low_sums else new
-    return sums, low_histogram, low_sums
-
-
-def _sweep(models: Models, names: list[str], common_rows: dict[str, int], what: str):
-    """Yields (tensor, row range) over everything that takes part, with a progress bar."""
-    from mindmerger.baselines.merged_folder import progress_bar
-    from mindmerger.baselines.model_folder import row_blocks
-
-    stored = models.task.tensors
-    total = sum(common_rows[name] * math.prod(stored[name].shape[1:]) * stored[name].dtype.itemsize for name in names)
-    with progress_bar(total, what) as bar:
-        for name in names:
-            for rows in row_blocks(stored[name].shape, 0, common_rows[name]):
-                yield name, rows
-                bar.update((rows[1] - rows[0]) * math.prod(stored[name].shape[1:]) * stored[name].dtype.itemsize)
-
 
 def linear_combination(terms: list[tuple[float, object]], name: str, rows: tuple[int, int]):
-    """sum of coefficient * model over rows of a tensor, in fp32; a model alone with coefficient 1 as it is stored.
+    """Returns the sum of coefficient * model over rows of a tensor, in fp32; one model with coefficient 1 as stored.
 
     As one combination of the models, and not base plus differences, the merge of a single model with coefficient 1
     gives that model's very bits.
     """
     import torch
 
+    # One model may stand in several terms, as the base does in every difference: its coefficients are added up first,
+    # and where they cancel it is not read at all.
     coefficients: dict[int, float] = {}
     model_of = {id(model): model for _, model in terms}
     for key in model_of:
@@ -237,7 +63,7 @@ def linear_combination(terms: list[tuple[float, object]], name: str, rows: tuple
     used = [(coefficient, model_of[key]) for key, coefficient in coefficients.items() if coefficient != 0]
     if len(used) == 1 and used[0][0] == 1:
         return used[0][1].read(name, *rows)
-    if not used:
+    if not used:  # all coefficients cancel: zeros of the right shape
         return torch.zeros_like(terms[0][1].read(name, *rows), dtype=torch.float32)
     total = None
     for coefficient, model in used:
@@ -247,7 +73,7 @@ def linear_combination(terms: list[tuple[float, object]], name: str, rows: tuple
 
 
 def mean(models: list, name: str, rows: tuple[int, int]):
-    """Mean of the models over rows of a tensor: summed in fp32 and then divided, as mergekit does it.
+    """Returns the mean of the models over rows of a tensor: summed in fp32 and then divided, as mergekit does it.
 
     Weighing each model by 1/3 first would round three times, and change one bf16 scalar in some 600.
     """
@@ -258,11 +84,12 @@ def mean(models: list, name: str, rows: tuple[int, int]):
 
 
 def maet_combiner(models: Models, recipe: Recipe, selection: Selection):
-    """The function that gives merged rows of a tensor."""
+    """Returns the function that gives merged rows of a tensor."""
     import torch
 
     part = set(taking_part(models.task.tensors, recipe.include_nonlayer))
     chosen = set(selection.tensors)
+    # The two forms that a merged scalar can have, as one combination each: with the task weights, and without.
     eta_mu = [recipe.eta * mu for mu in recipe.mu]
     language_terms = [(-value, models.base) for value in eta_mu] + list(zip(eta_mu, models.languages, strict=True))
     without = [(1.0, models.base), *language_terms]
@@ -279,6 +106,7 @@ def maet_combiner(models: Models, recipe: Recipe, selection: Selection):
             return linear_combination(without, name, rows)
         if selection.key_bits == 0:
             return linear_combination(within, name, rows)
+        # K is found again and was not stored: a mask of a 70B model would be 9 GB, and both blocks are read anyway.
         bits = difference_bits(models.probe.read(name, *rows), models.base.read(name, *rows))
         return torch.where(
             bits >= selection.key_bits,
@@ -289,6 +117,48 @@ def maet_combiner(models: Models, recipe: Recipe, selection: Selection):
     return combine
 
 
+def open_models(args: argparse.Namespace) -> Models:
+    """Opens every model folder that the command line names.
+
+    Raises:
+        MergeError: for a folder that is missing, incomplete or damaged.
+    """
+    from mindmerger.baselines.model_folder import open_model
+
+    task = open_model("task expert", args.task_expert)
+    base = open_model("base", args.base) if args.base is not None else None
+    probe = open_model("probe", args.probe) if args.probe is not None else task
+    english = open_model("English expert", args.english_expert) if args.english_expert is not None else None
+    languages = tuple(open_model(f"language expert {i}", path) for i, path in enumerate(args.language_experts, start=1))
+    return Models(task, base, probe, languages, english)
+
+
+def uniform_soup(models: Models) -> tuple:
+    """Returns a soup's combiner, and what merge.json says of its method."""
+    experts = models.all()
+    method = {
+        "method": "uniform soup (arXiv 2203.05482)",
+        "formula": "mean of all experts",
+        "plan": {"weights": {model.role: 1 / len(experts) for model in experts}},
+    }
+    return lambda name, start, stop: mean(experts, name, (start, stop)), method
+
+
+def selective_merge(models: Models, recipe: Recipe, common_rows: dict[str, int], arithmetic: bool) -> tuple:
+    """Selects K and T; returns the combiner, and what merge.json says of the method.
+
+    Args:
+        arithmetic: the recipe is that of task arithmetic.
+    """
+    selection = select(models, recipe, common_rows)
+    method = {
+        "method": "task arithmetic (arXiv 2212.04089)" if arithmetic else "MAET-style (arXiv 2410.07825)",
+        "formula": FORMULA,
+        "plan": {"recipe": {name: _plain(value) for name, value in vars(recipe).items()}, **_describe(selection)},
+    }
+    return maet_combiner(models, recipe, selection), method
+
+
 def merge(args: argparse.Namespace) -> None:
     """Writes the merged model folder.
 
@@ -297,49 +167,22 @@ def merge(args: argparse.Namespace) -> None:
     """
     recipe = make_recipe(args)
     from mindmerger.baselines.compatibility import check_compatible
-    from mindmerger.baselines.merged_folder import check_output, plan_output, write_merged
-    from mindmerger.baselines.model_folder import open_model
+    from mindmerger.baselines.merged_folder import check_output, lay_out, write_merged
 
     paths = [args.task_expert, args.base, args.probe, args.english_expert, *args.language_experts]
     output = check_output(args.output, args.overwrite, [path for path in paths if path is not None])
-    task = open_model("task expert", args.task_expert)
-    base = open_model("base", args.base) if args.base is not None else None
-    probe = open_model("probe", args.probe) if args.probe is not None else task
-    english = open_model("English expert", args.english_expert) if args.english_expert is not None else None
-    languages = tuple(open_model(f"language expert {i}", path) for i, path in enumerate(args.language_experts, start=1))
-    models = Models(task, base, probe, languages, english)
-    common_rows = check_compatible(task, [model for model in models.all() if model is not task])
-    plan_output(output, task, args.dtype)
-    shared = {"dtype": args.dtype, "max_shard_gb": args.max_shard_gb}
-    arguments = {name: _plain(value) for name, value in vars(args).items()}
+    models = open_models(args)
+    common_rows = check_compatible(models.task, [model for model in models.all() if model is not models.task])
+    # For its error alone: the selection reads every model for minutes, which a full disk should not cost.
+    lay_out(output, models.task, args.dtype)
     if args.soup:
-        experts = models.all()
-        record = {
-            "method": "uniform soup (arXiv 2203.05482)",
-            "formula": "mean of all experts",
-            "arguments": arguments,
-            "plan": {"weights": {model.role: 1 / len(experts) for model in experts}},
-        }
-        write_merged(
-            output,
-            task,
-            experts,
-            common_rows,
-            lambda name, start, stop: mean(experts, name, (start, stop)),
-            record,
-            **shared,
-        )
+        combine, method = uniform_soup(models)
     else:
-        selection = select(models, recipe, common_rows)
-        record = {
-            "method": "task arithmetic (arXiv 2212.04089)" if args.task_arithmetic else "MAET-style (arXiv 2410.07825)",
-            "formula": FORMULA,
-            "arguments": arguments,
-            "plan": {"recipe": {name: _plain(value) for name, value in vars(recipe).items()}, **_describe(selection)},
-        }
-        write_merged(
-            output, task, models.all(), common_rows, maet_combiner(models, recipe, selection), record, **shared
-        )
+        combine, method = selective_merge(models, recipe, common_rows, args.task_arithmetic)
+    plan = method.pop("plan")
+    record = method | {"arguments": {name: _plain(value) for name, value in vars(args).items()}, "plan": plan}
+    form = {"dtype": args.dtype, "max_shard_gb": args.max_shard_gb}
+    write_merged(output, models.task, models.all(), common_rows, combine, record, **form)
     log(f"wrote {args.output}; evaluate it with: {evaluation_of(output)}")
 
 
@@ -348,7 +191,7 @@ def _plain(value):
 
 
 def _describe(selection: Selection) -> dict:
-    """For the log and for merge.json: sizes and threshold of K, members of T."""
+    """Logs what was selected, and returns it for merge.json: sizes and threshold of K, members of T."""
     import struct
 
     threshold = None
@@ -405,16 +248,14 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = CommandParser(
-        prog="python -m mindmerger.baselines.maet", description=HELP, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    """Builds the command's parser."""
+    parser = CommandParser(prog="python -m mindmerger.baselines.maet", description=HELP, formatter_class=HelpFormatter)
     models = parser.add_argument_group("models")
     models.add_argument("--base", help="t0, the model folder that all experts were tuned from")
     models.add_argument("--task_expert", required=True, help="tA, tuned on the task")
     models.add_argument("--language_experts", nargs="+", required=True, help="t1..tJ, tuned on languages")
     models.add_argument("--english_expert", help="tE, tuned on general English data (default: none, beta = 0)")
-    models.add_argument("--probe", help="whose distance from the base chooses K (default: the task expert)")
+    models.add_argument("--probe", help="model whose distance from the base chooses K (default: the task expert)")
     method = parser.add_argument_group("method")
     method.add_argument("--alpha", type=number, help="weight of the task expert in R_A (default 1)")
     method.add_argument("--beta", type=number, help="weight of the English expert in R_A (default 1)")
@@ -423,7 +264,9 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--mu", type=number, nargs="+", help="weight of each language expert (default 1/J)")
     method.add_argument("--key_ratio", type=ratio, help="share of scalars in K (default 0.05)")
     method.add_argument("--tensor_ratio", type=ratio, help="share of tensors in T (default 0.8)")
-    method.add_argument("--tensor_order", choices=("lowest", "highest"), help="which s_t are in T (default lowest)")
+    method.add_argument(
+        "--tensor_order", choices=("lowest", "highest"), help="end of the s_t that T is taken from (default lowest)"
+    )
     method.add_argument(
         "--include_nonlayer",
         action="store_true",

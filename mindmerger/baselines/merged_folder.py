@@ -21,9 +21,10 @@ from mindmerger.runtime.command import versions
 from mindmerger.runtime.files import sync_folder, write_json_atomic
 from mindmerger.runtime.processes import warn
 
-MARGIN_BYTES = 1 << 24  # what tokenizer, configs and file system take besides the weights
+MARGIN_BYTES = 1 << 24  # for tokenizer, configs and file system, besides the weights
 
 
+# By name, since a model folder may hold anything else: optimizer states, logs, a second copy of the weights.
 COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -71,14 +72,16 @@ def check_output(output: str, overwrite: bool, inputs: list[str], marker: str = 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `output` that takes its place when the block ends well.
+    """Context manager: a temporary folder beside `output` that takes its place when the block ends well.
 
     When it does not (an error, Ctrl-C, SIGTERM), nothing new is left behind and an older `output` is untouched.
 
     Raises:
         MergeError: when the disk refuses to write, naming the folder.
     """
+    # Ours to take away again where the merge fails.
     created = [folder for folder in reversed(output.parents) if not folder.exists()]
+    # Beside the output and so on its disk: only there is a rename one step, however large the folder.
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     replaced = output.with_name(f".{output.name}.{os.getpid()}.old")
     for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
@@ -90,6 +93,7 @@ def new_folder(output: Path) -> Iterator[Path]:
             yield temporary
             sync_folder(temporary)
             if output.exists():
+                # A folder that holds something cannot be renamed over: the old one steps aside for a moment.
                 os.replace(output, replaced)
                 moved = True
             os.replace(temporary, output)
@@ -98,7 +102,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise MergeError(f"cannot write {output}: {error.strerror or error}; nothing is left behind") from error
     finally:
-        if moved and not done:
+        if moved and not done:  # stopped between the two renames: the old one comes back
             os.replace(replaced, output)
         shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -109,7 +113,8 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """A job scheduler's SIGTERM ends Python without clean-up unless it becomes an exception."""
+    """Context manager: SIGTERM becomes an exception; as a job scheduler sends it, it ends Python without clean-up."""
+    # Python lets the main thread alone set handlers; in another one, as in tests, the clean-up is the caller's.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -149,7 +154,7 @@ def write_merged(
     Raises:
         MergeError: too little disk, an unreadable input, a value that the output's dtype cannot hold; nothing is left.
     """
-    layout, total = plan_output(output, task, dtype)
+    layout, total = lay_out(output, task, dtype)
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
         shape, wanted = layout[name]
@@ -159,30 +164,34 @@ def write_merged(
             yield _cast(task.read(name, *rows), wanted, name)
 
     with new_folder(output) as folder:
+        # Before the slow part: an input that cannot be read to its end is found out first.
         checksums = _describe_inputs(inputs)
-        outputs, weight_map = {}, {}
-        with progress_bar(total, "writing") as bar:
-            for file, names in plan_shards(layout, int(max_shard_gb * 10**9)).items():
-                outputs[file] = _write_shard(folder / file, {name: layout[name] for name in names}, blocks, bar)
-                weight_map |= dict.fromkeys(names, file)
-        write_json_atomic(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        outputs = _write_weights(folder, layout, total, int(max_shard_gb * 10**9), blocks)
         _copy_settings(task.path, folder, dtype)
         dtypes = sorted({str(wanted).removeprefix("torch.") for _, wanted in layout.values()})
-        write_json_atomic(
-            folder / MERGE_FILE,
-            {
-                **record,
-                "command": sys.argv,
-                "inputs": checksums,
-                "outputs": outputs,
-                "dtype": {"arithmetic": "float32", "stored": ", ".join(dtypes)},
-                "versions": versions(),
-            },
-        )
+        evidence = {
+            "command": sys.argv,
+            "inputs": checksums,
+            "outputs": outputs,
+            "dtype": {"arithmetic": "float32", "stored": ", ".join(dtypes)},
+            "versions": versions(),
+        }
+        write_json_atomic(folder / MERGE_FILE, record | evidence)
 
 
-def plan_output(output: Path, task: ModelFolder, dtype: str) -> tuple[dict, int]:
-    """Shape and dtype of every tensor that will be written, and their bytes; call it before anything slow.
+def _write_weights(folder: Path, layout: dict, total: int, max_bytes: int, blocks) -> dict[str, dict]:
+    """Writes all shards and their index; returns each shard's bytes and sha256."""
+    outputs, weight_map = {}, {}
+    with progress_bar(total, "writing") as bar:
+        for file, names in deal_into_shards(layout, max_bytes).items():
+            outputs[file] = _write_shard(folder / file, {name: layout[name] for name in names}, blocks, bar)
+            weight_map |= dict.fromkeys(names, file)
+    write_json_atomic(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return outputs
+
+
+def lay_out(output: Path, task: ModelFolder, dtype: str) -> tuple[dict, int]:
+    """Returns shape and dtype of every tensor that will be written, and their bytes; call it before anything slow.
 
     Raises:
         MergeError: when the disk has no room for them.
@@ -190,6 +199,7 @@ def plan_output(output: Path, task: ModelFolder, dtype: str) -> tuple[dict, int]
     fixed = None if dtype == "auto" else getattr(torch, dtype)
     layout = {name: (stored.shape, fixed or stored.dtype) for name, stored in task.tensors.items()}
     total = sum(_size(*entry) for entry in layout.values())
+    # Asked of the nearest folder that exists: the output's own comes only with the first byte.
     there = next(folder for folder in output.parents if folder.exists())
     free, needed = shutil.disk_usage(there).free, total + MARGIN_BYTES
     if free < needed:
@@ -200,7 +210,7 @@ def plan_output(output: Path, task: ModelFolder, dtype: str) -> tuple[dict, int]
     return layout, total
 
 
-def plan_shards(layout: dict[str, tuple[tuple[int, ...], torch.dtype]], max_bytes: int) -> dict[str, list[str]]:
+def deal_into_shards(layout: dict[str, tuple[tuple[int, ...], torch.dtype]], max_bytes: int) -> dict[str, list[str]]:
     """Deals tensors, in order, into files of at most `max_bytes` of tensor data; a larger tensor gets its own file."""
     groups: list[list[str]] = [[]]
     filled = 0
@@ -236,7 +246,8 @@ def _write_shard(path: Path, layout: dict, blocks: Callable[[str], Iterator[torc
     The library's own writer needs all tensors of a file in memory. The format (huggingface/safetensors, README,
     "Format"): a little-endian uint64 with the length of a JSON header, the header, the tensors' bytes without gaps.
     """
-    # Wider dtypes first keeps every tensor aligned to its item size, as the library does.
+    # Wider dtypes first keeps every tensor aligned to its item size, as the library does: a reader maps the file and
+    # views its bytes in place.
     ordered = sorted(layout, key=lambda name: -layout[name][1].itemsize)
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -245,7 +256,7 @@ def _write_shard(path: Path, layout: dict, blocks: Callable[[str], Iterator[torc
         start, end = end, end + _size(shape, dtype)
         header[name] = {"dtype": CODE_OF[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # or the tensors behind it would start at an odd byte
     digest = hashlib.sha256()
     written = 0
     with open(path, "wb") as file:
@@ -260,18 +271,21 @@ def _write_shard(path: Path, layout: dict, blocks: Callable[[str], Iterator[torc
         put(text)
         for name in ordered:
             for block in blocks(name):
+                # The bytes themselves: numpy has no bf16.
                 data = block.contiguous().view(torch.uint8).numpy().reshape(-1).data
                 put(data)
                 bar.update(len(data))
+        # Or the folder could be in place, under its final name, before its bytes are.
         file.flush()
         os.fsync(file.fileno())
+    # The header came first: after a block of another size every tensor would be shifted, and load without an error.
     if written != 8 + len(text) + end:
-        raise RuntimeError(f"{path.name}: wrote {written} bytes, planned {8 + len(text) + end}")
+        raise RuntimeError(f"{path.name}: wrote {written} bytes, expected {8 + len(text) + end}")
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 
 def _describe_inputs(models: list[ModelFolder]) -> dict[str, dict]:
-    """Path, bytes and sha256 of every file that the merge depends on, by role."""
+    """Returns path, bytes and sha256 of every file that the merge depends on, by role."""
     files = {model.role: [model.path / "config.json", *model.weight_files()] for model in models}
     total = sum(file.stat().st_size for group in files.values() for file in group)
     described = {}
@@ -279,6 +293,7 @@ def _describe_inputs(models: list[ModelFolder]) -> dict[str, dict]:
         for model in models:
             entries = {}
             for file in files[model.role]:
+                # In pieces, where hashlib.file_digest would do: minutes of a 70B model need a bar that moves.
                 digest = hashlib.sha256()
                 with open(file, "rb") as stream:
                     while data := stream.read(1 << 20):
@@ -290,11 +305,11 @@ def _describe_inputs(models: list[ModelFolder]) -> dict[str, dict]:
 
 
 def _copy_settings(source: Path, target: Path, dtype: str) -> None:
-    """Config, tokenizer, generation config and licence texts, as they are but for a changed dtype."""
+    """Copies config, tokenizer, generation config and licence texts, as they are but for a changed dtype."""
     names = [name for name in COPIED_FILES if (source / name).is_file()]
     names += [file.name for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*") for file in source.glob(pattern)]
     for name in names:
-        if (source / name).is_file():
+        if (source / name).is_file():  # NOTICE* may be a folder
             shutil.copyfile(source / name, target / name)
     if dtype == "auto":
         shutil.copyfile(source / "config.json", target / "config.json")
@@ -306,6 +321,6 @@ def _copy_settings(source: Path, target: Path, dtype: str) -> None:
 
 
 def progress_bar(total_bytes: int, what: str):
-    """A bar over bytes on standard error."""
+    """Returns a bar over bytes on standard error."""
     options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "dynamic_ncols": True}
     return processes.progress_bar(total=total_bytes, desc=what, **options)

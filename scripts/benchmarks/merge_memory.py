@@ -44,7 +44,7 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int, seed: int, form
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from mindmerger.baselines.merged_folder import plan_shards
+    from mindmerger.baselines.merged_folder import deal_into_shards
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -60,7 +60,7 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int, seed: int, form
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
-    shards = plan_shards({name: (shape, torch.bfloat16) for name, shape in shapes.items()}, shard_bytes)
+    shards = deal_into_shards({name: (shape, torch.bfloat16) for name, shape in shapes.items()}, shard_bytes)
     weight_map = {}
     for file, names in shards.items():
         file = file if form == "safetensors" else f"pytorch_{file.removesuffix('.safetensors')}.bin"
