@@ -3,21 +3,32 @@
 import pytest
 import torch
 from test_modeling_mindmerger import (
+    ENCODERS,
     LLMS,
+    SAVED_AS,
     batch,
     check_padding_and_batch_size_change_nothing,
     make_folder,
-    make_pair,
     rows,
 )
 from transformers import AttentionInterface, AutoConfig, GPT2Config, OPTConfig, Phi3Config
 from transformers.models.gemma2 import modeling_gemma2
 
-from mindmerger.bridges.layalign import LayAlign
+from mindmerger.bridges import Mapping
+from mindmerger.evaluation import settings as evaluation_settings
 from mindmerger.hub.model_files import ModelError
-from mindmerger.model.attention_memory import KEPT, MODEL_TYPES, SUFFIX, Kept, check_attention_memory
+from mindmerger.model.attention_memory import (
+    KEPT,
+    MODEL_TYPES,
+    SUFFIX,
+    Kept,
+    check_attention_function,
+    check_attention_memory,
+)
 from mindmerger.model.decoding import ONE_QUERY
+from mindmerger.model.mindmerger import MindMerger
 from mindmerger.training import speedups
+from mindmerger.training.settings import parse, settle
 
 # OPT-350m's layers are wider than its embeddings, and a memory has the width of both.
 OPT = ("OPT", {**LLMS["opt"][1], "word_embed_proj_dim": 32})
@@ -34,16 +45,13 @@ FAMILIES = {
 
 def remembering(tmp_path, llm):
     """A MindMerger whose bridge gives a memory to each layer of an LLM of the named family, its gates open."""
-    LLMS[f"memory {llm}"] = FAMILIES[llm]
-    try:
-        model = make_pair(tmp_path, "mt5", f"memory {llm}")
-    finally:
-        del LLMS[f"memory {llm}"]
-    torch.manual_seed(5)
-    bridge = LayAlign(32, 32, 2, 2)
-    bridge.load_state_dict(model.mapping.state_dict(), strict=False)
-    torch.nn.init.normal_(bridge.aligner.fc2.weight, std=0.5)
-    model.mapping = bridge
+    encoder, _ = make_folder(tmp_path / "encoder", *ENCODERS["mt5"], SAVED_AS["MT5"])
+    folder, _ = make_folder(tmp_path / "llm", *FAMILIES[llm], "ForCausalLM")
+    torch.manual_seed(3)
+    model = MindMerger.from_models(encoder, folder, torch.float32, bridge="layalign")
+    torch.nn.init.normal_(model.mapping.end_boundary)
+    for last in (model.mapping.mlp.linear2, model.mapping.aligner.fc2):
+        torch.nn.init.normal_(last.weight, std=0.5)
     set_gates(model, 1.5, -0.8)
     return model
 
@@ -113,15 +121,13 @@ def test_closed_gates_leave_the_logits_of_the_plain_bridge(tmp_path, llm):
     seen = []
     model.llm.get_output_embeddings().register_forward_hook(lambda module, given, logits: seen.append(logits))
     closed = model(**inputs).loss
-    plain = make_pair_bridge(model)
+    plain = with_mindmergers_bridge(model)
     assert torch.equal(closed, plain(**inputs).loss) and torch.equal(*seen)
     assert abs(open_loss - closed) > 1e-3
 
 
-def make_pair_bridge(model):
+def with_mindmergers_bridge(model):
     """The same model with MindMerger's own bridge, of the same weights."""
-    from mindmerger.bridges import Mapping
-
     mapping = Mapping(32, 32)
     mapping.load_state_dict({name: model.mapping.state_dict()[name] for name in mapping.state_dict()})
     model.mapping = mapping
@@ -253,21 +259,26 @@ def test_generation_in_bf16_on_a_cpu_reads_the_memory_with_batched_products(tmp_
 
 
 @pytest.mark.parametrize(
-    ("config", "attention", "message"),
+    ("config", "message"),
     [
-        (GPT2Config(), None, "to the attention of each LLM layer, but some/llm is a gpt2 model: take one of the types"),
-        (
-            Phi3Config(),
-            None,
-            "but some/llm is a phi3 model: take one of the types llama, mistral, qwen2, qwen3, gemma2",
-        ),
-        (OPTConfig(hidden_size=32, word_embed_proj_dim=16), None, "some/llm has embeddings of width 16, layers of 32"),
-        (OPTConfig(), "flash_attention_2", "--attn_implementation flash_attention_2 does not allow: use sdpa or eager"),
+        (GPT2Config(), "to the attention of each LLM layer, but some/llm is a gpt2 model: take one of the types"),
+        (Phi3Config(), "but some/llm is a phi3 model: take one of the types llama, mistral, qwen2, qwen3, gemma2"),
+        (OPTConfig(hidden_size=32, word_embed_proj_dim=16), "some/llm has embeddings of width 16, layers of 32"),
     ],
 )
-def test_llms_that_cannot_have_a_memory_are_refused_by_name(config, attention, message):
+def test_llms_that_cannot_have_a_memory_are_refused_by_name(config, message):
     with pytest.raises(ModelError, match=message):
-        check_attention_memory("some/llm", config, attention)
+        check_attention_memory("some/llm", config)
+
+
+def test_what_cannot_attend_twice_is_refused_by_name(tiny_encoder, tiny_llm):
+    with pytest.raises(ModelError, match="--attn_implementation flash_attention_2 does not allow: use sdpa or eager"):
+        check_attention_function("flash_attention_2")
+    with pytest.raises(ModelError, match="--engine vllm does not allow: leave it out"):
+        check_attention_function(None, "vllm")
+    model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32, "flex_attention")
+    with pytest.raises(ModelError, match="--attn_implementation flex_attention does not allow"):
+        MindMerger.from_towers(model.encoder, model.llm, tiny_encoder, tiny_llm, "layalign")
 
 
 def test_every_type_that_is_accepted_is_tested_here(tmp_path):
@@ -295,3 +306,26 @@ def test_a_memory_of_another_number_of_layers_is_an_error(tmp_path):
     model.mapping.towers = model.mapping.towers._replace(llm_depth=1)
     with pytest.raises(ValueError, match="zip"):
         model(**batch(rows(), "right"))
+
+
+def test_training_refuses_what_cannot_have_a_memory_before_it_reads_data(tmp_path, tiny_encoder, tiny_llm):
+    gpt2, _ = make_folder(tmp_path / "gpt2", *LLMS["gpt2"], "LMHeadModel")
+    for flags, message in (
+        (["--llm_path", gpt2], f"{gpt2} is a gpt2 model"),
+        (["--llm_path", tiny_llm, "--attn_implementation", "flash_attention_2"], "flash_attention_2 does not allow"),
+    ):
+        flags += ["--mt_path", tiny_encoder, "--bridge", "layalign", "--data_root", "nowhere", "--task", "math"]
+        with pytest.raises(ModelError, match=message):
+            settle(parse([*flags, "--output_dir", str(tmp_path)]))
+
+
+def test_evaluation_refuses_an_engine_without_memory_before_it_reads_data(tmp_path, tiny_encoder, tiny_llm):
+    model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32, bridge="layalign")
+    model.save_pretrained(tmp_path / "saved")
+    flags = ["--task", "math", "--data_root", "nowhere", "--init_checkpoint", str(tmp_path / "saved")]
+    for more, message in (
+        (["--engine", "vllm"], "--engine vllm does not allow: leave it out"),
+        (["--attn_implementation", "flash_attention_2"], "flash_attention_2 does not allow"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            evaluation_settings.settle(evaluation_settings.build_parser().parse_args([*flags, *more]), False)

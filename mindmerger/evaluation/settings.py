@@ -245,6 +245,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         UserError: for the first thing that does not.
     """
     from mindmerger.data.tokenising import load_tokenizers
+    from mindmerger.model.attention_memory import check_attention_function
 
     check_flags(args)
     task, languages = choose_task(args)
@@ -253,6 +254,8 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     if form != "llm_only":
         warn_of_other_training(models.config, task, form)
     bridge = check_models_fit(models)
+    if bridge is not None and bridge.uses_memory:
+        check_attention_function(args.attn_implementation, args.engine)
     items = read_items(args, task, languages)
     tokenizers = load_tokenizers(models.encoder, models.llm)
     settings = Settings(

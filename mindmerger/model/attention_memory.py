@@ -38,12 +38,11 @@ class Kept(NamedTuple):
     mask_B11S: torch.Tensor
 
 
-def check_attention_memory(path: str, config, attn_implementation: str | None = None) -> None:
+def check_attention_memory(path: str, config) -> None:
     """Makes sure that a memory can be added to the attention of an LLM, from its config alone.
 
     Raises:
-        ModelError: for another type of model, for embeddings and layers of two widths, or for an attention function
-            that takes no second one beside it.
+        ModelError: for another type of model, and for embeddings and layers of two widths.
     """
     config = config.get_text_config()
     if config.model_type not in MODEL_TYPES:
@@ -57,11 +56,29 @@ def check_attention_memory(path: str, config, attn_implementation: str | None = 
             f"this bridge gives prefix and memory one width, but {path} has embeddings of width {embeds}, layers of "
             f"{config.hidden_size}: take another LLM, or a --bridge without memory"
         )
-    if attn_implementation not in (None, *MASKS):
+
+
+def check_attention_function(name: str | None, engine: str = "hf") -> None:
+    """Makes sure that a memory can be added to the attention that is asked for; None is transformers' own choice.
+
+    Raises:
+        ModelError: for an attention function, or an engine, that takes no second attention beside its own.
+    """
+    if engine != "hf":
         raise ModelError(
-            f"this bridge adds a memory to the attention of each LLM layer, which --attn_implementation "
-            f"{attn_implementation} does not allow: use sdpa or eager"
+            f"this bridge adds a memory to the attention of each LLM layer, which --engine {engine} does not allow: "
+            "leave it out"
         )
+    if name not in (None, *MASKS):
+        raise ModelError(
+            "this bridge adds a memory to the attention of each LLM layer, which --attn_implementation "
+            f"{name} does not allow: use sdpa or eager"
+        )
+
+
+def normalises_keys(llm: nn.Module) -> bool:
+    """Whether the LLM's attention normalises its keys, as that of Qwen3 and Gemma 3 does, and so those of a memory."""
+    return hasattr(llm.get_decoder().layers[0].self_attn, "k_norm")
 
 
 def _with_memory(base: str):
@@ -116,7 +133,7 @@ def attention_memory(llm: nn.Module, memory: list[LayerMemory] | None, mask_BS: 
         yield
         return
     decoder = llm.get_decoder()
-    check_attention_memory(decoder.config.name_or_path, decoder.config, decoder.config._attn_implementation)
+    check_attention_function(decoder.config._attn_implementation)  # someone may have set another since it was loaded
     dtype = next(decoder.parameters()).dtype
     mask_BS = mask_BS.new_zeros(mask_BS.shape, dtype=dtype).masked_fill(mask_BS == 0, torch.finfo(dtype).min)
     mask_B11S = mask_BS[:, None, None].to(memory[0].key_BSD.device, non_blocking=True)

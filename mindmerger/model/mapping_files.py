@@ -29,6 +29,7 @@ from mindmerger.hub.model_files import (
     read_json_object,
     refuse_unreadable,
 )
+from mindmerger.model.attention_memory import check_attention_memory
 from mindmerger.model.trained_head import refuse_tied_head
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import is_utf8, sha256_of_file, write_bytes_atomic
@@ -61,6 +62,7 @@ class MindMergerConfig:
     llm_depth: int | None = None
     vocabulary: int | None = None
     encoder_layers: list | None = None  # the hidden states that the bridge reads
+    memory_key_norm: bool | None = None  # whether the keys of a memory pass the LLM's norm of keys; None: no memory
 
     @property
     def towers(self) -> Towers:
@@ -138,6 +140,8 @@ def config_of_models(
         part for stage in find_bridge(bridge).stages_with(config.bridge_options).values() for part in stage.trains
     }:
         refuse_tied_head(llm_path, llm.tie_word_embeddings)
+    if find_bridge(bridge).uses_memory:
+        check_attention_memory(llm_path, llm)
     return config
 
 

@@ -23,7 +23,13 @@ from transformers.utils import ModelOutput
 
 from mindmerger.bridges import Towers
 from mindmerger.hub.model_files import ModelError, end_token_ids, special_token_ids
-from mindmerger.model.attention_memory import attention_memory, contexts_of_memory
+from mindmerger.model.attention_memory import (
+    attention_memory,
+    check_attention_function,
+    check_attention_memory,
+    contexts_of_memory,
+    normalises_keys,
+)
 from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
 from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
 from mindmerger.model.mapping_files import (
@@ -77,6 +83,10 @@ class MindMerger(nn.Module):
         self.mapping = build_bridge(config) if encoder is not None else None
         if self.mapping is not None:
             config.encoder_layers = list(self.mapping.encoder_layers)
+            if self.mapping.uses_memory:
+                check_attention_memory(config.llm_path, llm.config)
+                check_attention_function(llm.config.get_text_config()._attn_implementation)
+                config.memory_key_norm = normalises_keys(llm)
         if hasattr(self.mapping, "lm_head"):
             hand_over_head(llm, self.mapping.lm_head, config.llm_path)
         self.bos_token_id = bos_token_id

@@ -178,7 +178,8 @@ def settle(args) -> Settings:
     Raises:
         UserError: for the first thing that cannot be.
     """
-    from mindmerger.model.mapping_files import config_of_models, empty_bridge
+    from mindmerger.model.attention_memory import check_attention_function
+    from mindmerger.model.mapping_files import config_of_models, empty_bridge, find_bridge
     from mindmerger.tasks import find_task
 
     warn_of_unused(args)
@@ -195,6 +196,8 @@ def settle(args) -> Settings:
     config, accumulation = settle_batch(args)
     models = settle_models(args, config)
     mapping_config = config_of_models(args.mt_path, args.llm_path, args.bridge, options)
+    if find_bridge(args.bridge).uses_memory:
+        check_attention_function(args.attn_implementation)
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / args.stage_name
     init_file, init_hash = settle_start(args, stage, mapping_config, output_dir)
     return Settings(
