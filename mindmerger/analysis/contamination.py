@@ -25,7 +25,7 @@ from pathlib import Path
 
 from mindmerger.evaluation.items import add_item_flags, find_items
 from mindmerger.runtime.command import CommandParser, run_main, versions
-from mindmerger.runtime.files import write_csv_atomic, write_json_atomic
+from mindmerger.runtime.files import model_path, write_csv_atomic, write_json_atomic
 from mindmerger.runtime.processes import log, progress_bar
 from mindmerger.tasks.base import Task
 from mindmerger.tasks.examples import read_parallel, varying_text
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     task, languages = find_items(args)
     paths = [find_file(".", name) for name in args.train]
-    results = [folder.rstrip("/") or "/" for folder in args.results]
+    results = [model_path(folder) for folder in args.results]
     for folder in results:
         if (found := read_results(folder)["task"]) != task.name:
             raise DataError(f"{folder} is an evaluation of {found}, not of {task.name}")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from mindmerger.hub.model_files import begins_as_zip, one_line, refuse_unreadable
 from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import warn
 
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB in fp32: large enough for the disk, small enough to hold a dozen at once
@@ -164,7 +165,7 @@ def open_model(role: str, path: str) -> ModelFolder:
 
 
 def _resolve(role: str, path: str) -> Path:
-    path = path.rstrip("/") or "/"
+    path = model_path(path)
     folder = Path(path).expanduser()
     if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         from huggingface_hub import snapshot_download

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from mindmerger.runtime.files import model_path
 from mindmerger.tasks.base import Example
 from mindmerger.tasks.languages import LANGUAGES, Language, find_language
 from mindmerger.tasks.readers import DataError
@@ -47,7 +48,7 @@ def load_tokenizers(mt_path: str | None, llm_path: str | None) -> Tokenizers:
 def _load_tokenizer(path: str, flag: str):
     from mindmerger.hub.model_files import ModelError, load_tokenizer
 
-    name = str(path).rstrip("/") or "/"
+    name = model_path(path)
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DataError(f"no folder {path} ({flag})")
     try:

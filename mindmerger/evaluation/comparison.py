@@ -16,6 +16,7 @@ from mindmerger.evaluation.statistics import (
     resampling_note,
 )
 from mindmerger.evaluation.tables import align, form_title
+from mindmerger.runtime.files import model_path
 
 
 def compare_results(folders: list[str], seed: int = 0) -> str:
@@ -30,7 +31,7 @@ def compare_results(folders: list[str], seed: int = 0) -> str:
     """
     if len(folders) < 2:
         raise ResultsError(f"--compare needs at least two results folders, got {len(folders)}")
-    folders = [find_results(folder.rstrip("/") or "/") for folder in folders]
+    folders = [find_results(model_path(folder)) for folder in folders]
     results = [read_results(folder) for folder in folders]
     tasks = [one["task"] for one in results]
     for folder, task in zip(folders, tasks, strict=True):

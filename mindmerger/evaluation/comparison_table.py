@@ -31,7 +31,7 @@ from mindmerger.evaluation.comparison import Cell, Mean, Row, build_cells, keep_
 from mindmerger.evaluation.results import ResultsError, warn_of_scorers
 from mindmerger.evaluation.statistics import describe_questions, format_p, resampling_note
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, run_main
-from mindmerger.runtime.files import write_text_atomic
+from mindmerger.runtime.files import model_path, write_text_atomic
 from mindmerger.runtime.processes import log
 from mindmerger.tasks.languages import find_language
 
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         if kind == "missing":
             missing[label] = value
         else:
-            rows.append(read_row(label, value.rstrip("/") or "/"))
+            rows.append(read_row(label, model_path(value)))
             asked.append(label)
             label = rows[-1].label
         if label in order:

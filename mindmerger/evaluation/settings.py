@@ -30,6 +30,7 @@ from mindmerger.generation.answers import (
 )
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import is_main, log, warn
 
 # torch, transformers and our modules that need them are imported where they are used: --help answers at once.
@@ -50,10 +51,6 @@ def _at_least(minimum: int):
         return value
 
     return parse_number
-
-
-def _path(text: str) -> str:
-    return text.rstrip("/") or "/"  # google/mt5-xl/ is meant as google/mt5-xl
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,14 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--init_checkpoint",
-        type=_path,
+        type=model_path,
         help="the mapping: a saved folder, a .safetensors file or a released pytorch_model.bin (default: what the last "
         "stage of training left in outputs/<save_name>/<task>)",
     )
     what.add_argument(
-        "--llm_path", type=_path, help=f"the LLM; default: what the mapping's config.json names, else {DEFAULT_LLM}"
+        "--llm_path",
+        type=model_path,
+        help=f"the LLM; default: what the mapping's config.json names, else {DEFAULT_LLM}",
     )
-    what.add_argument("--mt_path", type=_path, help=f"the encoder; default: as for --llm_path, else {DEFAULT_ENCODER}")
+    what.add_argument(
+        "--mt_path", type=model_path, help=f"the encoder; default: as for --llm_path, else {DEFAULT_ENCODER}"
+    )
     what.add_argument(
         "--augmentation",
         type=parse_bool,
@@ -103,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("results")
     output.add_argument("--save_name", default="MindMerger", help="name of the run (default MindMerger)")
     output.add_argument(
-        "--results_dir", type=_path, default="results", help="folder of all results folders (default results)"
+        "--results_dir", type=model_path, default="results", help="folder of all results folders (default results)"
     )
     output.add_argument(
         "--overwrite", action="store_true", help="replace the results that results/<save_name>/<task> already holds"
@@ -137,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--data_root", type=_path, default="./datas", help="data folder (default ./datas)")
+    data.add_argument("--data_root", type=model_path, default="./datas", help="data folder (default ./datas)")
     data.add_argument(
         "--languages", help="languages to evaluate, by name or code, with commas: Swahili,th (default: all of the task)"
     )
