@@ -59,24 +59,28 @@ def load_data(args, settings: Settings, cache_dir=None):
     """Tokenised training set, tokenizers and the dev/train split; tokenising happens once on each node."""
     from mindmerger.data.batches import automatic_dev_size, split_dev
     from mindmerger.data.tokenising import load_tokenizers
-    from mindmerger.data.training_set import build_training_set
+    from mindmerger.data.training_set import open_or_build
+    from mindmerger.tasks.examples import StageData
     from mindmerger.tasks.readers import describe_faults
 
     tokenizers = on_all_ranks(load_tokenizers, args.mt_path, args.llm_path)
-    data = first_on_each_node(
-        build_training_set,
+    stage = StageData(
         settings.task,
         DATA_OF_STAGE[settings.stage.data],
+        args.data_root,
+        settings.languages,
+        args.train_num,
+        settings.stage.encoder_text,
+        args.skip_faulty_rows,
+    )
+    data = first_on_each_node(
+        open_or_build,
+        stage,
         tokenizers,
-        data_root=args.data_root,
-        languages=settings.languages,
-        train_num=args.train_num,
         max_seq_len=args.max_seq_len,
         max_gen_len=args.max_gen_len,
         with_prompt=settings.with_prompt,
-        encoder_text=settings.stage.encoder_text,
         cache_dir=cache_dir,
-        skip_faulty_rows=args.skip_faulty_rows,
     )
     number = len(data.dataset)
     if data.faults:

@@ -1,5 +1,6 @@
 """Tokenising, the cache of the tokenised training set, batch order, and collation."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -24,11 +25,17 @@ from mindmerger.data.batches import (
     split_dev,
     split_global_batch,
 )
-from mindmerger.data.tokenising import Tokenizers, load_tokenizers, source_language_code, tokenise
-from mindmerger.data.training_set import build_training_set
+from mindmerger.data.tokenising import (
+    Tokenizers,
+    _tokenizer_identity,
+    load_tokenizers,
+    source_language_code,
+    tokenise,
+)
+from mindmerger.data.training_set import open_or_build
 from mindmerger.tasks import find_task, math
 from mindmerger.tasks.base import Example
-from mindmerger.tasks.examples import training_examples
+from mindmerger.tasks.examples import StageData
 from mindmerger.tasks.languages import LANGUAGES, Language, find_language, parse_languages
 from mindmerger.tasks.readers import DataError
 
@@ -286,9 +293,9 @@ def test_slow_tokenizer_cuts_and_keeps_order(tagged):
 
 
 def build(tokenizers, cache, stage="augmentation", root=DATAS, **changes):
-    arguments = {"data_root": root, "languages": None, "train_num": None, "max_seq_len": 200, "max_gen_len": 200}
-    arguments |= {"with_prompt": stage == "augmentation", "cache_dir": cache} | changes
-    return build_training_set(find_task("math"), stage, tokenizers, **arguments)
+    of_stage = {name: changes.pop(name) for name in ("languages", "train_num", "skip_faulty_rows") if name in changes}
+    limits = {"max_seq_len": 200, "max_gen_len": 200, "with_prompt": stage == "augmentation", "cache_dir": cache}
+    return open_or_build(StageData(find_task("math"), stage, root, **of_stage), tokenizers, **limits | changes)
 
 
 def test_faulty_rows_are_refused_with_the_flags_name_or_left_out_counted_and_listed(tokenizers, tmp_path):
@@ -356,7 +363,7 @@ def test_a_full_disk_names_the_folder_the_bytes_and_what_to_do(tokenizers, tmp_p
 
 def test_training_set_equals_tokenising_in_memory(tokenizers, tmp_path):
     built = build(tokenizers, tmp_path)
-    examples = list(training_examples(find_task("math"), "augmentation", DATAS))
+    examples = list(StageData(find_task("math"), "augmentation", DATAS).examples())
     columns = tokenise(tokenizers, examples, with_target=True, max_seq_len=200, max_gen_len=200, with_prompt=True)
     assert built.dataset.column_names == ["id", "language", "encoder_ids", "prompt_ids", "target_ids"]
     assert built.dataset["id"][:] == [example.id for example in examples]
@@ -428,6 +435,25 @@ def test_fingerprint_changes_with_everything_that_changes_the_ids(tokenizers, tm
     monkeypatch.setattr(math, "math_prompt", lambda query: (f"Q: {query}", (3, 3 + len(query))))
     found.append(fingerprint())
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("languages", [None, "German,Thai"])
+def test_a_cache_that_version_0_1_0_wrote_is_found_again(tokenizers, tmp_path, languages):
+    """The key is spelt out as that version made it: a field more or less would tokenise everyone's data again."""
+    languages = parse_languages(languages) if languages else None
+    file = "query_translation/math.json"
+    first = next(StageData(find_task("math"), "augmentation", DATAS, languages, 3).examples())
+    settings = {
+        **{"version": 1, "task": "math", "stage": "augmentation", "train_num": 3, "eos": tokenizers.eos_id},
+        "files": {file: hashlib.sha256((DATAS / file).read_bytes()).hexdigest()},
+        "languages": [language.code for language in languages] if languages else None,
+        **{"max_seq_len": 200, "max_gen_len": 200, "with_prompt": True},
+        "encoder": _tokenizer_identity(tokenizers.encoder),
+        "llm": _tokenizer_identity(tokenizers.llm),
+        "first_example": [first.id, first.source, first.prompt, first.target, list(first.cut)],
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    assert build(tokenizers, tmp_path, languages=languages, train_num=3).fingerprint == key
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "manifest"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mindmerger.tasks import find_task
 from mindmerger.tasks import languages as tasks_languages
-from mindmerger.tasks.examples import evaluation_examples, training_examples
+from mindmerger.tasks.examples import StageData, evaluation_examples
 from mindmerger.tasks.languages import LANGUAGES, Language, find_language, parse_languages
 from mindmerger.tasks.readers import DataError, read_lines, read_records
 from mindmerger.tasks.translation import read_pairs
@@ -70,21 +70,21 @@ def test_every_evaluation_language_of_the_excerpts_loads(name):
 @pytest.mark.parametrize("name", ["math", "x-csqa", "xnli", "translation"])
 def test_every_mapping_language_of_the_excerpts_loads_in_the_tasks_order(name):
     task = find_task(name)
-    languages = [example.language for example in training_examples(task, "mapping", DATAS)]
+    languages = [example.language for example in StageData(task, "mapping", DATAS).examples()]
     assert tuple(dict.fromkeys(languages)) == task.mapping_languages
     assert len(languages) == 12 * len(task.mapping_languages)
 
 
 @pytest.mark.parametrize(("name", "languages", "rows"), [("math", 11, 4), ("x-csqa", 16, 5), ("xnli", 15, 3)])
 def test_augmentation_takes_every_language_of_the_excerpts(name, languages, rows):
-    examples = list(training_examples(find_task(name), "augmentation", DATAS))
+    examples = list(StageData(find_task(name), "augmentation", DATAS).examples())
     assert len(examples) == languages * rows
     assert len({example.language for example in examples}) == languages
 
 
 def test_augmentation_examples_hold_raw_question_for_math_and_the_prompt_for_the_others():
     for name in ("math", "x-csqa", "xnli"):
-        for example in training_examples(find_task(name), "augmentation", DATAS):
+        for example in StageData(find_task(name), "augmentation", DATAS).examples():
             if name == "math":
                 assert example.prompt[slice(*example.cut)] == example.source != example.prompt
             else:
@@ -93,7 +93,7 @@ def test_augmentation_examples_hold_raw_question_for_math_and_the_prompt_for_the
 
 @pytest.mark.parametrize(("name", "stage"), [("math", "mapping"), ("math", "augmentation"), ("xnli", "augmentation")])
 def test_train_num_limits_each_language_in_mixed_and_separate_files(name, stage):
-    examples = list(training_examples(find_task(name), stage, DATAS, [SWAHILI, GERMAN], train_num=2))
+    examples = list(StageData(find_task(name), stage, DATAS, [SWAHILI, GERMAN], train_num=2).examples())
     assert sorted(example.language for example in examples) == ["German"] * 2 + ["Swahili"] * 2
 
 
@@ -167,27 +167,27 @@ def test_own_language_needs_one_row_and_its_files(tmp_path, monkeypatch):
     write(tmp_path / "evaluation/mgsm/mgsm_am.tsv", "ስንት?\t3\n")
     math_rows(tmp_path, [{"lang": "Amharic", "query": "ስንት?", "response": "The answer is 3."}])
     task, languages = find_task("math"), parse_languages("Amharic")
-    assert [e.target for e in training_examples(task, "mapping", tmp_path, languages)] == ["Peace"]
-    assert [e.source for e in training_examples(task, "augmentation", tmp_path, languages)] == ["ስንት?"]
+    assert [e.target for e in StageData(task, "mapping", tmp_path, languages).examples()] == ["Peace"]
+    assert [e.source for e in StageData(task, "augmentation", tmp_path, languages).examples()] == ["ስንት?"]
     assert [e.id for e in evaluation_examples(task, tmp_path, languages[0])] == ["am-1"]
 
 
 def test_translation_task_has_a_mapping_stage_only():
     task = find_task("translation")
-    assert "mapping" in error_of(lambda: list(training_examples(task, "augmentation", DATAS)))
+    assert "mapping" in error_of(lambda: list(StageData(task, "augmentation", DATAS).examples()))
     assert "math_mgsm" in error_of(lambda: evaluation_examples(task, DATAS, GERMAN))
 
 
 def test_english_is_left_out_of_the_mapping_stage_with_a_warning(capsys):
     languages = parse_languages("English,German")
-    assert {e.language for e in training_examples(find_task("math"), "mapping", DATAS, languages)} == {"German"}
+    assert {e.language for e in StageData(find_task("math"), "mapping", DATAS, languages).examples()} == {"German"}
     assert "English" in capsys.readouterr().err
-    error_of(lambda: training_examples(find_task("math"), "mapping", DATAS, languages[:1]))
+    error_of(lambda: StageData(find_task("math"), "mapping", DATAS, languages[:1]).examples())
 
 
 @pytest.mark.parametrize("train_num", [0, -3])
 def test_train_num_below_one_is_refused(train_num):
-    assert "--train_num" in error_of(lambda: training_examples(find_task("math"), "mapping", DATAS, None, train_num))
+    assert "--train_num" in error_of(lambda: StageData(find_task("math"), "mapping", DATAS, None, train_num).examples())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_missing_file_names_the_path_and_lists_what_is_there(tmp_path):
     shutil.copytree(DATAS / "evaluation/mgsm", tmp_path / "evaluation/mgsm")
     message = error_of(lambda: evaluation_examples(find_task("math"), tmp_path, LANGUAGES["Hindi"]))
     assert "mgsm_hi.tsv" in message and "mgsm_bn.tsv" in message and "1 more" in message
-    message = error_of(lambda: list(training_examples(find_task("math"), "mapping", tmp_path / "nowhere")))
+    message = error_of(lambda: list(StageData(find_task("math"), "mapping", tmp_path / "nowhere").examples()))
     assert "evaluation" in message and "--data_root" in message
 
 
@@ -228,9 +228,9 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0007\nsize 123
 @pytest.mark.parametrize(
     ("path", "read"),
     [
-        ("bilingual_pairs/en-de/train_100k.de", lambda root: training_examples(find_task("math"), "mapping", root)),
+        ("bilingual_pairs/en-de/train_100k.de", lambda root: StageData(find_task("math"), "mapping", root).examples()),
         ("bilingual_pairs/en-de/train_100k.en", lambda root: read_pairs(root, GERMAN)),
-        ("query_translation/math.json", lambda root: training_examples(find_task("math"), "augmentation", root)),
+        ("query_translation/math.json", lambda root: StageData(find_task("math"), "augmentation", root).examples()),
         ("query_translation/x-csqa/train_de.jsonl", lambda root: find_task("x-csqa").read_augmentation(root)),
         ("evaluation/mgsm/mgsm_de.tsv", lambda root: evaluation_examples(find_task("math"), root, GERMAN)),
         ("evaluation/msvamp/test_German.jsonl", lambda root: find_task("math_msvamp").read_evaluation(root, GERMAN)),
@@ -271,7 +271,7 @@ def test_a_file_that_may_not_be_read_is_said_to_lack_permission(closed):
 def test_missing_file_of_a_late_language_is_found_before_any_is_read(tmp_path):
     pairs(tmp_path, "eins\n", "one\n")
     languages = parse_languages("German,Thai")
-    assert "train_100k.th" in error_of(lambda: training_examples(find_task("math"), "mapping", tmp_path, languages))
+    assert "train_100k.th" in error_of(lambda: StageData(find_task("math"), "mapping", tmp_path, languages).examples())
 
 
 def test_pair_files_of_unequal_length_are_refused_with_both_counts(tmp_path):
@@ -347,7 +347,7 @@ def test_faulty_pair_file_names_file_and_line(tmp_path, content, place, what):
 )
 def test_faulty_json_list_names_file_and_line(tmp_path, content, place, what):
     math_rows(tmp_path, content)
-    message = error_of(lambda: list(training_examples(find_task("math"), "augmentation", tmp_path)))
+    message = error_of(lambda: list(StageData(find_task("math"), "augmentation", tmp_path).examples()))
     assert f"math.json{place}" in message and what in message
 
 
@@ -355,14 +355,14 @@ def test_json_list_under_data_loads_with_the_right_lines(tmp_path):
     row = {"lang": "German", "query": "q", "response": "1"}
     text = '\ufeff{"version": [1, {"data": 2}],\r\n"data": [\r\n' + json.dumps(row) + ',\n{}],\n"more": null}\n'
     math_rows(tmp_path, text)
-    examples = training_examples(find_task("math"), "augmentation", tmp_path)
+    examples = StageData(find_task("math"), "augmentation", tmp_path).examples()
     assert next(examples).source == "q"
     assert "math.json:4: field 'lang' is missing" in error_of(lambda: next(examples))
 
 
 def test_chosen_language_without_rows_is_named_with_what_the_file_holds(tmp_path):
     math_rows(tmp_path, [{"lang": "German", "query": "q", "response": "1"}])
-    message = error_of(lambda: list(training_examples(find_task("math"), "augmentation", tmp_path, [THAI, GERMAN])))
+    message = error_of(lambda: list(StageData(find_task("math"), "augmentation", tmp_path, [THAI, GERMAN]).examples()))
     assert "no rows in Thai" in message and "German (1)" in message
 
 
@@ -516,7 +516,7 @@ def test_faulty_rows_of_a_list_are_left_out_whatever_ails_them(tmp_path):
     ]
     math_rows(tmp_path, "[\n" + ",\n".join(map(json.dumps, [good, *bad, good])) + "\n]")
     task = find_task("math")
-    ids, faults = faults_of(lambda faults: training_examples(task, "augmentation", tmp_path, None, 2, faults))
+    ids, faults = faults_of(lambda faults: StageData(task, "augmentation", tmp_path, None, 2).examples(faults))
     assert ids[0] == "de-1" and len(ids) == 2
     assert [fault.split("math.json:")[1].split(":")[0] for fault in faults] == ["3", "4", "5", "6", "7"]
 
@@ -525,7 +525,7 @@ def test_broken_lines_of_jsonl_are_left_out_and_do_not_count_as_given(tmp_path):
     lines = [json.dumps(x_csqa_row()), "{broken", json.dumps(x_csqa_row(answerKey="Z")), json.dumps(x_csqa_row())]
     write(tmp_path / "query_translation/x-csqa/train_de.jsonl", "\n".join(lines * 2))
     task = find_task("x-csqa")
-    ids, faults = faults_of(lambda faults: training_examples(task, "augmentation", tmp_path, [GERMAN], 3, faults))
+    ids, faults = faults_of(lambda faults: StageData(task, "augmentation", tmp_path, [GERMAN], 3).examples(faults))
     assert ids == ["de-1", "de-4", "de-5"]
     assert [":".join(fault.split(":")[1:2]) for fault in faults] == ["2", "3"]
 
@@ -537,7 +537,7 @@ def test_a_file_of_faulty_rows_alone_and_one_that_is_not_a_list_are_refused_all_
         ('[{"lang": "German",', "not valid JSON"),
     ):
         math_rows(tmp_path, content)
-        assert message in error_of(lambda: list(training_examples(task, "augmentation", tmp_path, None, None, [])))
+        assert message in error_of(lambda: list(StageData(task, "augmentation", tmp_path).examples([])))
 
 
 def test_a_test_set_keeps_its_ids_so_that_a_row_of_unknown_language_is_never_left_out(tmp_path):

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import find_task
 from mindmerger.tasks.languages import LANGUAGES
-from mindmerger.tasks.readers import DataError, shown
+from mindmerger.tasks.readers import DataError, preview
 from mindmerger.tasks.scoring import corrected_number
 from mindmerger.tasks.translation import read_pairs
 
@@ -836,7 +836,7 @@ def test_value_too_deep_for_repr_is_still_shown():
     value = []
     for _ in range(200_000):
         value = [value]
-    assert shown(value) == "a deeply nested list"
+    assert preview(value) == "a deeply nested list"
 
 
 @each_format

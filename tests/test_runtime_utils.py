@@ -390,22 +390,23 @@ def test_unfinished_answers_and_logs_never_go_through_a_link(tmp_path, victim):
 
 def test_the_cache_of_tokenised_data_never_goes_through_a_link(tmp_path, victim, tiny_llm, tiny_encoder, datas):
     from mindmerger.data.tokenising import load_tokenizers
-    from mindmerger.data.training_set import build_training_set
+    from mindmerger.data.training_set import open_or_build
     from mindmerger.tasks import find_task
+    from mindmerger.tasks.examples import StageData
 
     cache = tmp_path / "cache"
-    settings = {"data_root": datas, "languages": None, "train_num": 2, "max_seq_len": 20, "max_gen_len": 20}
-    settings |= {"with_prompt": False, "cache_dir": cache}
-    inputs = (find_task("math"), "mapping", load_tokenizers(tiny_encoder, tiny_llm))
-    name = build_training_set(*inputs, **settings).fingerprint
+    settings = {"max_seq_len": 20, "max_gen_len": 20, "with_prompt": False, "cache_dir": cache}
+    stage = StageData(find_task("math"), "mapping", datas, train_num=2)
+    inputs = (stage, load_tokenizers(tiny_encoder, tiny_llm))
+    name = open_or_build(*inputs, **settings).fingerprint
     shutil.rmtree(cache)
     cache.mkdir()
     (cache / f".{name}.lock").symlink_to(victim)
     with pytest.raises(UserError, match=f"cannot write the tokenised data.*{name}"):
-        build_training_set(*inputs, **settings)
+        open_or_build(*inputs, **settings)
     (cache / f".{name}.lock").unlink()
     (cache / f".{name[:16]}-planted.tmp").symlink_to(victim.parent)
-    build_training_set(*inputs, **settings)
+    open_or_build(*inputs, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -142,14 +142,14 @@ def test_train_and_test_share_no_number_combination(small_world):
 
 def test_project_readers_take_the_world_as_it_is(small_world):
     from mindmerger.tasks import find_task
-    from mindmerger.tasks.examples import evaluation_examples, training_examples
+    from mindmerger.tasks.examples import StageData, evaluation_examples
     from mindmerger.tasks.languages import find_language
 
     task, root = find_task("math"), small_world / "datas"
     foreign = [find_language(code) for code in templates.LANGUAGES if code != "en"]
-    pairs = list(training_examples(task, "mapping", root, foreign, None))
+    pairs = list(StageData(task, "mapping", root, foreign).examples())
     assert len(pairs) == 30 * 5
-    queries = list(training_examples(task, "augmentation", root, None, None))
+    queries = list(StageData(task, "augmentation", root).examples())
     assert len(queries) == 14 * 6
     english = {row.source for row in evaluation_examples(task, root, find_language("en"), None)}
     for code in templates.EVALUATION_LANGUAGES:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mindmerger.runtime.files import model_path
 from mindmerger.tasks.base import Example
@@ -188,13 +188,6 @@ def _shorten_prompt(tokenizer, example: Example, max_gen_len: int) -> list[int]:
         else:
             too_long = middle
     return best
-
-
-def read_by_encoder(examples: Iterable[Example], encoder_text: str) -> Iterable[Example]:
-    """Yields examples whose source is what the encoder reads: their own "source", or the whole "prompt"."""
-    if encoder_text == "source":
-        return examples
-    return (replace(example, source=example.prompt) for example in examples)
 
 
 def tokenise(

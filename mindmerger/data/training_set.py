@@ -8,18 +8,17 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from mindmerger.data.tokenising import Tokenizers, _tokenizer_identity, read_by_encoder, tokenise
+from mindmerger.data.tokenising import Tokenizers, _tokenizer_identity, tokenise
 from mindmerger.runtime.files import is_utf8, sha256_of_file
 from mindmerger.runtime.processes import is_main, log, progress_bar
-from mindmerger.tasks.base import Example, Task
-from mindmerger.tasks.examples import training_examples, training_files
-from mindmerger.tasks.languages import Language
+from mindmerger.tasks.base import Example
+from mindmerger.tasks.examples import StageData
 from mindmerger.tasks.readers import DataError, skipping_named
 from mindmerger.tasks.translation import warn_of_empty_pairs
 
@@ -89,84 +88,81 @@ def _release_pages(files: set[str]) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-def build_training_set(
-    task: Task,
-    stage: str,
+def open_or_build(
+    stage: StageData,
     tokenizers: Tokenizers,
     *,
-    data_root,
-    languages: Sequence[Language] | None,
-    train_num: int | None,
     max_seq_len: int,
     max_gen_len: int,
     with_prompt: bool,
-    encoder_text: str = "source",
     cache_dir=None,
     num_proc: int | None = None,
-    skip_faulty_rows: bool = False,
 ) -> TrainingSet:
     """Tokenises a stage's examples once and opens the result; a later call with the same inputs only opens it.
 
-    The cache is `cache_dir/<fingerprint>`, by default in the `datasets` cache folder. It appears by one rename when
-    it is whole; processes that want the same one wait for each other.
+    The cache is `cache_dir/<key>`, by default in the `datasets` cache folder. It appears by one rename when it is
+    whole; processes that want the same one wait for each other. Rows that `stage` skips as faulty are then listed in
+    `TrainingSet.faults`.
 
     Args:
-        encoder_text: what the encoder reads, "source" or "prompt".
         num_proc: processes that tokenise; None for as many as the node and the number of rows call for.
-        skip_faulty_rows: leaves out rows that are faulty on their own, which `TrainingSet.faults` then lists.
 
     Raises:
-        DataError: for faulty data or arguments (see `training_examples`), and where the cache cannot be written.
+        DataError: for faulty data or arguments (see `StageData.examples`), and where the cache cannot be written.
     """
     from filelock import FileLock
 
-    faults: list[str] | None = [] if skip_faulty_rows else None
-    empty: dict[str, tuple[int, int]] = {}
-    examples = training_examples(task, stage, data_root, languages, train_num, faults, empty)
-    examples = read_by_encoder(examples, encoder_text)
-    files = {path: _hash_readable(path) for path in training_files(task, stage, data_root, languages)}
-    hashes = {path.relative_to(data_root).as_posix(): digest for path, digest in files.items()}
-    settings = {
-        "version": CACHE_VERSION,
-        "task": task.training_name,
-        "stage": stage,
-        "files": hashes,
-        "languages": [language.code for language in languages] if languages else None,
-        "train_num": train_num,
-        "max_seq_len": max_seq_len,
-        "max_gen_len": max_gen_len,
-        "with_prompt": with_prompt,
-        "encoder": _tokenizer_identity(tokenizers.encoder),
-        "llm": _tokenizer_identity(tokenizers.llm),
-        "eos": tokenizers.eos_id,
-    }
-    if skip_faulty_rows:
-        settings["skip_faulty_rows"] = True
-    if encoder_text != "source":
-        settings["encoder_text"] = encoder_text
-    # A template changed by the user shows in the first example.
-    with skipping_named():
-        passed_over = None if faults is None else []
-        first = next(iter(training_examples(task, stage, data_root, languages, train_num, passed_over)))
-    settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "cut")]
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
     limits = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "with_prompt": with_prompt}
-    folder = _cache_root(cache_dir) / fingerprint
+    faults: list[str] | None = [] if stage.skip_faulty_rows else None
+    empty: dict[str, tuple[int, int]] = {}
+    examples = stage.examples(faults, empty)  # arguments and files are checked here, before the files are hashed
+    hashes = {path.relative_to(stage.root).as_posix(): _hash_readable(path) for path in stage.files()}
+    folder = _cache_root(cache_dir) / cache_key(stage, hashes, tokenizers, limits)
     if not is_utf8(folder):
         raise DataError(f"the cache folder {folder.parent} is not UTF-8: set HF_DATASETS_CACHE to another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _waiting(FileLock(folder.parent / f".{fingerprint}.lock")):
+        with _waiting(FileLock(folder.parent / f".{folder.name}.lock")):
             manifest = _read_manifest(folder)
             if manifest is None:
                 with skipping_named():
-                    _build_cache(folder, examples, tokenizers, limits, num_proc, faults, empty, data_root)
+                    _build_cache(folder, examples, tokenizers, limits, num_proc, faults, empty, stage.root)
                 manifest = _read_manifest(folder)
-        return _open_cache(folder, manifest, hashes, data_root)
+        return _open_cache(folder, manifest, hashes, stage.root)
     except OSError as error:
         where = error.filename or folder.parent
         raise DataError(f"cannot write the tokenised data to {where}: {error.strerror or error}") from error
+
+
+def cache_key(stage: StageData, hashes: dict[str, str], tokenizers: Tokenizers, limits: dict) -> str:
+    """Returns the name of a cache: a hash of all that decides which ids are in it.
+
+    What came after version 0.1.0 is part of it only where it is used, so that older caches are found again.
+
+    Args:
+        hashes: of the data files, by their path in the data folder: the same files elsewhere are the same data.
+    """
+    settings = {
+        "version": CACHE_VERSION,
+        "task": stage.task.training_name,
+        "stage": stage.stage,
+        "files": hashes,
+        "languages": [language.code for language in stage.languages] if stage.languages else None,
+        "train_num": stage.train_num,
+        **limits,
+        "encoder": _tokenizer_identity(tokenizers.encoder),
+        "llm": _tokenizer_identity(tokenizers.llm),
+        "eos": tokenizers.eos_id,
+    }
+    if stage.skip_faulty_rows:
+        settings["skip_faulty_rows"] = True
+    if stage.encoder_text != "source":
+        settings["encoder_text"] = stage.encoder_text
+    # A template changed by the user shows in the first example.
+    with skipping_named():
+        first = next(stage.examples([] if stage.skip_faulty_rows else None))
+    settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "cut")]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _cache_root(cache_dir) -> Path:

@@ -32,7 +32,8 @@ def tokenise_inputs(
     Args:
         encoder_text: what the encoder reads, as the bridge's stage says: "source", or the whole "prompt".
     """
-    from mindmerger.data.tokenising import read_by_encoder, tokenise
+    from mindmerger.data.tokenising import tokenise
+    from mindmerger.tasks.examples import read_by_encoder
 
     columns = tokenise(
         tokenizers,

@@ -1,6 +1,8 @@
 """The examples of both training stages and of an evaluation, and rows paired across languages."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindmerger.tasks.base import Example, Task, _file_of
@@ -9,53 +11,70 @@ from mindmerger.tasks.readers import DataError, find_file
 from mindmerger.tasks.translation import _mapping_languages, _pair_files, read_pairs
 
 
-def training_examples(
-    task: Task,
-    stage: str,
-    data_root,
-    languages: Sequence[Language] | None = None,
-    train_num: int | None = None,
-    faults: list[str] | None = None,
-    empty: dict[str, tuple[int, int]] | None = None,
-) -> Iterator[Example]:
-    """Yields the examples of one stage ("mapping" or "augmentation"), at most `train_num` of each language.
+@dataclass(frozen=True)
+class StageData:
+    """The examples that a stage is trained on: of which task and languages, from which data folder, how many.
 
-    Args:
-        languages: None for the task's own.
-        faults: takes `file:line: why` of single faulty rows, which are then left out; without it the first one is
-            raised.
-        empty: takes the pairs with an empty side, as `read_pairs` says.
-
-    Raises:
-        DataError: at once for a wrong argument or a missing file, while reading for a faulty one.
+    `stage` is "mapping" for sentence pairs and "augmentation" for the task's own rows. `languages` are the task's own
+    where it is None; `train_num` is a limit for each of them. The encoder reads each example's `encoder_text`.
     """
-    if train_num is not None and train_num <= 0:
-        raise DataError(f"--train_num must be positive, got {train_num}")
-    if stage == "augmentation":
-        return task.read_augmentation(data_root, languages, train_num, faults)
-    if stage != "mapping":
-        raise DataError(f"unknown stage {stage!r}: choose mapping or augmentation")
-    chosen = _mapping_languages(task, languages)
-    for language in chosen:
-        for relative in _pair_files(language):
-            find_file(data_root, relative)
-    return (example for language in chosen for example in read_pairs(data_root, language, train_num, faults, empty))
+
+    task: Task
+    stage: str
+    root: str | Path
+    languages: Sequence[Language] | None = None
+    train_num: int | None = None
+    encoder_text: str = "source"
+    skip_faulty_rows: bool = False
+
+    def examples(
+        self, faults: list[str] | None = None, empty: dict[str, tuple[int, int]] | None = None
+    ) -> Iterator[Example]:
+        """Yields the examples.
+
+        Args:
+            faults: takes `file:line: why` of single faulty rows, which are then left out; without it the first one is
+                raised.
+            empty: takes the pairs with an empty side, as `read_pairs` says.
+
+        Raises:
+            DataError: at once for a wrong argument or a missing file, while reading for a faulty one.
+        """
+        if self.train_num is not None and self.train_num <= 0:
+            raise DataError(f"--train_num must be positive, got {self.train_num}")
+        if self.stage == "augmentation":
+            found = self.task.read_augmentation(self.root, self.languages, self.train_num, faults)
+            return read_by_encoder(found, self.encoder_text)
+        if self.stage != "mapping":
+            raise DataError(f"unknown stage {self.stage!r}: choose mapping or augmentation")
+        chosen = _mapping_languages(self.task, self.languages)
+        for language in chosen:  # all files are looked for before the first is read
+            for relative in _pair_files(language):
+                find_file(self.root, relative)
+        pairs = (read_pairs(self.root, language, self.train_num, faults, empty) for language in chosen)
+        return read_by_encoder(itertools.chain.from_iterable(pairs), self.encoder_text)
+
+    def files(self) -> list[Path]:
+        """Returns the data files that `examples` reads.
+
+        Raises:
+            DataError: for a missing file.
+        """
+        if self.stage == "mapping":
+            pairs = map(_pair_files, _mapping_languages(self.task, self.languages))
+            return [find_file(self.root, relative) for pair in pairs for relative in pair]
+        self.task.check_augmentation()
+        pattern = self.task.augmentation_file
+        languages = self.languages or [LANGUAGES[name] for name in self.task.augmentation_languages or ()]
+        relatives = [pattern] if "{" not in pattern else [_file_of(pattern, language) for language in languages]
+        return [find_file(self.root, relative) for relative in relatives]
 
 
-def training_files(task: Task, stage: str, data_root, languages: Sequence[Language] | None = None) -> list[Path]:
-    """The data files that `training_examples` reads.
-
-    Raises:
-        DataError: for a missing file.
-    """
-    if stage == "mapping":
-        relatives = [name for language in _mapping_languages(task, languages) for name in _pair_files(language)]
-    else:
-        task.check_augmentation()
-        languages = languages or [LANGUAGES[name] for name in task.augmentation_languages or ()]
-        mixed = "{" not in task.augmentation_file
-        relatives = [task.augmentation_file] if mixed else [_file_of(task.augmentation_file, one) for one in languages]
-    return [find_file(data_root, relative) for relative in relatives]
+def read_by_encoder(examples: Iterable[Example], encoder_text: str) -> Iterator[Example]:
+    """Returns examples whose source is what the encoder reads: their own "source", or the whole "prompt"."""
+    if encoder_text == "source":
+        return iter(examples)
+    return (replace(example, source=example.prompt) for example in examples)
 
 
 def evaluation_examples(

@@ -400,7 +400,7 @@ def figures(model, windows: list[dict], rate: float) -> dict:
 def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> dict:
     """Ours at the micro-batch, ours by token budget, and plain, window by window in turn."""
     from mindmerger.tasks import find_task
-    from mindmerger.tasks.examples import training_examples
+    from mindmerger.tasks.examples import StageData
 
     budget = args.micro_batch_tokens or (2048 if stage == "mapping" else 4096)
     names = {"rows": f"ours, micro-batch {args.micro_batch}", "tokens": f"ours, {budget} tokens", "plain": "plain"}
@@ -409,7 +409,7 @@ def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> di
         started = time.perf_counter()
         trainer = make_trainer(args, folder, stage, model, device, budget if mode == "tokens" else None)
         if mode == "plain":
-            examples = list(training_examples(find_task("math"), stage, args.data_root, None, args.train_num))
+            examples = list(StageData(find_task("math"), stage, args.data_root, None, args.train_num).examples())
             modes[mode] = Plain(trainer, examples, args.plain_micro_batches, args.micro_batch)
         else:
             modes[mode] = Ours(trainer, args.steps)

@@ -86,7 +86,7 @@ def arm(fault):
 
 def be_slow(wait):
     """Makes one rank wait."""
-    places = {"tokenising": (training_set, "build_training_set"), "reading": (run_evaluation, "settle")}
+    places = {"tokenising": (training_set, "open_or_build"), "reading": (run_evaluation, "settle")}
     places["generating"] = (mindmerger.MindMerger, "generate")
     owner, name = places[wait["at"]]
     original = getattr(owner, name)
