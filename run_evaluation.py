@@ -12,9 +12,11 @@ import contextlib
 import time
 from dataclasses import asdict
 
-from mindmerger.evaluation.settings import MAPPING_HASH, Settings, parse, settle
+from mindmerger.evaluation.flags import parse
+from mindmerger.evaluation.settings import MAPPING_HASH, Settings, settle
 from mindmerger.evaluation.summary import summarise
 from mindmerger.generation.answers import answer, answer_batches, load_model, split_evaluation, start_engine
+from mindmerger.generation.gold import score_gold
 from mindmerger.runtime.command import run_main
 from mindmerger.runtime.files import FolderLock
 from mindmerger.runtime.processes import (
@@ -154,8 +156,12 @@ def answer_share(model, engine, settings: Settings, batches: list[list[int]], sh
             for chunk, generations in answer_batches(model, engine, settings, batches):
                 following = iter(generations)
                 for batch in chunk:
+                    records = [{"index": i, **asdict(next(following))} for i in batch]
+                    if settings.score_gold:
+                        gold = score_gold(model, settings, batch)
+                        records = [one | loss for one, loss in zip(records, gold, strict=True)]
                     keys = {"batch": batch[0], "batch_size": len(batch)}
-                    append_records(shard, [{"index": i, **asdict(next(following)), **keys} for i in batch])
+                    append_records(shard, [one | keys for one in records])
                     done += len(batch)
                     progress.update(len(batch))
         except KeyboardInterrupt:

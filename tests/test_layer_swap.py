@@ -87,7 +87,7 @@ def test_every_tensor_equals_its_planned_source_bit_for_bit(experts, tmp_path):
 
 def test_each_merge_is_to_be_evaluated_into_results_of_its_own(experts, tmp_path, capsys):
     """Results of two merges under one name are refused, so a hint without a name would fail at the second."""
-    from mindmerger.evaluation.settings import build_parser
+    from mindmerger.evaluation.flags import build_parser
 
     places = set()
     for name in ("first", "second one"):

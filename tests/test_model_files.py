@@ -23,6 +23,7 @@ import run_training
 from mindmerger.analysis.embeddings import main as embeddings_main
 from mindmerger.baselines.model_folder import open_model
 from mindmerger.data.tokenising import load_tokenizers
+from mindmerger.evaluation import flags as evaluation_flags
 from mindmerger.evaluation import settings as evaluation_settings
 from mindmerger.generation import answers as generation_answers
 from mindmerger.generation.answers import answer
@@ -486,7 +487,7 @@ def test_logits_of_minus_infinity_are_legal_unless_no_token_is_left(tiny_llm):
 def test_merged_embeddings_for_another_engine_are_checked(evaluate, llm, encoder, mapping, datas):
     spoil(encoder, "encoder.final_layer_norm.weight", torch.inf)
     flags = ["--llm_path", str(llm), "--mt_path", str(encoder), "--init_checkpoint", mapping, "--data_root", datas]
-    settings = evaluation_settings.settle(evaluation_settings.build_parser().parse_args([*flags, *FEW]), on_gpu=False)
+    settings = evaluation_settings.settle(evaluation_flags.build_parser().parse_args([*flags, *FEW]), on_gpu=False)
     settings.engine = "vllm"
     model = generation_answers.load_model(settings, torch.device("cpu"))
     assert "encoder.final_layer_norm.weight" in refusal(generation_answers.merge_batch, model, settings, [0, 1])

@@ -9,6 +9,7 @@ import run_evaluation
 from mindmerger.baselines import parallel_input as baselines_parallel_input
 from mindmerger.evaluation import parallel_input as evaluation_parallel_input
 from mindmerger.evaluation.comparison import compare_results
+from mindmerger.evaluation.flags import build_parser
 from mindmerger.evaluation.parallel_input import (
     ORDERS,
     ParallelInput,
@@ -16,7 +17,7 @@ from mindmerger.evaluation.parallel_input import (
     choose_languages,
     default_languages,
 )
-from mindmerger.evaluation.settings import build_parser, settle
+from mindmerger.evaluation.settings import settle
 from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import find_task
 from mindmerger.tasks.examples import evaluation_examples, read_parallel

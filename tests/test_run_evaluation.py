@@ -20,7 +20,10 @@ from safetensors.torch import save_file
 import run_evaluation
 from mindmerger.evaluation import settings as evaluation_settings
 from mindmerger.evaluation import summary
-from mindmerger.evaluation.settings import build_parser, settle
+from mindmerger.evaluation.comparison import read_row
+from mindmerger.evaluation.flags import build_parser
+from mindmerger.evaluation.probes import exchange_rows
+from mindmerger.evaluation.settings import settle
 from mindmerger.generation import answers
 from mindmerger.generation.answers import Generation, answer, generate_batch, split_batches
 from mindmerger.model.mapping_files import save_released
@@ -398,7 +401,7 @@ def test_older_flags_are_accepted_and_change_nothing(evaluate, tmp_path, monkeyp
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import sys, mindmerger.evaluation.settings as r, run_evaluation; r.build_parser().format_help(); "
+        "import sys, mindmerger.evaluation.flags as r, run_evaluation; r.build_parser().format_help(); "
         "assert not {'torch', 'transformers', 'datasets', 'deepspeed', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -768,6 +771,165 @@ def test_answer_asks_for_languages_where_the_encoder_reads_a_tag(world, monkeypa
     monkeypatch.setattr(answers, "_cached_tokenizers", lambda mt_path, llm_path: tagged)
     with pytest.raises(UserError, match="needs the texts' languages"):
         answer(world.model, ["a"])
+
+
+# -- probes of the prefix, and losses of gold answers
+
+PROBED = ("--languages", "Swahili,th", "--max_new_tokens", "4", "--eval_batch_size", "3")  # 8 examples
+
+
+def outputs_of(folder):
+    return {
+        row["id"]: row["output"]
+        for name in ("Swahili", "Thai")
+        for row in read_lines(folder / f"predictions/{name}.jsonl")
+    }
+
+
+def test_a_shuffled_prefix_is_that_of_another_question_of_the_language_and_nothing_else_changes(
+    evaluate, tmp_path, world
+):
+    whole = (*PROBED, "--max_seq_len", 3000, "--max_gen_len", 3000)  # nothing is truncated
+    evaluate(*whole)
+    out, _ = evaluate(*whole, "--probe_prefix", "shuffled")
+    root = tmp_path / "results/MindMerger"
+    folder = root / "math_mgsm-prefix_shuffled"
+    own, probed = outputs_of(root / "math_mgsm"), outputs_of(folder)
+    assert own != probed and own.keys() == probed.keys()
+    rows = {row["id"]: row for name in ("Swahili", "Thai") for row in read_lines(folder / f"predictions/{name}.jsonl")}
+    partners = {id: row["prefix_of"] for id, row in rows.items()}
+    assert sorted(partners.values()) == sorted(rows), "each prefix is used once"
+    assert all(id != other and id[:2] == other[:2] for id, other in partners.items())
+    # By hand: the other row's source to the encoder, the own prompt to the LLM.
+    tokenizers = answers._cached_tokenizers(world.encoder, world.llm)
+    encoder, llm = tokenizers.encoder, tokenizers.llm
+    for id, row in rows.items():
+        source = torch.tensor([encoder(rows[partners[id]]["source"])["input_ids"]])
+        prompt = torch.tensor([llm(row["prompt"], add_special_tokens=False)["input_ids"]])
+        ids = world.model.generate(source, torch.ones_like(source), prompt, torch.ones_like(prompt), max_new_tokens=4)
+        assert row["output"] == answers.to_generation(world.model, tokenizers, ids[0].tolist()).output
+    results = json.loads((folder / "results.json").read_text())
+    assert results["probe_prefix"] == {"kind": "shuffled", "seed": 0, "rows_with_an_equal_source": 0}
+    assert results["published"] is None and "prefix of another question" in out
+
+
+def test_a_prefix_of_zeros_is_what_a_mapping_of_zeros_gives(evaluate, tmp_path, world):
+    zeros = {name: torch.zeros_like(value) for name, value in world.model.mapping.state_dict().items()}
+    save_file(zeros, tmp_path / "zeros.safetensors")
+    models = ("--llm_path", world.llm, "--mt_path", world.encoder)
+    evaluate(*PROBED, *models, "--results_dir", "mapping", checkpoint=tmp_path / "zeros.safetensors")
+    evaluate(*PROBED, "--results_dir", "probe", "--probe_prefix", "zero")
+    evaluate(*PROBED, "--results_dir", "own")
+    expected = outputs_of(tmp_path / "mapping/MindMerger/math_mgsm")
+    assert outputs_of(tmp_path / "probe/MindMerger/math_mgsm-prefix_zero") == expected
+    assert outputs_of(tmp_path / "own/MindMerger/math_mgsm") != expected
+
+
+@pytest.mark.parametrize("probe", ["shuffled", "zero"])
+def test_a_probe_continues_after_a_stop_to_the_same_bytes_and_mixes_with_nothing(
+    evaluate, tmp_path, monkeypatch, probe
+):
+    flags = (*PROBED, "--probe_prefix", probe, "--score_gold")
+    evaluate(*flags, "--results_dir", "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        evaluate(*flags, "--results_dir", "parts")
+    folder = tmp_path / f"parts/MindMerger/math_mgsm-prefix_{probe}"
+    plain = tmp_path / "mixed/MindMerger/math_mgsm"
+    shutil.copytree(folder, plain)
+    with pytest.raises(UserError, match=f"unfinished evaluation with another --probe_prefix: {probe} then, None now"):
+        evaluate(*PROBED, "--results_dir", "mixed")
+    with pytest.raises(UserError, match="unfinished evaluation with another --score_gold: True then, None now"):
+        evaluate(*flags[:-1], "--results_dir", "parts")
+    _, err = evaluate(*flags, "--results_dir", "parts")
+    assert "continuing: 6 of 8 examples are finished" in err
+    assert outcome(folder) == outcome(tmp_path / f"whole/MindMerger/math_mgsm-prefix_{probe}")
+    with pytest.raises(UserError, match=f"finished evaluation with another --probe_prefix: {probe} then, None now"):
+        shutil.rmtree(plain)
+        shutil.copytree(folder, plain)
+        evaluate(*PROBED, "--results_dir", "mixed")
+
+
+@given(counts=st.lists(st.integers(2, 9), min_size=1, max_size=4), seed=st.integers(0, 2**40))
+def test_nobody_keeps_the_own_prefix_and_none_is_used_twice(counts, seed):
+    examples = [SimpleNamespace(language=str(i)) for i, count in enumerate(counts) for _ in range(count)]
+    partner = exchange_rows(examples, seed)
+    assert sorted(partner) == list(range(len(examples))) and all(i != other for i, other in enumerate(partner))
+    assert all(examples[i].language == examples[other].language for i, other in enumerate(partner))
+    assert partner == exchange_rows(examples, seed)
+    # A language has the same partners with others beside it as alone.
+    assert exchange_rows(examples[: counts[0]], seed) == partner[: counts[0]]
+
+
+def test_another_seed_is_another_exchange():
+    examples = [SimpleNamespace(language="Thai")] * 50
+    assert exchange_rows(examples, 0) != exchange_rows(examples, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--llm_only", "--probe_prefix", "zero"), "--probe_prefix changes the prefix, which --llm_only has none of"),
+        (("--augmentation", "False", "--probe_prefix", "shuffled"), "the Hard form has no prompt: leave"),
+        (("--limit", "1", "--probe_prefix", "shuffled"), "within a language, but Telugu has one row"),
+        (("--engine", "vllm", "--score_gold"), "--score_gold needs the LLM's logits, which --engine vllm keeps"),
+    ],
+)
+def test_probes_that_say_nothing_are_refused_in_one_line(world, datas, flags, message):
+    given = ["--init_checkpoint", world.folder, "--llm_path", world.llm, "--data_root", datas, *flags]
+    with pytest.raises(UserError, match=message) as caught:
+        settle(build_parser().parse_args(given), on_gpu=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [(), ("--augmentation", "False"), ("--llm_only",), ("--probe_prefix", "shuffled")])
+def test_losses_of_gold_answers_are_the_model_s_own_on_the_same_rows(evaluate, tmp_path, world, datas, form):
+    out, _ = evaluate(*PROBED, "--score_gold", *form)
+    [folder] = (tmp_path / "results/MindMerger").iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    given = ["--init_checkpoint", world.folder, "--data_root", datas, *PROBED, "--score_gold", *form]
+    settings = settle(build_parser().parse_args(given), on_gpu=False)
+    for name, one in results["languages"].items():
+        total, tokens = 0.0, 0
+        batch = [i for i, example in enumerate(settings.examples) if example.language == name]
+        for i in batch:  # one row at a time: neither batches nor padding may matter
+            inputs = answers.batch_inputs(world.model, settings.tokenizers, settings.columns, [i], with_target=True)
+            with torch.no_grad():
+                output = world.model(**{"encoder_input_ids": None, "encoder_attention_mask": None} | inputs)
+            total, tokens = total + output.loss_sum.item(), tokens + int(output.target_tokens)
+            assert settings.columns["target_ids"][i][-1] == settings.tokenizers.eos_id
+        assert one["gold_tokens"] == tokens and one["gold_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    languages = results["languages"].values()
+    weighted = sum(one["gold_loss"] * one["gold_tokens"] for one in languages) / results["gold"]["gold_tokens"]
+    assert results["gold"]["gold_loss"] == pytest.approx(weighted, abs=1e-5)
+    assert "gold loss" in out and f"{results['gold']['gold_loss']:.4f}" in out
+    rows = read_lines(folder / "predictions/Thai.jsonl")
+    assert sum(row["gold_tokens"] for row in rows) == results["languages"]["Thai"]["gold_tokens"]
+
+
+def test_gold_answers_change_no_answer_and_nothing_else_in_the_results(evaluate, tmp_path):
+    evaluate(*PROBED, "--results_dir", "without")
+    evaluate(*PROBED, "--results_dir", "with", "--score_gold")
+    without, scored = (outcome(tmp_path / name / "MindMerger/math_mgsm")[1] for name in ("without", "with"))
+    assert outputs_of(tmp_path / "with/MindMerger/math_mgsm") == outputs_of(tmp_path / "without/MindMerger/math_mgsm")
+    assert scored.keys() - without.keys() == {"gold"} and without["identity"]["--score_gold"] is None
+    for one in (*scored["languages"].values(), scored["mean"]):
+        one.pop("gold_loss"), one.pop("gold_tokens", None)
+    assert scored["languages"] == without["languages"] and scored["mean"] == without["mean"]
+
+
+def test_comparisons_name_the_probe_and_both_gold_losses(evaluate, tmp_path, capsys):
+    evaluate(*PROBED, "--score_gold")
+    evaluate(*PROBED, "--score_gold", "--probe_prefix", "shuffled")
+    folders = [str(tmp_path / "results/MindMerger" / name) for name in ("math_mgsm", "math_mgsm-prefix_shuffled")]
+    main(["--compare", *folders])
+    table = capsys.readouterr().out
+    assert "(MindMerger-Soft (mapped source and prompt), prefix of another question)" in table
+    losses = [json.loads(Path(folder, "results.json").read_text())["gold"]["gold_loss"] for folder in folders]
+    assert f"gold loss in nats per token: A {losses[0]:.4f}, B {losses[1]:.4f}" in table
+    rows = [read_row("MindMerger-Soft", folder) for folder in folders]
+    assert [row.label for row in rows] == ["MindMerger-Soft", "MindMerger-Soft (shuffled prefix)"]
+    assert read_row("Soft, shuffled prefix", folders[1]).label == "Soft, shuffled prefix"
 
 
 # -- wrong inputs

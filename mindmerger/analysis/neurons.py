@@ -86,6 +86,8 @@ def count(args: argparse.Namespace) -> int:
         raise NeuronError("--tower encoder needs an encoder: leave --llm_only out")
     if args.engine != "hf":
         raise NeuronError("neurons are counted in transformers' model: leave --engine out")
+    if args.score_gold:
+        raise NeuronError("neurons are counted over greedy answers alone: leave --score_gold out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = settle(args, device.type == "cuda")
     folder = Path(args.output_dir or settings.folder / ("neurons" if args.tower == "llm" else "neurons-encoder"))
@@ -110,6 +112,7 @@ def write_counts(folder: Path, tower: str, settings, tensors: dict, records: lis
     else:
         # A legend has room for the form alone: its explanation in brackets goes.
         name = form_title({"form": settings.form, "parallel_input": None}).split(" (mapped")[0].split(" (prompt")[0]
+        name += f", {settings.probe_prefix['kind']} prefix" if settings.probe_prefix is not None else ""
         name = f"encoder of {name}" if tower == "encoder" else name
     run = {
         "name": name,
@@ -339,7 +342,7 @@ def analyse(args: argparse.Namespace) -> int:
 
 def build_count_parser() -> argparse.ArgumentParser:
     """Builds the parser of `count`: an evaluation's flags, so that the same items are counted, and two of its own."""
-    from mindmerger.evaluation.settings import build_parser
+    from mindmerger.evaluation.flags import build_parser
 
     parser = build_parser()
     parser.prog = "python -m mindmerger.analysis.neurons count"

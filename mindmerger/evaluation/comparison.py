@@ -77,6 +77,10 @@ def _compare_two(first: str, second: str, first_results: dict, second_results: d
         f"sign-flip test, {resampling_note(describe_questions(questions)).replace('resampled', 'flipped')}",
         f"{n} items in common (A has {totals[0]}, B has {totals[1]}); only A, only B: items that run alone got right",
     ]
+    # Over other items than these a loss says nothing about the difference.
+    if all("gold" in one for one in (first_results, second_results)) and totals == [n, n]:
+        losses = [one["gold"]["gold_loss"] for one in (first_results, second_results)]
+        lines.append(f"gold loss in nats per token: A {losses[0]:.4f}, B {losses[1]:.4f}")
     return "\n".join(lines)
 
 
@@ -152,7 +156,8 @@ class Mean:
 
 
 def read_row(label: str, folder: str) -> Row:
-    """Reads a results folder; a row with parallel input gets "oracle" or "machine" into its label.
+    """Reads a results folder; a row with parallel input gets "oracle" or "machine" into its label, one with
+    a probe "shuffled prefix" or "zero prefix".
 
     Raises:
         ResultsError: when the folder holds no finished evaluation.
@@ -161,6 +166,9 @@ def read_row(label: str, folder: str) -> Row:
     parallel = results.get("parallel_input")
     if parallel is not None and parallel["translations"] not in label:
         label = f"{label} ({parallel['translations']})"
+    probe = results.get("probe_prefix")
+    if probe is not None and f"{probe['kind']} prefix" not in label:
+        label = f"{label} ({probe['kind']} prefix)"
     row = Row(label, folder, results, {}, {})
     for language in results["languages"]:
         items = read_predictions(folder, language)

@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from mindmerger.evaluation.probes import PROBES
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import remove, unfollowed, write_json_atomic, write_text_atomic
@@ -269,6 +270,9 @@ def read_results(folder: str) -> dict:
             found = parallel if isinstance(parallel, dict) else {}
             texts = ("translations", "order", "name")
             wrong += [f"{name} of parallel_input" for name in texts if not isinstance(found.get(name), str)]
+        probe, gold = results.get("probe_prefix", {"kind": PROBES[0]}), results.get("gold", {"gold_loss": 0.0})
+        wrong += ["probe_prefix"] * (not isinstance(probe, dict) or probe.get("kind") not in PROBES)
+        wrong += ["gold"] * (not isinstance(gold, dict) or not isinstance(gold.get("gold_loss"), float))
         if wrong:
             raise ValueError(f"{wrong[0]} is of a wrong type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

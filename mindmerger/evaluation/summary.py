@@ -12,6 +12,8 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import warn, world_size
 
+GOLD = ("gold_loss", "gold_tokens")  # what records and predictions hold of --score_gold
+
 
 def summarise(settings: Settings, generated_now: set[int], seconds: float) -> dict:
     """Scores all answers and writes predictions, scores.tsv and, last, results.json. Call it on rank 0 only.
@@ -51,7 +53,12 @@ def score_answers(settings: Settings, records: dict[int, dict]) -> dict[str, lis
     """Returns the lines of predictions/<language>.jsonl, by language in table order."""
     items = {}
     for i, example in enumerate(settings.examples):
-        items.setdefault(example.language, []).append(prediction_item(settings, example, records[i]["output"]))
+        item = prediction_item(settings, example, records[i]["output"])
+        if settings.prefix_of is not None:
+            item["prefix_of"] = settings.examples[settings.prefix_of[i]].id
+        if settings.score_gold:
+            item |= {name: records[i][name] for name in GOLD}
+        items.setdefault(example.language, []).append(item)
     return items
 
 
@@ -106,12 +113,15 @@ def build_results(settings: Settings, items: dict[str, list[dict]], records: dic
         counts = {mark: sum(values[i] for i in here) for mark, values in marks.items()}
         languages[name] = score_language(settings, rows, intervals[name]) | counts
     keys = ["accuracy", "reference_accuracy"] if settings.two_scorers else ["accuracy"]
+    keys += ["gold_loss"] * settings.score_gold
     mean = {key: round(sum(one[key] for one in languages.values()) / len(languages), 4) for key in keys}
     return {
         "task": settings.task.name,
         "form": settings.form,
         "parallel_input": settings.parallel_input,
+        **({"probe_prefix": settings.probe_prefix} if settings.probe_prefix else {}),
         "mean": {**mean, "interval": mean_interval},
+        **({"gold": mean_gold([row for rows in items.values() for row in rows])} if settings.score_gold else {}),
         "resampling": resampling,
         "languages": languages,
         **({"faulty_rows": settings.faults} if settings.faults else {}),
@@ -142,14 +152,21 @@ def score_language(settings: Settings, rows: list[dict], interval: list[float]) 
     one = {"n": len(rows), "correct": correct, "accuracy": accuracy, "interval": interval}
     if settings.two_scorers:
         one["reference_correct"], one["reference_accuracy"] = percent("reference_correct")
-    return one
+    return one | (mean_gold(rows) if settings.score_gold else {})
+
+
+def mean_gold(rows: list[dict]) -> dict:
+    """Returns the mean loss of the gold answers, in nats per token, over all their tokens together."""
+    tokens = sum(row["gold_tokens"] for row in rows)
+    return {"gold_loss": round(sum(row["gold_loss"] for row in rows) / tokens, 6), "gold_tokens": tokens}
 
 
 def find_published(settings: Settings, languages: dict[str, dict]) -> dict | None:
     """Returns the published row that belongs beside this run, None where there is none."""
     from mindmerger.evaluation.tables import published_scores
 
-    if settings.parallel_input is not None:  # the published rows have none: they would be taken for this run's
+    # The published rows have neither: they would be taken for this run's.
+    if settings.parallel_input is not None or settings.probe_prefix is not None:
         return None
     rows = {name: one["n"] for name, one in languages.items()}
     return published_scores(settings.task, settings.form, settings.llm_path, settings.mt_path, rows)

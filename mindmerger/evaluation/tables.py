@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mindmerger.evaluation.probes import PROBE_TITLES
 from mindmerger.evaluation.statistics import resampling_note
 from mindmerger.tasks.base import PUBLISHED_ENCODER, PUBLISHED_LLMS, Task
 
@@ -15,7 +16,9 @@ FORM_TITLES = {
 def form_title(results: dict) -> str:
     """Returns in words what was evaluated, from the content of a `results.json`; parallel input says who translated."""
     title = FORM_TITLES.get(results["form"], results["form"])
-    parallel = results.get("parallel_input")
+    parallel, probe = results.get("parallel_input"), results.get("probe_prefix")
+    if probe is not None:
+        return f"{title}, {PROBE_TITLES[probe['kind']]}"
     if parallel is None:
         return title
     who = "the benchmark's own rows" if parallel["translations"] == "oracle" else "machine translations"
@@ -41,7 +44,8 @@ def format_results(results: dict) -> str:
     languages, mean, published = results["languages"], results["mean"], results["published"]
     both_scorers = "reference_accuracy" in mean
     head = ["language", "n", "accuracy", "95 % interval"]
-    rows = [head + ["reference"] * both_scorers + ["published"] * bool(published)]
+    gold = results.get("gold")
+    rows = [head + ["reference"] * both_scorers + ["published"] * bool(published) + ["gold loss"] * bool(gold)]
     for name, one in [*languages.items(), ("mean", {"n": results["counts"]["examples"], **mean})]:
         row = [name, str(one["n"]), f"{one['accuracy']:.1f}", "{:.1f} – {:.1f}".format(*one["interval"])]
         if both_scorers:
@@ -49,6 +53,8 @@ def format_results(results: dict) -> str:
         if published:
             score = published["mean"] if name == "mean" else published["scores"].get(name)
             row.append("–" if score is None else f"{score:.1f}")
+        if gold:
+            row.append(f"{one['gold_loss']:.4f}")
         rows.append(row)
     lines = [
         f"{results['task']}, {form_title(results)}: accuracy in percent",
@@ -58,6 +64,9 @@ def format_results(results: dict) -> str:
         lines.append("reference: scored as the released code does (no minus signs, a missing number counts as 0)")
     if published:
         lines.append(f"published: {published['label']}" + published["note"])
+    if gold:
+        over_all = f"over all {gold['gold_tokens']} tokens {gold['gold_loss']:.4f}"
+        lines.append(f"gold loss: mean loss of the gold answers in nats per token; {over_all}")
     if len(languages) > 1 and "resampling" in results:
         lines.append(f"interval of the mean: {resampling_note(results['resampling'])}")
     counts = results["counts"]

@@ -25,9 +25,10 @@ def tokenise_inputs(
     max_seq_len: int,
     max_gen_len: int,
     encoder_text: str = "source",
+    with_target: bool = False,
 ) -> dict:
     """Returns the columns that the model reads: `encoder_ids` and `source_cut` (whether a source was truncated) with
-    the source, `prompt_ids` and `prompt_cut` with the prompt.
+    the source, `prompt_ids` and `prompt_cut` with the prompt, `target_ids` with the target, as in training.
 
     Args:
         encoder_text: what the encoder reads, as the bridge's stage says: "source", or the whole "prompt".
@@ -42,9 +43,10 @@ def tokenise_inputs(
         max_gen_len=max_gen_len,
         with_source=with_source,
         with_prompt=with_prompt,
-        with_target=False,
+        with_target=with_target,
     )
     kept = ["encoder_ids", "source_cut"] * with_source + ["prompt_ids", "prompt_cut"] * with_prompt
+    kept += ["target_ids"] * with_target
     return {name: columns[name] for name in kept}
 
 
@@ -59,7 +61,8 @@ def check_tokens(tokenizers, columns: dict, encoder: tuple, llm: tuple) -> None:
     """
     from mindmerger.data.tokenising import check_rows
 
-    for tokenizer, model, name in ((tokenizers.encoder, encoder, "encoder_ids"), (tokenizers.llm, llm, "prompt_ids")):
+    readers = ((tokenizers.encoder, encoder, "encoder_ids"), (tokenizers.llm, llm, "prompt_ids"))
+    for tokenizer, model, name in (*readers, (tokenizers.llm, llm, "target_ids")):
         check_rows(tokenizer, model[0], (one for ids in columns.get(name, ()) for one in ids), model[1])
     if tokenizers.bos_id is not None:
         check_rows(tokenizers.llm, llm[0], [tokenizers.bos_id], llm[1])
@@ -118,21 +121,24 @@ def split_evaluation(remaining: list[int], settings) -> list[list[int]]:
     return split_batches(remaining, lengths, settings.batch_size, settings.token_budget, settings.max_new_tokens)
 
 
-def batch_inputs(model, tokenizers, columns: dict, batch: list[int]) -> dict:
-    """Returns the arguments of `MindMerger.generate` for the examples numbered `batch`."""
+def batch_inputs(model, tokenizers, columns: dict, batch: list[int], with_target: bool = False) -> dict:
+    """Returns the arguments of `MindMerger.generate` for the examples numbered `batch`, with a target of `forward`."""
     from mindmerger.data.batches import collate
 
-    rows = [{name: columns[name][i] for name in ("encoder_ids", "prompt_ids") if name in columns} for i in batch]
+    kept = ("encoder_ids", "prompt_ids", "target_ids") if with_target else ("encoder_ids", "prompt_ids")
+    rows = [{name: columns[name][i] for name in kept if name in columns} for i in batch]
     tensors = collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
-    names = ("encoder_input_ids", "encoder_attention_mask", "prompt_ids", "prompt_mask")
-    inputs = {name: tensors[name] for name in names if tensors.get(name) is not None}
     # Masks stay on the CPU: packing is planned there, and reading a mask back from the GPU would wait for it.
-    return {name: value.to(model.device) if name.endswith("_ids") else value for name, value in inputs.items()}
+    return {
+        name: value.to(model.device) if name.endswith("_ids") else value
+        for name, value in tensors.items()
+        if value is not None
+    }
 
 
 def explain_batch_out_of_memory(inputs: dict, max_new_tokens: int):
     """Context manager: running out of memory on a batch becomes an error that names its size and what to lower."""
-    names = {"encoder_input_ids": "encoder", "prompt_ids": "prompt"}
+    names = {"encoder_input_ids": "encoder", "prompt_ids": "prompt", "target_ids": "target"}
     sizes = {name: inputs[key].shape[1] for key, name in names.items() if key in inputs}
     rows = next(len(value) for value in inputs.values())
     return explain_out_of_memory(f"on a batch of {rows} examples", sizes | {"answer": max_new_tokens}, MEMORY_FLAGS)
@@ -213,7 +219,22 @@ def load_model(settings, device):
             model.load_mapping(settings.mapping_file)
         if settings.engine == "vllm":  # which loads the LLM itself: twice would not fit
             keep_input_side(model)
+        if settings.probe_prefix is not None and settings.probe_prefix["kind"] == "zero":
+            model.mapping.register_forward_hook(zero_output)
         return model.to(device).eval()
+
+
+def zero_output(bridge, given, output):
+    """Returns a bridge's output with zeros in the place of all its numbers; its mask stays, and with it all positions.
+
+    As a forward hook it reaches every use of the bridge, and no bridge has to know of it.
+    """
+    import torch
+
+    memory = output.memory
+    if memory is not None:
+        memory = [type(one)(*map(torch.zeros_like, one)) for one in memory]
+    return output._replace(prefix_BKD=torch.zeros_like(output.prefix_BKD), memory=memory)
 
 
 def start_engine(settings):

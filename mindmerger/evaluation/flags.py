@@ -1,0 +1,203 @@
+"""An evaluation's command line, and what its flags may not ask for together."""
+
+import argparse
+
+from mindmerger.evaluation.models import DEFAULT_ENCODER, DEFAULT_LLM
+from mindmerger.evaluation.parallel_input import add_arguments as add_parallel_arguments
+from mindmerger.evaluation.parallel_input import options_of
+from mindmerger.evaluation.probes import PROBES
+from mindmerger.generation.answers import DEFAULT_MAX_LEN
+from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, parse_bool
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import model_path
+from mindmerger.runtime.processes import warn
+
+
+def _at_least(minimum: int):
+    def parse_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        # An upper end too: numpy's generators and torch's sizes overflow with a traceback.
+        if value is None or not minimum <= value < 2**64:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text[:40]!r}")
+        return value
+
+    return parse_number
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line, and says which flags have no effect beside --compare.
+
+    Raises:
+        UserError: for a flag that does not exist, or a value that it cannot have.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.compare:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        ignored = [f"--{name}" for name in given if name not in ("compare", "seed", "deepspeed", "local_rank")]
+        if ignored:
+            warn(f"--compare evaluates nothing: no use of {', '.join(ignored)}")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line; every flag with its default and meaning."""
+    parser = CommandParser(
+        description="Evaluates a mapping, or the LLM alone, on one task: greedy answers, scores, one table."
+    )
+    what = parser.add_argument_group("what is evaluated")
+    what.add_argument(
+        "--task", default="math", help="math (means MGSM, the default), math_mgsm, math_msvamp, x-csqa, xnli"
+    )
+    what.add_argument(
+        "--init_checkpoint",
+        type=model_path,
+        help="the mapping: a saved folder, a .safetensors file or a released pytorch_model.bin (default: what the last "
+        "stage of training left in outputs/<save_name>/<task>)",
+    )
+    what.add_argument(
+        "--llm_path",
+        type=model_path,
+        help=f"the LLM; default: what the mapping's config.json names, else {DEFAULT_LLM}",
+    )
+    what.add_argument(
+        "--mt_path", type=model_path, help=f"the encoder; default: as for --llm_path, else {DEFAULT_ENCODER}"
+    )
+    what.add_argument(
+        "--augmentation",
+        type=parse_bool,
+        help="True: Soft, mapped source and prompt (MindMerger's default); False: Hard, mapped source only",
+    )
+    what.add_argument("--llm_only", action="store_true", help="the LLM alone on the prompt: no encoder, no mapping")
+    what.add_argument(
+        "--probe_prefix",
+        choices=PROBES,
+        help="prefix that takes the own one's place, to see whether the LLM reads it: of another question in the same "
+        "language (shuffled, by --seed), or zeros (zero); the prompt stays",
+    )
+    add_parallel_arguments(parser.add_argument_group("parallel multilingual input (PMI), with --llm_only"))
+    _add_data_and_generation(parser)
+    output = parser.add_argument_group("results")
+    output.add_argument("--save_name", default="MindMerger", help="name of the run (default MindMerger)")
+    output.add_argument(
+        "--results_dir", type=model_path, default="results", help="folder of all results folders (default results)"
+    )
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace the results that results/<save_name>/<task> already holds"
+    )
+    output.add_argument(
+        "--seed",
+        type=_at_least(0),
+        default=0,
+        help="seed of the bootstrap intervals, of --compare's sign-flip test and of the exchange of --probe_prefix "
+        "shuffled (default 0); decoding is greedy",
+    )
+    output.add_argument(
+        "--score_gold",
+        action="store_true",
+        help="also compute the mean loss of the gold answers, in nats per token, as training computes it on its "
+        "targets; the gold answer of a math question is its number alone, since test sets hold no reasoning",
+    )
+    output.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FOLDER",
+        help="compare finished results folders instead of evaluating: the first with each other one",
+    )
+    launcher = parser.add_argument_group("launcher and older commands")
+    launcher.add_argument(
+        "--deepspeed",
+        action="store_true",
+        help="accepted: the launcher's processes share the examples with or without it",
+    )
+    launcher.add_argument("--local_rank", type=int, default=0, help="number of this process, appended by the launcher")
+    launcher.add_argument(
+        "--gpu", help="accepted, changes nothing: set CUDA_VISIBLE_DEVICES or use deepspeed --include"
+    )
+    launcher.add_argument("--train_batch_size", help="accepted, changes nothing here")
+    launcher.add_argument("--train_micro_batch_size_per_gpu", help="accepted, changes nothing here")
+    return parser
+
+
+def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_root", type=model_path, default="./datas", help="data folder (default ./datas)")
+    data.add_argument(
+        "--languages", help="languages to evaluate, by name or code, with commas: Swahili,th (default: all of the task)"
+    )
+    data.add_argument(
+        "--limit", type=_at_least(1), help="number of examples of each language, from the first on (default: all)"
+    )
+    data.add_argument(
+        "--skip_faulty_rows",
+        action="store_true",
+        help="leave out and list faulty rows of the test sets; without it the first one ends the run",
+    )
+    generation = parser.add_argument_group("generation")
+    generation.add_argument(
+        "--eval_batch_size",
+        type=_at_least(1),
+        help="most examples of a batch (default 8; with --eval_max_tokens no limit)",
+    )
+    generation.add_argument(
+        "--eval_max_tokens",
+        type=_at_least(1),
+        help="most positions of a batch, new tokens included: short questions then share larger batches",
+    )
+    generation.add_argument(
+        "--max_seq_len",
+        type=_at_least(2),
+        default=DEFAULT_MAX_LEN,
+        help="most tokens of the encoder's input (default 512)",
+    )
+    generation.add_argument(
+        "--max_gen_len",
+        type=_at_least(2),
+        help="most tokens of the prompt (default 512) and, when given, most new tokens",
+    )
+    generation.add_argument(
+        "--max_new_tokens",
+        type=_at_least(1),
+        help="most new tokens, wins over --max_gen_len (default 512 math, 16 others)",
+    )
+    generation.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="dtype of both models (default bf16 on a GPU, fp32 on a CPU)"
+    )
+    generation.add_argument(
+        "--attn_implementation", help="attention of transformers: sdpa, eager, flash_attention_2, …"
+    )
+    generation.add_argument(
+        "--engine",
+        choices=["hf", "vllm"],
+        default="hf",
+        help="library that decodes: transformers (default), or vLLM on one NVIDIA GPU in one process",
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together, and warns of those without effect.
+
+    Raises:
+        UserError: for the first that does not.
+    """
+    check_seed(args.seed)
+    check_save_name(args.save_name)
+    if options_of(args) is not None and not args.llm_only:
+        raise UserError("--parallel_input is for the LLM alone: pass --llm_only too")
+    warn_of_unused(args)
+
+
+def warn_of_unused(args: argparse.Namespace) -> None:
+    """Says which of the given flags have no effect beside the others."""
+    if args.gpu is not None:
+        warn("--gpu changes nothing: choose GPUs by CUDA_VISIBLE_DEVICES or deepspeed --include localhost:0,1")
+    if args.engine == "vllm" and args.attn_implementation is not None:
+        warn("--attn_implementation reaches the encoder alone: vLLM has attention kernels of its own")
+    names = ("init_checkpoint", "augmentation", "mt_path")
+    unused = [f"--{name}" for name in names if args.llm_only and getattr(args, name) is not None]
+    if unused:
+        named = ", of which only the name of its LLM is taken" if args.init_checkpoint and not args.llm_path else ""
+        warn(f"--llm_only evaluates without encoder and mapping: no use of {', '.join(unused)}{named}")
