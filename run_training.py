@@ -1,18 +1,19 @@
-"""Trains MindMerger's mapping: both stages share this command line and this one loop.
+"""Trains what stands between the two frozen models: all stages share this command line and this one loop.
 
     deepspeed run_training.py --deepspeed --llm_path meta-math/MetaMath-7B-V1.0 --mt_path google/mt5-xl --task math \\
         --stage_name mapping --train_num 100000 --train_batch_size 128 --train_micro_batch_size_per_gpu 8
 
-Reads top to bottom: flags, what can be checked before models load, the run's parts, the loop, its outputs.
+Read it from the end: `main` is the order of a run, `train` its loop, `train_step` one optimizer step.
 """
 
-import contextlib
+import itertools
 import json
 import math
 import os
 import signal
 import tempfile
 import time
+from typing import TYPE_CHECKING
 
 from mindmerger.runtime.command import run_main
 from mindmerger.runtime.errors import ReportedError
@@ -28,41 +29,45 @@ from mindmerger.runtime.processes import (
     warn,
     world_size,
 )
-from mindmerger.runtime.signals import end_with_parent, watch_launcher
-from mindmerger.training.checkpoints import remove_leftovers
+from mindmerger.runtime.signals import Signals, end_with_parent, watch_launcher
+from mindmerger.training.deepspeed_config import zero_stage
 from mindmerger.training.dry_run import print_estimate
 from mindmerger.training.guards import (
     EVAL_MEMORY_FLAGS,
     UPDATE_MEMORY_FLAGS,
+    explain_step_out_of_memory,
     not_finite_error,
-    out_of_memory_named,
     probe_memory,
 )
 from mindmerger.training.outputs import (
-    clear_outputs,
     find_checkpoint_to_resume,
+    locked,
     save_checkpoint,
     save_mapping,
     write_settings,
 )
-from mindmerger.training.record import Recorder, draw_loss, peak_memory_gb, perplexity
+from mindmerger.training.record import draw_loss, peak_memory_gb, perplexity, recording
 from mindmerger.training.settings import FAULTS_FILE, Settings, check_lengths, check_tokens, parse, settle
-from mindmerger.training.trainer import EpochCut, Trainer, build_trainer
+from mindmerger.training.trainer import Progress, Run, build, set_learning_rate
+
+if TYPE_CHECKING:  # numpy and torch are imported where they are used: --help answers at once
+    from mindmerger.data.loader import GlobalBatch, TrainingData
 
 # What a stage trains on, by the names that tokenised data of earlier versions is found under.
 DATA_OF_STAGE = {"pairs": "mapping", "task": "augmentation", "english_task": "augmentation"}
-EVAL_BATCHES_PER_CHECK = 16  # how often an evaluation looks whether the run was asked to stop
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
 
 
-def load_data(args, settings: Settings, cache_dir=None):
-    """Tokenised training set, tokenizers and the dev/train split; tokenising happens once on each node."""
+def load_data(settings: Settings, cache_dir=None) -> "TrainingData":
+    """Tokenises the stage's examples, once on each node, and splits them."""
     from mindmerger.data.batches import automatic_dev_size, split_dev
+    from mindmerger.data.loader import TrainingData
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.data.training_set import open_or_build
     from mindmerger.tasks.examples import StageData
     from mindmerger.tasks.readers import describe_faults
 
+    args = settings.args
     tokenizers = on_all_ranks(load_tokenizers, args.mt_path, args.llm_path)
     stage = StageData(
         settings.task,
@@ -73,7 +78,7 @@ def load_data(args, settings: Settings, cache_dir=None):
         settings.stage.encoder_text,
         args.skip_faulty_rows,
     )
-    data = first_on_each_node(
+    examples = first_on_each_node(
         open_or_build,
         stage,
         tokenizers,
@@ -82,10 +87,10 @@ def load_data(args, settings: Settings, cache_dir=None):
         with_prompt=settings.with_prompt,
         cache_dir=cache_dir,
     )
-    number = len(data.dataset)
-    if data.faults:
+    number = len(examples.dataset)
+    if examples.faults:
         where = "" if args.dry_run else f", all of them listed in {settings.output_dir / FAULTS_FILE}"
-        warn(describe_faults(data.faults, where))
+        warn(describe_faults(examples.faults, where))
     if args.dev_size == "auto":  # the number is what a checkpoint knows
         args.dev_size = automatic_dev_size(number)
         log(f"--dev_size auto: {args.dev_size} of {number} examples")
@@ -97,12 +102,12 @@ def load_data(args, settings: Settings, cache_dir=None):
     dev, train = on_all_ranks(split_dev, number, args.dev_size, args.seed)
     if len(dev) > len(train):
         warn(f"--dev_size {len(dev)} takes {len(dev) / number:.0%} of the examples: --dev_size auto takes a tenth")
-    log(f"data: {len(train)} training and {len(dev)} dev examples; " + json.dumps(data.counts, ensure_ascii=False))
-    return tokenizers, data, (dev, train)
+    log(f"data: {len(train)} training and {len(dev)} dev examples; " + json.dumps(examples.counts, ensure_ascii=False))
+    return TrainingData(examples, tokenizers, dev, train)
 
 
-def train(trainer: Trainer, record) -> int:
-    """Runs from where the trainer stands to the last step, with evaluations and checkpoints where they are due.
+def train(run: Run, progress: Progress) -> int:
+    """Trains from where the run stands to its last step, with evaluations and checkpoints where they are due.
 
     Returns:
         0, or the exit code of the signal that ended it; a checkpoint of that moment is then written.
@@ -110,49 +115,42 @@ def train(trainer: Trainer, record) -> int:
     Raises:
         UserError: as `train_step` and `evaluate_and_save` do, and when the disk refuses what is written.
     """
-    bar = progress_bar(total=trainer.total_steps, initial=trainer.step, desc=trainer.args.stage_name, unit="step")
-    with bar:  # closed after an error too, whose line would else begin behind it
-        return train_steps(trainer, record, bar)
-
-
-def train_steps(trainer: Trainer, record, bar) -> int:
-    """The loop of `train`, which also says what it returns; `bar` shows how far it is."""
-    code = 0
-    if trainer.evaluation_due:  # the run was stopped between a step and its evaluation
-        code = evaluate_and_save(trainer, record)
-    while trainer.step < trainer.total_steps and not code:
-        epoch, first = trainer.epoch, trainer.batch
-        batches = iter(trainer.loader(EpochCut(trainer, epoch, first)))
-        for micro_batches, target_tokens, indices in trainer.epoch_steps(epoch, first):
-            line, code = train_step(trainer, batches, micro_batches, target_tokens, indices)
-            record(line, epoch)
-            trainer.step += 1
-            trainer.epoch, trainer.batch = divmod(
-                epoch * trainer.steps_per_epoch + trainer.batch + 1, trainer.steps_per_epoch
-            )
+    if progress.evaluation_due and (code := evaluate_and_save(run, progress)):
+        return code
+    code, left = 0, run.total_steps - progress.step
+    batches = itertools.islice(run.loader.starting_at(progress.epoch, progress.batch), left)
+    with progress_bar(total=run.total_steps, initial=progress.step, desc=run.args.stage_name, unit="step") as bar:
+        for batch in batches:
+            line, code = train_step(run, progress.step, batch)
+            run.record(line, batch.epoch)
+            progress.advance(run.loader.steps_per_epoch)
             bar.update()
-            if trainer.step % STEPS_PER_RELEASE == 0:
-                trainer.data.release_pages()
-            end = trainer.step == trainer.total_steps
-            due = len(trainer.dev) and (trainer.step % trainer.eval_steps == 0 or trainer.batch == 0 or end)
-            if due:
-                trainer.evaluation_due = True
-                code = code or evaluate_and_save(trainer, record)
-            elif end:  # without a dev split the last mapping is the best known
-                save_mapping(trainer, trainer.settings.output_dir)
-                save_mapping(trainer, trainer.settings.output_dir / "last")
-            if trainer.step % trainer.save_steps == 0 or end or code or trainer.signals.save_agreed:
-                record.flush()
-                save_checkpoint(trainer)
-                trainer.signals.save_agreed = False
-            if end or code:
+            if progress.step % STEPS_PER_RELEASE == 0:
+                run.data.release_pages()
+            last = progress.step == run.total_steps
+            if len(run.loader.data.dev) == 0:
+                if last:  # without a dev split the last mapping is the best known
+                    save_mapping(run, run.settings.output_dir)
+                    save_mapping(run, run.settings.output_dir / "last")
+            elif progress.step % run.eval_steps == 0 or progress.batch == 0 or last:
+                progress.evaluation_due = True  # in the checkpoint of a run that is stopped before it
+                code = code or evaluate_and_save(run, progress)
+            if progress.step % run.save_steps == 0 or last or code or run.signals.save_agreed:
+                run.record.flush()
+                save_checkpoint(run, progress)
+                run.signals.save_agreed = False
+            if code:
                 break
     return code
 
 
-def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, indices) -> tuple[dict, int]:
-    """One optimizer step: the loss is summed over all its target tokens and divided by their number, so that neither
-    the cut into micro-batches nor the number of processes changes the gradient.
+def train_step(run: Run, step: int, batch: "GlobalBatch") -> tuple[dict, int]:
+    """Takes one optimizer step. The loss is summed over all its target tokens and divided by their number, so that
+    neither the split into micro-batches nor the number of processes changes the gradient.
+
+    Args:
+        step: optimizer steps taken before.
+        batch: what it trains on.
 
     Returns:
         the step's line of the log, and the exit code of a stop that any rank was asked for or 0.
@@ -160,46 +158,25 @@ def train_step(trainer: Trainer, batches, micro_batches, target_tokens: int, ind
     Raises:
         UserError: on every rank, before the update, when loss or gradient is not finite, or memory ran out.
     """
-    import torch
-
-    engine, started = trainer.engine, time.perf_counter()
-    rate = trainer.learning_rate(trainer.step)
-    for group in engine.basic_optimizer.param_groups:
-        group["lr"] = rate
-    losses, waited = [], 0.0
-    for number, micro in enumerate(micro_batches, start=1):
-        asked = time.perf_counter()
-        collated = next(batches)
-        waited += time.perf_counter() - asked
-        batch = trainer.to_device(collated)
-        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-        with out_of_memory_named(batch):
+    started, losses = time.perf_counter(), []
+    # ----------------------------------------------------------------------------------------------------- one step
+    rate = set_learning_rate(run, step)
+    for micro in batch.micro_batches:
+        inputs = micro.load(run.device)
+        run.engine.set_gradient_accumulation_boundary(micro is batch.micro_batches[-1])
+        with explain_step_out_of_memory(inputs):
             # DeepSpeed averages gradients over processes, hence the factor. Without rows, a rank passes with weight 0.
-            loss = engine(**batch).loss_sum * (micro.weight * world_size() / target_tokens)
-            engine.backward(loss, scale_wrt_gas=False)
+            loss = run.engine(**inputs.tensors).loss_sum * (micro.weight * world_size() / batch.target_tokens)
+            run.engine.backward(loss, scale_wrt_gas=False)  # it would divide by the number of micro-batches
         losses.append(loss.detach())
-        trainer.signals.alive()
-    step_loss = torch.stack(losses).sum() / world_size()
-    with out_of_memory_named(batch, UPDATE_MEMORY_FLAGS, f"in the update of step {trainer.step + 1}, "):
-        norm, loss, code = update(trainer, step_loss, losses, micro_batches)
-    seconds = time.perf_counter() - started
-    lengths = trainer.lengths
-    processed = sum(len(m.indices) * int(lengths[m.indices].max()) for m in micro_batches)
-    line = {
-        "loss": loss,
-        "lr": rate,
-        "grad_norm": norm,
-        "target_tokens": target_tokens,
-        "samples_per_s": len(indices) / seconds,
-        "tokens_per_s": int(lengths[indices].sum()) / seconds,
-        "padding_share": 1 - sum(int(lengths[m.indices].sum() * m.weight) for m in micro_batches) / processed,
-        "data_wait_share": waited / seconds,
-        "peak_memory_gb": peak_memory_gb(trainer.device),
-    }
-    return line, code
+        run.signals.alive()
+    with explain_step_out_of_memory(inputs, UPDATE_MEMORY_FLAGS, f"in the update of step {step + 1}, "):
+        norm, loss, code = apply_gradient(run, step, batch, losses)  # the step's only wait for the GPU
+    # --------------------------------------------------------------------------------------------------------------
+    return {"loss": loss, "lr": rate, "grad_norm": norm, **throughput(run, batch, time.perf_counter() - started)}, code
 
 
-def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, float, int]:
+def apply_gradient(run: Run, step: int, batch: "GlobalBatch", losses: list) -> tuple[float, float, int]:
     """Clips and applies the gradient.
 
     Returns:
@@ -210,52 +187,64 @@ def update(trainer: Trainer, step_loss, losses, micro_batches) -> tuple[float, f
     """
     import torch
 
-    from mindmerger.training.deepspeed_config import zero_stage
-
-    engine = trainer.engine
-    by_hand = zero_stage(trainer.settings.config) == 0
+    engine, step_loss = run.engine, torch.stack(losses).sum() / world_size()
+    by_hand = zero_stage(run.settings.config) == 0  # DeepSpeed neither reports the norm there nor stops at a bad one
     norm = step_loss.new_zeros(())
     if by_hand:
         trained = list(engine.module.trained_parameters().values())
-        norm = torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained, run.args.max_grad_norm)
     # The one synchronisation of the step. At ZeRO 0 all ranks have the same norm.
-    code, sums = trainer.signals.agree(trainer.device, step_loss, norm / world_size())
+    code, sums = run.signals.agree(run.device, step_loss, norm / world_size())
     loss, norm = sums.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise not_finite_error(trainer, loss, norm, losses, micro_batches)
+        raise not_finite_error(run, step, batch, loss, norm, losses)
     engine.step()
     if not by_hand:
         norm = float(engine.get_global_grad_norm())
         if not engine.was_step_applied() or not math.isfinite(norm):
-            raise not_finite_error(trainer, loss, norm, losses, micro_batches)
+            raise not_finite_error(run, step, batch, loss, norm, losses)
     return norm, loss, code
 
 
-def dev_loss(trainer: Trainer) -> tuple[float, int]:
-    """Mean cross-entropy over the dev split's target tokens, its examples shared among the ranks.
+def throughput(run: Run, batch: "GlobalBatch", seconds: float) -> dict:
+    """Returns what a step's line says of its speed, of all ranks but for the shares and the memory."""
+    lengths, mine = run.loader.lengths, batch.micro_batches
+    processed = sum(len(micro.rows) * int(lengths[micro.rows].max()) for micro in mine)
+    return {
+        "target_tokens": batch.target_tokens,
+        "samples_per_s": len(batch.indices) / seconds,
+        "tokens_per_s": int(lengths[batch.indices].sum()) / seconds,
+        "padding_share": 1 - sum(int(lengths[micro.rows].sum() * micro.weight) for micro in mine) / processed,
+        "data_wait_share": sum(micro.waited for micro in mine) / seconds,
+        "peak_memory_gb": peak_memory_gb(run.device),
+    }
+
+
+def dev_loss(run: Run) -> tuple[float, int]:
+    """Computes the mean cross-entropy over the dev split's target tokens, its examples shared among the ranks.
 
     Returns:
         the loss and 0, or nan and the exit code of a signal that cut it short.
     """
     import torch
 
-    micro_batches, target_tokens = trainer.cut(trainer.dev, trainer.args.eval_batch_size)
-    total = torch.zeros((), dtype=torch.float64, device=trainer.device)
-    nothing = torch.zeros((), device=trainer.device)
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    nothing = torch.zeros((), device=run.device)
     with torch.no_grad():
-        batches = trainer.loader([m.indices for m in micro_batches])
-        for number, (micro, batch) in enumerate(zip(micro_batches, batches, strict=True)):
-            with out_of_memory_named(batch, EVAL_MEMORY_FLAGS):
-                total += trainer.engine(**trainer.to_device(batch)).loss_sum.double() * micro.weight
-            trainer.signals.alive()
-            if number % EVAL_BATCHES_PER_CHECK == 0 and (code := trainer.signals.agree(trainer.device, nothing)[0]):
+        for group in run.loader.dev_groups():
+            for micro in group:
+                inputs = micro.load(run.device)
+                with explain_step_out_of_memory(inputs, EVAL_MEMORY_FLAGS):
+                    total += run.engine(**inputs.tensors).loss_sum.double() * micro.weight
+                run.signals.alive()
+            if code := run.signals.agree(run.device, nothing)[0]:
                 return math.nan, code
-    code, (total,) = trainer.signals.agree(trainer.device, total)
-    return total.item() / target_tokens, code
+    code, (total,) = run.signals.agree(run.device, total)
+    return total.item() / run.loader.dev_target_tokens(), code
 
 
-def evaluate_and_save(trainer: Trainer, record) -> int:
-    """Evaluates on the dev split; keeps the mapping as the last one and, when it is, as the best.
+def evaluate_and_save(run: Run, progress: Progress) -> int:
+    """Evaluates on the dev split; saves the mapping as the last one and, when it is, as the best.
 
     Returns:
         0, or the exit code of a signal; the evaluation is then due again unless it was complete.
@@ -263,76 +252,62 @@ def evaluate_and_save(trainer: Trainer, record) -> int:
     Raises:
         UserError: on every rank, when the dev loss is not finite.
     """
-    loss, code = dev_loss(trainer)
+    loss, code = dev_loss(run)
     if math.isnan(loss) and code:
         return code
     if not math.isfinite(loss):  # all ranks have the same
         raise ReportedError(
-            f"dev loss {loss} at step {trainer.step} is not finite: stopped, earlier checkpoints and the best mapping "
+            f"dev loss {loss} at step {progress.step} is not finite: stopped, earlier checkpoints and the best mapping "
             "so far are kept; lower --lr, or use --precision fp32"
         )
-    trainer.evaluation_due = False
-    record.evaluation(trainer.step, loss)
-    best = loss < trainer.best_dev_loss
+    progress.evaluation_due = False
+    run.record.evaluation(progress.step, loss)
+    best = loss < progress.best_dev_loss
     if best:
-        trainer.best_dev_loss = loss
-        save_mapping(trainer, trainer.settings.output_dir)
-    save_mapping(trainer, trainer.settings.output_dir / "last")
-    log(
-        f"step {trainer.step}: dev loss {loss:.4f}, perplexity {perplexity(loss):.3f}{' (best so far)' if best else ''}"
-    )
+        progress.best_dev_loss = loss
+        save_mapping(run, run.settings.output_dir)
+    save_mapping(run, run.settings.output_dir / "last")
+    said = " (best so far)" if best else ""
+    log(f"step {progress.step}: dev loss {loss:.4f}, perplexity {perplexity(loss):.3f}{said}")
     return code
 
 
-def prepare(args):
-    """Checks and settles everything that needs no model: the settings, the data, the checkpoint to continue from."""
+def prepare(args, cache_dir=None) -> tuple[Settings, "TrainingData"]:
+    """Settles everything that can be known before a weight loads: the flags, the data, and that they fit the models.
+
+    Raises:
+        UserError: for the first thing that does not fit.
+    """
     settings = on_all_ranks(settle, args)
     settings.init_file, settings.init_hash = broadcast_object((settings.init_file, settings.init_hash))
-    cache_dir = None
-    with contextlib.ExitStack() as stack:
-        if args.dry_run:
-            cache_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="mindmerger-dry-run-"))
-        tokenizers, data, split = load_data(args, settings, cache_dir)
-        llm, encoder = settings.models
-        agree_on({"data": data.fingerprint, "LLM (--llm_path)": llm, "encoder (--mt_path)": encoder})
-        on_all_ranks(check_lengths, settings, data)
-        on_all_ranks(check_tokens, settings, tokenizers, data)
-        if args.dry_run:
-            on_all_ranks(print_estimate, args, settings, data, split)
-            return None
-    return settings, tokenizers, data, split
+    data = load_data(settings, cache_dir)
+    models = {"LLM (--llm_path)": settings.models[0], "encoder (--mt_path)": settings.models[1]}
+    agree_on({"data": data.examples.fingerprint, **models})
+    on_all_ranks(check_lengths, settings, data.examples)
+    on_all_ranks(check_tokens, settings, data.tokenizers, data.examples)
+    return settings, data
 
 
-def run(args, device, settings: Settings, tokenizers, data, split) -> int:
+def run_stage(settings: Settings, data: "TrainingData", device) -> int:
     """Trains the stage in its locked output folder; returns the exit code."""
-    from mindmerger.runtime.files import FolderLock
-    from mindmerger.runtime.signals import Signals
-
-    with contextlib.ExitStack() as stack:
-        lock = on_all_ranks(lambda: FolderLock(settings.output_dir) if is_main() else None)
-        if lock is not None:
-            stack.callback(lock.release)
-            remove_leftovers(settings.output_dir)
-        if args.overwrite_output_dir:
-            on_all_ranks(clear_outputs, settings.output_dir)
-        checkpoint = broadcast_object(on_all_ranks(find_checkpoint_to_resume, args, settings, data))
-        trainer = build_trainer(args, settings, device, tokenizers, data, split, checkpoint)
-        record = Recorder(args, settings.output_dir)
-        stack.push(lambda kind, *_: record.close(failed=kind is not None))
-        on_all_ranks(write_settings, args, settings, data)
-        on_all_ranks(record.rewind, trainer.step, trainer.evaluation_due)
-        trainer.engine.train()
-        on_all_ranks(probe_memory, trainer)
-        trainer.signals = Signals()
-        code = train(trainer, record)
-        with trainer.signals.saving():
-            on_all_ranks(record.flush)
-            if is_main():
-                draw_loss(record.path, settings.output_dir / "loss.png")
-        # Not after an error: a launcher's SIGTERM must not end this rank before it has said what happened.
-        trainer.signals.close()
+    with locked(settings.output_dir, start_over=settings.args.overwrite_output_dir):
+        checkpoint = broadcast_object(on_all_ranks(find_checkpoint_to_resume, settings, data.examples))
+        run, progress = build(settings, data, device, checkpoint)
+        with recording(settings.args, settings.output_dir) as run.record:
+            on_all_ranks(write_settings, settings, data.examples)
+            on_all_ranks(run.record.rewind, progress.step, progress.evaluation_due)
+            run.engine.train()
+            on_all_ranks(probe_memory, run)
+            run.signals = Signals()
+            code = train(run, progress)
+            with run.signals.saving():
+                on_all_ranks(run.record.flush)
+                if is_main():
+                    draw_loss(run.record.path, settings.output_dir / "loss.png")
+            # Not after an error: a launcher's SIGTERM must not end this rank before it has said what happened.
+            run.signals.close()
     end = "ended by a signal" if code else "finished"
-    log(f"{end} at step {trainer.step} of {trainer.total_steps}: {settings.output_dir}")
+    log(f"{end} at step {progress.step} of {run.total_steps}: {settings.output_dir}")
     return code
 
 
@@ -350,8 +325,11 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.use_deterministic_algorithms(args.deterministic)
     import_deepspeed_quietly()
-    prepared = prepare(args)
-    return run(args, device, *prepared) if prepared is not None else 0
+    if not args.dry_run:
+        return run_stage(*prepare(args), device)
+    with tempfile.TemporaryDirectory(prefix="mindmerger-dry-run-") as cache_dir:
+        on_all_ranks(print_estimate, *prepare(args, cache_dir))
+    return 0
 
 
 if __name__ == "__main__":

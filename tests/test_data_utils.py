@@ -686,19 +686,19 @@ def test_collate_pads_on_the_right_with_each_sides_pad_id():
         {"encoder_ids": [8], "prompt_ids": [4, 4], "target_ids": [9, 2]},
     ]
     batch = collate(rows, encoder_pad_id=0, llm_pad_id=2)
-    assert batch["encoder_input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["encoder_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["prompt_ids"].tolist() == [[2, 2], [4, 4]] and batch["prompt_mask"].tolist() == [[0, 0], [1, 1]]
-    assert batch["target_ids"].tolist() == [[9, 2], [9, 2]] and batch["target_mask"].tolist() == [[1, 0], [1, 1]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert batch.encoder_input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.encoder_attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.prompt_ids.tolist() == [[2, 2], [4, 4]] and batch.prompt_mask.tolist() == [[0, 0], [1, 1]]
+    assert batch.target_ids.tolist() == [[9, 2], [9, 2]] and batch.target_mask.tolist() == [[1, 0], [1, 1]]
+    assert {tensor.dtype for tensor in batch.tensors.values()} == {torch.int64}
 
 
 def test_collate_gives_none_for_segments_that_no_row_has(tokenizers, tmp_path):
     built = build(tokenizers, tmp_path, stage="mapping", languages=parse_languages("German"))
     batch = collate([built.dataset[0], built.dataset[3]], 0, 2)
-    assert batch["prompt_ids"] is None and batch["prompt_mask"] is None
-    assert batch["target_ids"].shape[0] == 2
-    assert collate([{"encoder_ids": [1]}], 0, 2)["target_ids"] is None
+    assert batch.prompt_ids is None and batch.prompt_mask is None
+    assert batch.target_ids.shape[0] == 2
+    assert collate([{"encoder_ids": [1]}], 0, 2).target_ids is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -157,12 +157,12 @@ def slow(path):
     time.sleep(3)
     sync(path)
 
-def stopped(trainer, *rest):
-    if trainer.step == 2:
+def stopped(run, step, batch):
+    if step == 2:
         checkpoints.sync_folder = slow
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
-    return train_step(trainer, *rest)
+    return train_step(run, step, batch)
 
 run_training.train_step = stopped
 command.run_main(lambda: run_training.main(sys.argv[1:]))

@@ -83,11 +83,13 @@ def evaluate(datas, tmp_path, monkeypatch, mapping, tiny_encoder):
 
 @pytest.fixture
 def check_training(flags, tmp_path, monkeypatch):
-    """Runs all of the training command up to loading models; returns its tokenised data."""
+    """Runs all of the training command up to loading models; returns its settings and data."""
     monkeypatch.chdir(tmp_path)
 
     def call(*extra):
         argv = [*flags, "--languages", "Swahili", *(str(part) for part in extra)]
+        if "--dry_run" in extra:
+            return run_training.main(argv)
         return run_training.prepare(training_settings.parse(argv))
 
     return call
@@ -129,8 +131,8 @@ def test_training_and_evaluation_end_texts_with_the_same_token(check_training, l
     byte_tokenizer(llm, {"eos_token": "<|im_end|>", "bos_token": "<s>", "unk_token": "</s>"})
     for name in ("config.json", "generation_config.json"):
         edit_json(llm / name, eos_token_id=None)
-    _, _, data, _ = check_training("--llm_path", llm)
-    ends = {ids[-1] for ids in data.dataset["target_ids"]}
+    _, data = check_training("--llm_path", llm)
+    ends = {ids[-1] for ids in data.examples.dataset["target_ids"]}
     assert ends == {0} and ends <= set(MindMerger.from_models(None, str(llm)).eos_token_ids)
 
 
@@ -366,7 +368,7 @@ def loss_of(llm, encoder):
     examples = [{name: ids[i] for name, ids in lengths.items()} for i in range(2)]
     torch.manual_seed(0)
     model = MindMerger.from_models(str(encoder), str(llm), torch.float32)
-    return model(**collate(examples, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)).loss
+    return model(**collate(examples, tokenizers.encoder_pad_id, tokenizers.llm_pad_id).tensors).loss
 
 
 @pytest.mark.parametrize("where", ["tokenizer", "config beyond", "config negative", "generation config"])

@@ -15,6 +15,7 @@ from conftest import ROOT, byte_tokenizer, make_tiny_encoder, read_log, run_many
 from safetensors.torch import load_file, save_file
 
 from mindmerger.bridges import Mapping
+from mindmerger.data.loader import BatchLoader, TrainingData
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import dry_run, guards
@@ -546,8 +547,8 @@ def test_an_automatic_dev_split_of_nothing_is_said(flags, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for number, said in ((9, True), (10, False)):
         given = [*flags, "--languages", "Swahili", "--train_num", str(number), "--dev_size", "auto"]
-        *_, (dev, train) = run_training.prepare(training_settings.parse(given))
-        assert (len(dev), len(train)) == ((0, 9) if said else (1, 9))
+        _, data = run_training.prepare(training_settings.build_parser().parse_args(given))
+        assert (len(data.dev), len(data.train)) == ((0, 9) if said else (1, 9))
         assert ("--dev_size auto takes a tenth, none of 9 examples" in capsys.readouterr().err) == said
 
 
@@ -582,31 +583,24 @@ def test_the_memory_probe_takes_the_most_targets_and_sources_as_well_as_the_long
     data = SimpleNamespace(
         dataset=datasets.Dataset.from_dict(stored),
         **{f"{name}_lengths": lengths[:, i] for i, name in enumerate(("encoder", "prompt", "target"))},
+        merged_lengths=lambda prefix_length: 2 + lengths.sum(1),
     )
     args = training_settings.parse(
         ["--train_micro_batch_size_per_gpu", "2", "--eval_batch_size", "1", "--num_workers", "0"]
     )
     ids = SimpleNamespace(encoder_pad_id=0, llm_pad_id=0)
-    places = {
-        "settings": None,
-        "lengths": 2 + lengths.sum(1),
-        "tokenizers": ids,
-        "device": torch.device("cpu"),
-        "steps_per_epoch": 1,
-        "save_steps": 1,
-    }
-    trainer = training_trainer.Trainer(
-        args=args, data=data, engine=None, train=np.arange(6), dev=np.arange(6, 8), eval_steps=1, **places
+    # On the dev split's turn, training rows with more targets must not come before it.
+    train = np.arange(2, 4) if part == "dev" else np.arange(6)
+    loader = BatchLoader(args, TrainingData(data, ids, np.arange(6, 8), train), None, torch.device("cpu"))
+    run = training_trainer.Run(
+        SimpleNamespace(args=args), Engine(kind, limit), loader, total_steps=1, eval_steps=1, save_steps=1
     )
-    trainer.engine = Engine(kind, limit)
-    if part == "dev":  # training rows have more targets: their pass comes first
-        trainer.train = np.arange(2, 4)
     with pytest.raises(
         UserError, match=f"out of memory on rank 0 with a micro-batch of {rows}".replace(", target", ".*target")
     ):
-        guards.probe_memory(trainer)
-    trainer.engine.limit = 10**6
-    guards.probe_memory(trainer)
+        guards.probe_memory(run)
+    run.engine.limit = 10**6
+    guards.probe_memory(run)
 
 
 def test_without_a_dev_split_the_last_mapping_is_also_the_best(run, flags, tmp_path):
@@ -647,9 +641,9 @@ def test_stage_form_and_defaults_follow_the_published_flags():
     ],
 )
 def test_learning_rate_warms_up_and_decays(scheduler, expected):
-    args = training_settings.parse(["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"])
-    fields = dict.fromkeys(("settings", "engine", "data", "tokenizers", "dev", "train", "device", "lengths"))
-    trainer = training_trainer.Trainer(
-        args=args, **fields, steps_per_epoch=5, total_steps=10, eval_steps=1, save_steps=1
+    args = training_settings.build_parser().parse_args(
+        ["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"]
     )
-    assert [trainer.learning_rate(step) / 2 for step in range(10)] == pytest.approx(expected)
+    assert [training_trainer.learning_rate(args, step, total_steps=10) / 2 for step in range(10)] == pytest.approx(
+        expected
+    )

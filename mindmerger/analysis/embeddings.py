@@ -75,8 +75,8 @@ def encode_sentences(encoder, tokenizers, examples: list, max_seq_len: int, batc
     states = []
     for start in range(0, len(examples), batch_size):
         rows = [{"encoder_ids": ids} for ids in columns["encoder_ids"][start : start + batch_size]]
-        tensors = collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
-        ids_BS, mask_BS = tensors["encoder_input_ids"].to(device), tensors["encoder_attention_mask"]
+        batch = collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id).to(device)
+        ids_BS, mask_BS = batch.encoder_input_ids, batch.encoder_attention_mask
         with torch.no_grad():
             # collate pads on the right: encoders with absolute positions give other states under left padding.
             states_BSE = encoder(input_ids=ids_BS, attention_mask=mask_BS.to(device)).last_hidden_state

@@ -5,11 +5,15 @@ Dimension letters: B rows, S encoder tokens, P prompt tokens, T target tokens.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mindmerger.tasks.readers import DataError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and only tensors need it
+    import torch
 
 
 def _generator(*key: int) -> np.random.RandomState:
@@ -149,21 +153,48 @@ def _starts_by_budget(longest: np.ndarray, token_budget: int) -> list[int]:
     return starts[::-1]
 
 
-def collate(rows: Sequence[Mapping[str, Sequence[int]]], encoder_pad_id: int, llm_pad_id: int) -> dict:
-    """Pads rows on the right into int64 tensors.
+@dataclass
+class Batch:
+    """Rows as int64 tensors, padded on the right; both of a pair are None where no row has that segment."""
 
-    Returns:
-        `encoder_input_ids`, `encoder_attention_mask` (B, S); `prompt_ids`, `prompt_mask` (B, P); `target_ids`,
-        `target_mask` (B, T). Both of a pair are None where no row has that segment.
-    """
-    tensors = {}
-    for ids_name, mask_name, column, pad_id in (
-        ("encoder_input_ids", "encoder_attention_mask", "encoder_ids", encoder_pad_id),
-        ("prompt_ids", "prompt_mask", "prompt_ids", llm_pad_id),
-        ("target_ids", "target_mask", "target_ids", llm_pad_id),
-    ):
-        tensors[ids_name], tensors[mask_name] = _pad([row.get(column) or [] for row in rows], pad_id)
-    return tensors
+    encoder_input_ids: "torch.Tensor | None"  # (B, S)
+    encoder_attention_mask: "torch.Tensor | None"
+    prompt_ids: "torch.Tensor | None"  # (B, P)
+    prompt_mask: "torch.Tensor | None"
+    target_ids: "torch.Tensor | None"  # (B, T)
+    target_mask: "torch.Tensor | None"
+
+    @property
+    def tensors(self) -> dict:
+        """The tensors that there are, by the names of the model's arguments."""
+        return {field.name: tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The tokens of each segment's longest row, padding included, for messages."""
+        segments = {"encoder": self.encoder_input_ids, "prompt": self.prompt_ids, "target": self.target_ids}
+        return {name: ids.shape[1] for name, ids in segments.items() if ids is not None}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def to(self, device) -> "Batch":
+        """Moves the ids to the device. Masks stay on the CPU: packing is planned there, and reading a mask back from
+        the GPU would wait for it."""
+        names = ("encoder_input_ids", "prompt_ids", "target_ids")
+        moved = {name: self.tensors[name].to(device, non_blocking=True) for name in names if name in self.tensors}
+        return replace(self, **moved)
+
+    def pin(self) -> "Batch":
+        """Copies the tensors into pinned memory, from which a GPU reads while the CPU goes ahead."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors.items()})
+
+
+def collate(rows: Sequence[Mapping[str, Sequence[int]]], encoder_pad_id: int, llm_pad_id: int) -> Batch:
+    """Pads rows of `encoder_ids`, `prompt_ids` and `target_ids` on the right."""
+    columns = (("encoder_ids", encoder_pad_id), ("prompt_ids", llm_pad_id), ("target_ids", llm_pad_id))
+    pairs = [_pad([row.get(column) or [] for row in rows], pad_id) for column, pad_id in columns]
+    return Batch(*(tensor for pair in pairs for tensor in pair))
 
 
 def _pad(segments: list[Sequence[int]], pad_id: int) -> tuple:

@@ -127,13 +127,7 @@ def batch_inputs(model, tokenizers, columns: dict, batch: list[int], with_target
 
     kept = ("encoder_ids", "prompt_ids", "target_ids") if with_target else ("encoder_ids", "prompt_ids")
     rows = [{name: columns[name][i] for name in kept if name in columns} for i in batch]
-    tensors = collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
-    # Masks stay on the CPU: packing is planned there, and reading a mask back from the GPU would wait for it.
-    return {
-        name: value.to(model.device) if name.endswith("_ids") else value
-        for name, value in tensors.items()
-        if value is not None
-    }
+    return collate(rows, tokenizers.encoder_pad_id, tokenizers.llm_pad_id).to(model.device).tensors
 
 
 def explain_batch_out_of_memory(inputs: dict, max_new_tokens: int):

@@ -2,10 +2,13 @@
 
 import json
 import math
+from typing import TYPE_CHECKING
 
 from mindmerger.runtime.processes import is_main, world_size
 from mindmerger.training.settings import ASSUMED_GPU, ASSUMED_SHARE, Settings
-from mindmerger.training.trainer import steps_per_epoch
+
+if TYPE_CHECKING:
+    from mindmerger.data.loader import TrainingData
 
 PEAK_FLOPS = {"bf16": 312e12, "fp32": 19.5e12}
 
@@ -33,16 +36,18 @@ def training_flop(args, data, merged, rows, llm, encoder) -> float:
     return float(passes * layers * positions + 4 * head.numel() * targets + 2 * encoding * sources)
 
 
-def print_estimate(args, settings: Settings, data, split) -> None:
+def print_estimate(settings: Settings, data: "TrainingData") -> None:
     """Prints the effective settings, the steps and the memory that weights and optimizer take on each GPU."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
+    from mindmerger.data.loader import BatchLoader
     from mindmerger.hub.model_files import llm_config, load_config
     from mindmerger.training.deepspeed_config import offloaded, zero_stage
 
     if not is_main():
         return
+    args = settings.args
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config(args.llm_path)[0], trust_remote_code=False)
         encoder = AutoModel.from_config(load_config(args.mt_path), trust_remote_code=False)
@@ -60,8 +65,10 @@ def print_estimate(args, settings: Settings, data, split) -> None:
     host_gb = {name: parts_gb.pop(name) for key in offloaded(settings.config) for name in moved[key]}
     print(json.dumps({"arguments": vars(args), "deepspeed": settings.config}, indent=2, default=str))
     print(f"output folder: {settings.output_dir}")
-    print(f"examples: {len(split[1])} training, {len(split[0])} dev; {json.dumps(data.counts, ensure_ascii=False)}")
-    steps, lengths = steps_per_epoch(args, split), data.merged_lengths(settings.bridge.prefix_length)
+    counts = json.dumps(data.examples.counts, ensure_ascii=False)
+    print(f"examples: {len(data.train)} training, {len(data.dev)} dev; {counts}")
+    loader = BatchLoader(args, data, settings.bridge.prefix_length, torch.device("meta"))
+    steps, lengths = loader.steps_per_epoch, loader.lengths
     print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}")
     print(f"longest row: {int(lengths.max())} positions, mean {lengths.mean():.0f}")
     print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")
@@ -75,7 +82,7 @@ def print_estimate(args, settings: Settings, data, split) -> None:
             "layers at work come on top of the GPU's memory too"
         )
     total = min(args.max_steps or math.inf, steps * args.epoch_num)
-    flop = training_flop(args, data, lengths, split[1], llm, encoder) * total / steps
+    flop = training_flop(args, data.examples, lengths, data.train, llm, encoder) * total / steps
     rate = PEAK_FLOPS[args.precision]
     print(
         f"arithmetic: {flop:.3g} FLOP in all; at an assumed {ASSUMED_SHARE:.0%} of the {rate / 1e12:g} TFLOP/s in "

@@ -1,13 +1,13 @@
 """Files of a training run, written and resumed from: mappings, checkpoints, settings."""
 
-import math
+import contextlib
 import os
 import sys
 from pathlib import Path
 
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import remove, write_json_atomic, write_text_atomic
+from mindmerger.runtime.files import FolderLock, remove, write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import is_main, log, on_all_ranks, warn, world_size
 from mindmerger.training.checkpoints import (
     check_state,
@@ -17,57 +17,72 @@ from mindmerger.training.checkpoints import (
     list_checkpoints,
     newest_valid,
     read_checkpoint,
+    remove_leftovers,
     write_checkpoint,
 )
 from mindmerger.training.record import TENSORBOARD_FOLDER, WANDB_FILE
 from mindmerger.training.settings import CHANGEABLE_ON_RESUME, FAULTS_FILE, Settings
-from mindmerger.training.trainer import Trainer
+from mindmerger.training.trainer import Progress, Run
 
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
 ABSENT_IN_OLD_CHECKPOINTS = {"bridge", "bridge_options", "skip_faulty_rows", "init_checkpoint", "languages"}
 ABSENT_IN_OLD_CHECKPOINTS |= {"train_num", "max_seq_len", "max_gen_len"}
 
 
-def save_mapping(trainer: Trainer, folder: Path) -> None:
-    """Writes the mapping in the safe and in the released format."""
+@contextlib.contextmanager
+def locked(output_dir: Path, start_over: bool):
+    """Context manager: the output folder belongs to this run alone, without what a killed one left half-done.
+
+    Args:
+        start_over: whether an earlier run's outputs are removed.
+
+    Raises:
+        UserError: when another run holds the folder, or something cannot be removed.
+    """
+    with contextlib.ExitStack() as stack:
+        lock = on_all_ranks(lambda: FolderLock(output_dir) if is_main() else None)
+        if lock is not None:
+            stack.callback(lock.release)
+            remove_leftovers(output_dir)
+        if start_over:
+            on_all_ranks(clear_outputs, output_dir)
+        yield
+
+
+def save_mapping(run: Run, folder: Path) -> None:
+    """Writes the mapping in the safe and in the released format; all ranks gather, rank 0 writes."""
     from mindmerger.model.mapping_files import RELEASED_FILE, save_released
     from mindmerger.training.deepspeed_engine import mapping_state
 
-    state = mapping_state(trainer.engine)
+    state = mapping_state(run.engine)
 
     def write():
         if is_main():
-            trainer.engine.module.save_pretrained(folder, state)
+            run.engine.module.save_pretrained(folder, state)
             save_released(folder / RELEASED_FILE, state)
 
-    with trainer.signals.saving():
+    with run.signals.saving():
         on_all_ranks(write)
 
 
-def save_checkpoint(trainer: Trainer) -> None:
+def save_checkpoint(run: Run, progress: Progress) -> None:
     """Writes the complete training state; all ranks gather, rank 0 writes."""
     from mindmerger.training.deepspeed_engine import mapping_state, optimizer_state
 
-    tensors = {f"mapping.{k}": v for k, v in mapping_state(trainer.engine).items()} | optimizer_state(trainer.engine)
-    state = {
-        "step": trainer.step,
-        "epoch": trainer.epoch,
-        "examples_in_epoch": trainer.batch * trainer.args.train_batch_size,
-        "best_dev_loss": None if math.isinf(trainer.best_dev_loss) else trainer.best_dev_loss,
-        "evaluation_due": trainer.evaluation_due,
-        "identity": identity(trainer.args, trainer.settings, trainer.data),
-    }
+    tensors = {f"mapping.{k}": v for k, v in mapping_state(run.engine).items()} | optimizer_state(run.engine)
+    state = progress.state(run.args.train_batch_size) | {"identity": identity(run.settings, run.data)}
 
     def write():
         if is_main():
-            write_checkpoint(trainer.settings.output_dir, trainer.step, tensors, state, trainer.args.save_total_limit)
+            write_checkpoint(run.settings.output_dir, progress.step, tensors, state, run.args.save_total_limit)
 
-    with trainer.signals.saving():
+    with run.signals.saving():
         on_all_ranks(write)
 
 
-def identity(args, settings: Settings, data) -> dict:
+def identity(settings: Settings, data) -> dict:
     """Returns what identifies a run: what must not change when it is resumed, and what may when the user says so."""
+    args = settings.args
     fixed = {
         "task": settings.task.training_name,
         "stage_name": args.stage_name,
@@ -119,7 +134,7 @@ def clear_outputs(output_dir: Path) -> None:
             raise UserError(f"--overwrite_output_dir cannot remove {path}: remove it, or use another --save_name")
 
 
-def find_checkpoint_to_resume(args, settings: Settings, data) -> tuple:
+def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
     """The checkpoint to continue from as (folder, tensors, state), or three times None. Rank 0 reads it.
 
     Raises:
@@ -128,6 +143,7 @@ def find_checkpoint_to_resume(args, settings: Settings, data) -> tuple:
     """
     if not is_main():
         return None, None, None
+    args = settings.args
     given = None if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
     folder = given
     if given is None or holds_checkpoints(given):
@@ -140,7 +156,7 @@ def find_checkpoint_to_resume(args, settings: Settings, data) -> tuple:
             raise UserError(f"no checkpoint in {given} is whole: pass another folder, or auto")
     tensors, state = read_checkpoint(folder)
     check_state(folder, state)
-    for name, value in identity(args, settings, data).items():
+    for name, value in identity(settings, data).items():
         before = state["identity"].get(name)
         if before == value or name in ABSENT_IN_OLD_CHECKPOINTS and name not in state["identity"]:
             continue
@@ -164,12 +180,12 @@ def find_checkpoint_to_resume(args, settings: Settings, data) -> tuple:
     return folder, tensors, state
 
 
-def write_settings(args, settings: Settings, data) -> None:
+def write_settings(settings: Settings, data) -> None:
     """Writes what really ran: arguments, versions, data fingerprint, and DeepSpeed's effective config."""
     if not is_main():
         return
     ran = {
-        "arguments": vars(args),
+        "arguments": vars(settings.args),
         "command": sys.argv,
         "world_size": world_size(),
         "task": settings.task.training_name,

@@ -1,5 +1,6 @@
 """The record of a training run: `log.jsonl`, the loss picture, and the optional report targets."""
 
+import contextlib
 import json
 import math
 import sys
@@ -173,6 +174,18 @@ class Recorder:
         """Closes the report target."""
         if self.target is not None:
             self.target.close(failed)
+
+
+@contextlib.contextmanager
+def recording(args, output_dir: Path):
+    """Context manager: gives a `Recorder`, whose report target learns at the end whether the run failed."""
+    record = Recorder(args, output_dir)
+    try:
+        yield record
+    except BaseException:
+        record.close(failed=True)
+        raise
+    record.close(failed=False)
 
 
 def draw_loss(log_file: Path, picture: Path) -> None:

@@ -1,26 +1,26 @@
-"""A training run's parts put together: model, engine, data, and where the run stands."""
+"""A training run put together: `Run`, what it works with, and `Progress`, how far it has come."""
 
-import argparse
-import contextlib
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import (
     broadcast_weights,
+    explain_out_of_memory,
     is_main,
-    is_out_of_memory,
     log,
     on_all_ranks,
     rank,
-    world_size,
 )
 from mindmerger.training.settings import Settings
+
+if TYPE_CHECKING:
+    from mindmerger.data.loader import BatchLoader, TrainingData
 
 DEFAULT_EVAL_MICRO_BATCHES = 2000
 
 
-def load_model(args, settings: Settings, device):
+def load_model(settings: Settings, device):
     """Frozen towers in the run's dtype, and the mapping in fp32 with its starting weights."""
     import torch
 
@@ -29,9 +29,10 @@ def load_model(args, settings: Settings, device):
     from mindmerger.training.deepspeed_engine import sharded_loading
     from mindmerger.training.speedups import apply_liger, compile_layers
 
+    args = settings.args
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with placing_memory_named(device), sharded_loading(settings.config, bf16):
+    with explain_placing_out_of_memory(device), sharded_loading(settings.config, bf16):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation)
         encoder = load_encoder(args.mt_path, dtype, args.attn_implementation)
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
@@ -52,187 +53,127 @@ def load_model(args, settings: Settings, device):
         apply_liger(llm)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"trainable parameters: {trainable:,} (mapping only)")
-    with placing_memory_named(device):
+    with explain_placing_out_of_memory(device):
         return model.to(device)
 
 
-@contextlib.contextmanager
-def placing_memory_named(device):
-    """Turns running out of memory while models are put in their place into an error that says what to do.
-
-    Raises:
-        UserError: when memory ran out within it.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory on rank {rank()} while the models are placed on {device}: share their weights among the "
-            "GPUs (--deepspeed_config scripts/ds_zero3.json), keep them in host memory (ds_zero3_offload.json), lower "
-            "the bucket sizes of your own DeepSpeed config, or use --precision bf16"
-        ) from error
+def explain_placing_out_of_memory(device):
+    """Context manager: running out of memory while models are placed becomes an error that says what to do."""
+    advice = (
+        "share their weights among the GPUs (--deepspeed_config scripts/ds_zero3.json), keep them in host memory "
+        "(ds_zero3_offload.json), lower the bucket sizes of your own DeepSpeed config, or use --precision bf16"
+    )
+    return explain_out_of_memory(f"on rank {rank()} while the models are placed on {device}", {}, advice)
 
 
 @dataclass
-class Trainer:
-    """Everything the loop needs. Its own state is where the run stands: `step`, (`epoch`, `batch`) and the best dev
-    loss so far; a checkpoint holds these, the mapping and the optimizer's moments, and nothing else."""
+class Progress:
+    """How far a run has come: with the weights and the optimizer's moments, all that a checkpoint holds."""
 
-    args: argparse.Namespace
-    settings: Settings
-    engine: object
-    data: object
-    tokenizers: object
-    dev: object
-    train: object
-    device: object
-    lengths: object  # of every merged row, BOS, prefix, prompt and target
-    steps_per_epoch: int
-    eval_steps: int
-    save_steps: int
-    total_steps: int = 0
-    signals: object = None
-    step: int = 0
+    step: int = 0  # optimizer steps taken
     epoch: int = 0
-    batch: int = 0
+    batch: int = 0  # of the epoch, the next one to train on
     best_dev_loss: float = math.inf
-    evaluation_due: bool = False
+    evaluation_due: bool = False  # the last step was to be followed by an evaluation that has not been made yet
 
-    def cut(self, indices, micro_batch_size, token_budget=None):
-        """This rank's micro-batches of a global batch, and the batch's number of target tokens."""
-        from mindmerger.data.batches import split_global_batch
+    def advance(self, steps_per_epoch: int) -> None:
+        """Counts one optimizer step."""
+        self.step += 1
+        self.epoch, self.batch = divmod(self.epoch * steps_per_epoch + self.batch + 1, steps_per_epoch)
 
-        lengths = self.lengths
-        mine = split_global_batch(indices, lengths, world_size(), micro_batch_size, token_budget)[rank()]
-        return mine, int(self.data.target_lengths[indices].sum())
-
-    def heaviest(self, indices, micro_batch_size, token_budget=None):
-        """The rows of the micro-batches that may need most memory, the same on every rank."""
-        from mindmerger.data.batches import heaviest_batches
-
-        most = math.ceil(self.args.train_batch_size / world_size()) if token_budget else micro_batch_size
-        data = self.data
-        return heaviest_batches(indices, self.lengths, (data.target_lengths, data.encoder_lengths), most, token_budget)
-
-    def epoch_steps(self, epoch: int, first: int):
-        """(micro-batches of this rank, target tokens, indices) of every optimizer step of an epoch from `first` on."""
-        from mindmerger.data.batches import epoch_batches
-
-        args = self.args
-        for indices in epoch_batches(self.train, args.train_batch_size, args.seed, epoch)[first:]:
-            yield *self.cut(indices, args.train_micro_batch_size_per_gpu, args.micro_batch_tokens), indices
-
-    def loader(self, index_lists):
-        """Collated micro-batches in the given order, made ahead of time by threads.
-
-        Threads, not processes: collating a few rows of memory-mapped ids costs little, and forking a process that has
-        threads of its own (gloo's, Arrow's, the signal listener's) hangs once in some hundred times.
-        """
-        from collections import deque
-        from concurrent.futures import ThreadPoolExecutor
-
-        threads = self.args.num_workers
-        if threads == 0:
-            yield from map(self.collated, index_lists)
-            return
-        with ThreadPoolExecutor(threads, thread_name_prefix="collate") as pool:
-            ahead = deque()
-            for indices in index_lists:
-                ahead.append(pool.submit(self.collated, indices))
-                if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-
-    def collated(self, indices) -> dict:
-        """The rows as padded tensors, in pinned memory for a GPU."""
-        from mindmerger.data.batches import collate
-
-        rows = self.data.dataset[indices.tolist()]
-        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-        batch = collate(rows, self.tokenizers.encoder_pad_id, self.tokenizers.llm_pad_id)
-        if self.device.type == "cuda":
-            batch = {name: tensor if tensor is None else tensor.pin_memory() for name, tensor in batch.items()}
-        return batch
-
-    def to_device(self, batch: dict) -> dict:
-        """Ids go to the device; masks stay on the CPU, where packing is planned without a synchronisation."""
+    def state(self, batch_size: int) -> dict:
+        """Returns what `state.json` records. The place in the epoch is counted in examples, since --allow_changed lets
+        a resumed run have another batch size."""
         return {
-            name: tensor if tensor is None or name.endswith("mask") else tensor.to(self.device, non_blocking=True)
-            for name, tensor in batch.items()
+            "step": self.step,
+            "epoch": self.epoch,
+            "examples_in_epoch": self.batch * batch_size,
+            "best_dev_loss": None if math.isinf(self.best_dev_loss) else self.best_dev_loss,
+            "evaluation_due": self.evaluation_due,
         }
 
-    def learning_rate(self, step: int) -> float:
-        """The rate of optimizer step `step` (0-based): linear warm-up, then constant, cosine or linear decay to 0."""
-        warmup = math.ceil(self.args.warmup_ratio * self.total_steps)
-        if step < warmup:
-            return self.args.lr * (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1, self.total_steps - warmup)
-        factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
-        return self.args.lr * factor[self.args.lr_scheduler]
+    @classmethod
+    def from_state(cls, state: dict, batch_size: int) -> "Progress":
+        """Reads what `state` returned; with another batch size, the epoch continues at the nearest batch before."""
+        best = math.inf if state["best_dev_loss"] is None else state["best_dev_loss"]
+        batch = state["examples_in_epoch"] // batch_size
+        return cls(state["step"], state["epoch"], batch, best, state["evaluation_due"])
 
 
 @dataclass
-class EpochCut:
-    """The row numbers of an epoch's micro-batches, made as the loader asks for them: cutting all of a million rows
-    beforehand would delay the first step by seconds."""
+class Run:
+    """What a run works with; nothing of it changes from step to step but the weights inside the engine."""
 
-    trainer: Trainer
-    epoch: int
-    first: int
+    settings: Settings
+    engine: object  # DeepSpeed's, around the `MindMerger`
+    loader: "BatchLoader"
+    total_steps: int
+    eval_steps: int
+    save_steps: int
+    record: object = None  # a `Recorder`
+    signals: object = None  # `Signals`, from the first step on
 
-    def __iter__(self):
-        for micro_batches, _, _ in self.trainer.epoch_steps(self.epoch, self.first):
-            yield from (micro.indices for micro in micro_batches)
+    @property
+    def args(self):
+        """The flags."""
+        return self.settings.args
+
+    @property
+    def data(self):
+        """The tokenised examples, a `TrainingSet`."""
+        return self.loader.data.examples
+
+    @property
+    def device(self):
+        """Where this rank computes."""
+        return self.loader.device
 
 
-def build_trainer(args, settings: Settings, device, tokenizers, data, split, checkpoint) -> Trainer:
-    """Model and engine put together with the data, standing where the checkpoint left off if there is one."""
+def learning_rate(args, step: int, total_steps: int) -> float:
+    """Returns the rate of step `step` (from 0): linear warm-up, then constant, cosine or linear decay to 0."""
+    warmup = math.ceil(args.warmup_ratio * total_steps)
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
+    return args.lr * factor[args.lr_scheduler]
+
+
+def set_learning_rate(run: Run, step: int) -> float:
+    """Sets the learning rate of a step (from 0), and returns it."""
+    rate = learning_rate(run.args, step, run.total_steps)
+    for group in run.engine.basic_optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -> tuple[Run, Progress]:
+    """Puts model, engine and loader together, at the place where the checkpoint left off if there is one.
+
+    Args:
+        checkpoint: as `find_checkpoint_to_resume` returns it.
+    """
+    from mindmerger.data.loader import BatchLoader
     from mindmerger.training.deepspeed_config import describe
     from mindmerger.training.deepspeed_engine import load_optimizer_state, make_engine
 
-    folder, tensors, state = checkpoint
-    model = on_all_ranks(load_model, args, settings, device)
+    args, (folder, tensors, state) = settings.args, checkpoint
+    model = on_all_ranks(load_model, settings, device)
     if settings.init_file is not None:
         broadcast_weights(model.mapping)
     if folder is not None:
         mapping = {name.removeprefix("mapping."): t for name, t in tensors.items() if name.startswith("mapping.")}
         model.mapping.load_state_dict(mapping, strict=True)
-    with placing_memory_named(device):
+    with explain_placing_out_of_memory(device):
         engine = make_engine(model, settings.config, args.lr)
-    eval_steps = args.eval_steps or max(1, DEFAULT_EVAL_MICRO_BATCHES // settings.accumulation)
-    trainer = Trainer(
-        args=args,
-        settings=settings,
-        engine=engine,
-        data=data,
-        tokenizers=tokenizers,
-        dev=split[0],
-        train=split[1],
-        device=device,
-        lengths=data.merged_lengths(settings.bridge.prefix_length),
-        steps_per_epoch=steps_per_epoch(args, split),
-        eval_steps=eval_steps,
-        save_steps=args.save_steps or eval_steps,
-    )
+    loader, progress = BatchLoader(args, data, settings.bridge.prefix_length, device), Progress()
     if folder is not None:
-        first = trainer.to_device(next(iter(trainer.loader([trainer.train[:1]]))))
-        load_optimizer_state(engine, tensors, state["step"], first)
-        trainer.step, trainer.epoch = state["step"], state["epoch"]
-        # With another batch size, as --allow_changed permits, the epoch continues at the nearest batch before.
-        trainer.batch = state["examples_in_epoch"] // args.train_batch_size
-        trainer.best_dev_loss = math.inf if state["best_dev_loss"] is None else state["best_dev_loss"]
-        trainer.evaluation_due = state["evaluation_due"]
-    left = (args.epoch_num - trainer.epoch) * trainer.steps_per_epoch - trainer.batch
-    trainer.total_steps = min(args.max_steps or math.inf, trainer.step + max(0, left))
-    log(f"{describe(settings.config)}; {trainer.steps_per_epoch} steps per epoch, {trainer.total_steps} in all")
+        load_optimizer_state(engine, tensors, state["step"], loader.load(data.train[:1]).tensors)
+        progress = Progress.from_state(state, args.train_batch_size)
+    left = (args.epoch_num - progress.epoch) * loader.steps_per_epoch - progress.batch
+    total_steps = min(args.max_steps or math.inf, progress.step + max(0, left))
+    log(f"{describe(settings.config)}; {loader.steps_per_epoch} steps per epoch, {total_steps} in all")
     where = f"resumes from {folder}" if folder is not None else f"starts fresh, no checkpoint in {settings.output_dir},"
-    log(f"{where} at step {trainer.step}")
-    return trainer
-
-
-def steps_per_epoch(args, split) -> int:
-    """Optimizer steps of one pass over the training indices."""
-    return math.ceil(len(split[1]) / args.train_batch_size)
+    log(f"{where} at step {progress.step}")
+    eval_steps = args.eval_steps or max(1, DEFAULT_EVAL_MICRO_BATCHES // settings.accumulation)
+    return Run(settings, engine, loader, total_steps, eval_steps, args.save_steps or eval_steps), progress

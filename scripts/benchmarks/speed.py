@@ -148,47 +148,24 @@ def make_model(folder: Path, precision: str, device):
 # Training
 
 
-def make_trainer(args, folder: Path, stage: str, model, device, token_budget: int | None):
-    """The project's own trainer around the given model, ready to step."""
+def make_run(args, folder: Path, stage: str, model, device, token_budget: int | None):
+    """Puts the project's own training run around the given model, ready to step."""
     import run_training
+    from mindmerger.data.loader import BatchLoader
     from mindmerger.training import settings as training_settings
-    from mindmerger.training import trainer as training_trainer
-    from mindmerger.training.deepspeed_config import effective_config
     from mindmerger.training.deepspeed_engine import make_engine
+    from mindmerger.training.trainer import Run
 
     flags = ["--llm_path", str(folder / "llm"), "--mt_path", str(folder / "encoder"), "--data_root", args.data_root]
-    flags += [
-        "--task",
-        "math",
-        "--stage_name",
-        stage,
-        "--train_num",
-        str(args.train_num),
-        "--precision",
-        args.precision,
-    ]
-    flags += ["--train_batch_size", str(args.global_batch), "--train_micro_batch_size_per_gpu", str(args.micro_batch)]
-    flags += ["--dev_size", "0", "--init_checkpoint", "none"]
+    flags += ["--task", "math", "--stage_name", stage, "--train_num", str(args.train_num)]
+    flags += ["--precision", args.precision, "--train_batch_size", str(args.global_batch)]
+    flags += ["--train_micro_batch_size_per_gpu", str(args.micro_batch), "--dev_size", "0", "--init_checkpoint", "none"]
     if token_budget:
         flags += ["--micro_batch_tokens", str(token_budget)]
-    settings = training_settings.settle(training_settings.parse(flags))
-    tokenizers, data, split = run_training.load_data(settings.args, settings, folder / "cache")
-    config = effective_config({}, args.global_batch, args.micro_batch, settings.accumulation, 1.0)
-    trainer = training_trainer.Trainer(
-        args=settings.args,
-        settings=settings,
-        engine=make_engine(model, config, settings.args.lr),
-        data=data,
-        tokenizers=tokenizers,
-        dev=split[0],
-        train=split[1],
-        device=device,
-        steps_per_epoch=1,
-        eval_steps=1,
-        save_steps=1,
-    )
-    trainer.signals = NoSignals()
-    return trainer
+    settings, data = run_training.prepare(training_settings.parse(flags), folder / "cache")
+    engine = make_engine(model, settings.config, settings.args.lr)
+    loader = BatchLoader(settings.args, data, settings.bridge.prefix_length, device)
+    return Run(settings, engine, loader, total_steps=1, eval_steps=1, save_steps=1, signals=NoSignals())
 
 
 class NoSignals:
@@ -223,58 +200,47 @@ def summed(total: dict, device) -> dict:
 class Ours:
     """The project's training step, timed over whole optimizer steps."""
 
-    def __init__(self, trainer, steps: int):
-        self.trainer, self.steps, self.epoch = trainer, steps, 0
-        self.restart()
-
-    def restart(self):
-        """Continues with the next epoch's order."""
-        from mindmerger.training import trainer as training_trainer
-
-        trainer = self.trainer
-        self.plan = trainer.epoch_steps(self.epoch, 0)
-        self.batches = iter(trainer.loader(training_trainer.EpochCut(trainer, self.epoch, 0)))
-        self.epoch += 1
+    def __init__(self, run, steps: int):
+        self.run, self.steps = run, steps
+        # The last batch of an epoch may be smaller.
+        whole = (batch for batch in run.loader.starting_at(0, 0) if len(batch.indices) == run.args.train_batch_size)
+        self.batches = whole
 
     def window(self) -> dict:
-        """One window's counts."""
+        """Returns one window's counts."""
         import run_training
 
-        data, lengths = self.trainer.data, self.trainer.lengths
+        data, lengths = self.run.data, self.run.loader.lengths
         total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
         for _ in range(self.steps):
-            step = next(self.plan, None)
-            if step is None or len(step[2]) < self.trainer.args.train_batch_size:
-                self.restart()
-                step = next(self.plan)
-            micro_batches, target_tokens, indices = step
-            synchronise(self.trainer.device)
+            batch = next(self.batches)
+            synchronise(self.run.device)
             started = time.perf_counter()
-            line, _ = run_training.train_step(self.trainer, self.batches, micro_batches, target_tokens, indices)
-            synchronise(self.trainer.device)
+            line, _ = run_training.train_step(self.run, 0, batch)
+            synchronise(self.run.device)
             seconds = time.perf_counter() - started
             total["seconds"] += seconds
             total["waited"] += line["data_wait_share"] * seconds
-            for micro in micro_batches:
-                rows = micro.indices
+            for micro in batch.micro_batches:
+                rows = micro.rows
                 total["processed"] += len(rows) * int(lengths[rows].max())
                 if micro.weight:
                     total["targets"] += int(data.target_lengths[rows].sum())
                     total["useful"] += int(lengths[rows].sum())
                     total["encoder"] += int(data.encoder_lengths[rows].sum())
                     total["samples"] += len(rows)
-        return summed(total, self.trainer.device)
+        return summed(total, self.run.device)
 
 
 class Plain:
     """The textbook loop on the same model and the same texts."""
 
-    def __init__(self, trainer, examples: list, micro_batches: int, rows: int):
+    def __init__(self, run, examples: list, micro_batches: int, rows: int):
         import numpy as np
         import torch
 
-        self.trainer, self.examples, self.micro_batches, self.rows = trainer, examples, micro_batches, rows
-        self.model = trainer.engine.module
+        self.run, self.examples, self.micro_batches, self.rows = run, examples, micro_batches, rows
+        self.model = run.engine.module
         self.order = np.random.RandomState(0).permutation(len(examples))[rank() :: world_size()]
         self.position = 0
         self.optimizer = torch.optim.AdamW(
@@ -286,7 +252,7 @@ class Plain:
         import torch
 
         total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
-        synchronise(self.trainer.device)
+        synchronise(self.run.device)
         started = time.perf_counter()
         for _ in range(self.micro_batches):
             if self.position + self.rows > len(self.order):
@@ -300,16 +266,17 @@ class Plain:
         torch.nn.utils.clip_grad_norm_(self.model.mapping.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        synchronise(self.trainer.device)
+        synchronise(self.run.device)
         total["seconds"] = time.perf_counter() - started
-        return summed(total, self.trainer.device)
+        return summed(total, self.run.device)
 
     def tokenised(self, example) -> tuple[list, list, list]:
         """Ids of source, prompt and target."""
-        limits, encoder, llm = self.trainer.args, self.trainer.tokenizers.encoder, self.trainer.tokenizers.llm
+        limits, tokenizers = self.run.args, self.run.loader.data.tokenizers
+        encoder, llm = tokenizers.encoder, tokenizers.llm
         cut = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
         source = encoder(example.source, truncation=True, max_length=limits.max_seq_len).input_ids
-        prompt = llm(example.prompt, **cut).input_ids if self.trainer.settings.with_prompt else []
+        prompt = llm(example.prompt, **cut).input_ids if self.run.settings.with_prompt else []
         return source, prompt, llm(example.target, **cut).input_ids + [2]
 
     def forward(self, examples: list, total: dict) -> None:
@@ -317,7 +284,7 @@ class Plain:
         import torch
 
         started = time.perf_counter()
-        model, device = self.model, self.trainer.device
+        model, device = self.model, self.run.device
         texts = [self.tokenised(example) for example in examples]
         ids_BS = torch.zeros(len(examples), max(len(source) for source, _, _ in texts), dtype=torch.long)
         mask_BS = torch.zeros_like(ids_BS)
@@ -407,12 +374,12 @@ def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> di
     modes, first_step = {}, {}
     for mode in args.modes.split(","):
         started = time.perf_counter()
-        trainer = make_trainer(args, folder, stage, model, device, budget if mode == "tokens" else None)
+        run = make_run(args, folder, stage, model, device, budget if mode == "tokens" else None)
         if mode == "plain":
             examples = list(StageData(find_task("math"), stage, args.data_root, None, args.train_num).examples())
-            modes[mode] = Plain(trainer, examples, args.plain_micro_batches, args.micro_batch)
+            modes[mode] = Plain(run, examples, args.plain_micro_batches, args.micro_batch)
         else:
-            modes[mode] = Ours(trainer, args.steps)
+            modes[mode] = Ours(run, args.steps)
         first_step[mode] = time.perf_counter() - started
     windows = {mode: [] for mode in modes}
     for number in range(args.windows + 1):
@@ -453,7 +420,8 @@ def peak_memory(args, stage: str) -> dict:
                     flags += [f"--{flag}", str(value)]
             if args.gradient_checkpointing:
                 flags.append("--gradient_checkpointing")
-            subprocess.run([sys.executable, __file__, *flags], check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-m", "scripts.benchmarks.speed", *flags]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
             found[mode] = json.loads(report.read_text(encoding="utf-8"))["peak_memory_gb"]
         log(f"{stage} memory {mode}: {found[mode]:.2f} GB")
     return found

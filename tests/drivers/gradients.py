@@ -28,15 +28,15 @@ def main():
     cuts, folder, flags = json.loads(Path(arguments[0]).read_text()), Path(arguments[1]), arguments[3:]
     for name, extra in cuts.items():
 
-        def take(trainer, step_loss, losses, micro_batches, name=name):
+        def take(run, step, batch, losses, name=name):
             if processes.is_main():
-                mapping = trainer.engine.module.mapping
+                mapping = run.engine.module.mapping
                 save_file(
                     {key: p.grad.clone() for key, p in mapping.named_parameters()}, folder / f"{name}.safetensors"
                 )
             raise Taken
 
-        run_training.update = take
+        run_training.apply_gradient = take
         try:
             run_training.main([*flags, "--save_name", name, *extra])
         except Taken:

@@ -30,10 +30,10 @@ def arm(point):
     if name == "train_step":
         original_step = run_training.train_step
 
-        def train_step(trainer, *rest):
-            if trainer.step + 1 == int(number):
+        def train_step(run, step, batch):
+            if step + 1 == int(number):
                 kill()
-            return original_step(trainer, *rest)
+            return original_step(run, step, batch)
 
         run_training.train_step = train_step
         return

@@ -39,12 +39,12 @@ def fault_injected(fault):
     def here():
         return "rank" not in fault or fault["rank"] == processes.rank()
 
-    def train_step(trainer, *rest):
-        state["step"] = trainer.step + 1
+    def train_step(run, step, batch):
+        state["step"] = step + 1
         if "signal" in fault and fault["step"] == state["step"] and here():
             os.kill(os.getpid(), getattr(signal, fault["signal"]))
             time.sleep(0.3)  # the listening thread hears it; the step then continues
-        return step_function(trainer, *rest)
+        return step_function(run, step, batch)
 
     def damaged_forward(self, *arguments, **named):
         if fault.get("memory") == "forward" or fault.get("memory") == "dev" and not torch.is_grad_enabled():

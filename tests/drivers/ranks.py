@@ -59,9 +59,9 @@ def arm(fault):
     forward = (mindmerger.MindMerger, "forward", rank)
     reached = [0]
 
-    def count_steps(trainer, *rest):
-        reached[0] = trainer.step + 1
-        return train_step(trainer, *rest)
+    def count_steps(run, step, batch):
+        reached[0] = step + 1
+        return train_step(run, step, batch)
 
     train_step, run_training.train_step = run_training.train_step, count_steps
     if at == "probe":

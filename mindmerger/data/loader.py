@@ -1,0 +1,159 @@
+"""The way from row numbers to padded tensors, on this rank: order, micro-batches, collation ahead of time."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from mindmerger.data.batches import (
+    Batch,
+    MicroBatch,
+    collate,
+    epoch_batches,
+    heaviest_batches,
+    split_global_batch,
+)
+from mindmerger.runtime.processes import rank, world_size
+
+DEV_GROUP = 16  # micro-batches of the dev split between two looks at whether the run was asked to stop
+
+
+class TrainingData(NamedTuple):
+    """A run's tokenised examples and their split.
+
+    examples: a `TrainingSet`. tokenizers: a `Tokenizers`. dev, train: row numbers, int64.
+    """
+
+    examples: object
+    tokenizers: object
+    dev: np.ndarray
+    train: np.ndarray
+
+
+@dataclass
+class LoadedMicroBatch:
+    """A micro-batch whose tensors are being made, by a thread as a rule."""
+
+    rows: np.ndarray
+    weight: float  # 0 where the rows only keep the ranks in step
+    _collated: Callable[[], Batch]
+    waited: float = 0.0  # seconds that `load` spent waiting for the thread
+
+    def load(self, device) -> Batch:
+        """Returns the tensors, ids on the device; waits where the thread has fallen behind."""
+        asked = time.perf_counter()
+        batch = self._collated()
+        self.waited += time.perf_counter() - asked
+        return batch.to(device)
+
+
+@dataclass
+class GlobalBatch:
+    """What one optimizer step trains on: this rank's micro-batches, and what all ranks have together."""
+
+    indices: np.ndarray  # of all ranks
+    target_tokens: int  # of all ranks
+    epoch: int
+    micro_batches: list = field(default_factory=list)  # `MicroBatch`, then `LoadedMicroBatch`: of this rank
+
+
+class BatchLoader:
+    """Yields the global batches of a run from any place in it, and the dev split's micro-batches.
+
+    Threads collate, not processes: padding a few rows of memory-mapped ids costs little, and forking a process that
+    has threads of its own (gloo's, Arrow's, the signal listener's) hangs once in some hundred times.
+    """
+
+    def __init__(self, args, data: TrainingData, prefix_length: Callable, device):
+        """Prepares the way; reads no row yet.
+
+        Args:
+            args: training's flags, of which batch sizes, seed and number of threads count.
+            prefix_length: the bridge's, K for a number of encoder tokens.
+            device: on which the model runs; a GPU's batches wait in pinned memory.
+        """
+        self.args, self.data, self.device = args, data, device
+        # Of every merged row: BOS, prefix, prompt and target.
+        self.lengths = data.examples.merged_lengths(prefix_length)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training rows."""
+        return math.ceil(len(self.data.train) / self.args.train_batch_size)
+
+    def starting_at(self, epoch: int, batch: int) -> Iterator[GlobalBatch]:
+        """Yields the global batches from batch number `batch` of an epoch (both from 0) on, epoch after epoch.
+
+        The rows of one global batch are split when it is asked for: splitting an epoch of a million rows beforehand
+        would delay the first step by seconds. While one batch trains, the next one is collated.
+        """
+        return self._one_ahead(self._global_batches(epoch, batch))
+
+    def dev_groups(self) -> Iterator[list[LoadedMicroBatch]]:
+        """Yields this rank's micro-batches of the dev split, `DEV_GROUP` at a time: equally many groups of equally
+        many on every rank, so that ranks can talk between them."""
+        micro_batches = self._split(self.data.dev, self.args.eval_batch_size)
+        groups = (micro_batches[i : i + DEV_GROUP] for i in range(0, len(micro_batches), DEV_GROUP))
+        for group in self._one_ahead(GlobalBatch(self.data.dev, 0, 0, one) for one in groups):
+            yield group.micro_batches
+
+    def dev_target_tokens(self) -> int:
+        """Target tokens of the whole dev split."""
+        return int(self.data.examples.target_lengths[self.data.dev].sum())
+
+    def load(self, rows: np.ndarray) -> Batch:
+        """Returns rows as tensors, ids on the device, at once."""
+        return self._collated(rows).to(self.device)
+
+    def heaviest(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The rows of the micro-batches of training, and of the dev split, that may need most memory: the same on
+        every rank."""
+        args, examples = self.args, self.data.examples
+        others = (examples.target_lengths, examples.encoder_lengths)
+        budget = args.micro_batch_tokens
+        most = math.ceil(args.train_batch_size / world_size()) if budget else args.train_micro_batch_size_per_gpu
+        training = heaviest_batches(self.data.train, self.lengths, others, most, budget)
+        return training, heaviest_batches(self.data.dev, self.lengths, others, args.eval_batch_size)
+
+    def _split(self, indices, micro_batch_size: int, token_budget: int | None = None) -> list[MicroBatch]:
+        return split_global_batch(indices, self.lengths, world_size(), micro_batch_size, token_budget)[rank()]
+
+    def _global_batches(self, epoch: int, first: int) -> Iterator[GlobalBatch]:
+        args, targets = self.args, self.data.examples.target_lengths
+        while True:
+            for indices in epoch_batches(self.data.train, args.train_batch_size, args.seed, epoch)[first:]:
+                mine = self._split(indices, args.train_micro_batch_size_per_gpu, args.micro_batch_tokens)
+                yield GlobalBatch(indices, int(targets[indices].sum()), epoch, mine)
+            epoch, first = epoch + 1, 0
+
+    def _one_ahead(self, batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
+        """Yields the batches with their micro-batches being loaded; the next one is begun before one is handed out."""
+        if self.args.num_workers == 0:
+            for batch in batches:
+                yield replace(batch, micro_batches=[self._lazily(micro) for micro in batch.micro_batches])
+            return
+        with ThreadPoolExecutor(self.args.num_workers, thread_name_prefix="collate") as pool:
+            begun = None
+            for batch in batches:
+                following = replace(batch, micro_batches=[self._begin(pool, micro) for micro in batch.micro_batches])
+                if begun is not None:
+                    yield begun
+                begun = following
+            if begun is not None:
+                yield begun
+
+    def _lazily(self, micro: MicroBatch) -> LoadedMicroBatch:
+        return LoadedMicroBatch(micro.indices, micro.weight, lambda: self._collated(micro.indices))
+
+    def _begin(self, pool: ThreadPoolExecutor, micro: MicroBatch) -> LoadedMicroBatch:
+        return LoadedMicroBatch(micro.indices, micro.weight, pool.submit(self._collated, micro.indices).result)
+
+    def _collated(self, rows: np.ndarray) -> Batch:
+        columns, tokenizers = self.data.examples.dataset[rows.tolist()], self.data.tokenizers
+        by_row = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        batch = collate(by_row, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
+        return batch.pin() if self.device.type == "cuda" else batch
