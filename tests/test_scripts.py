@@ -10,6 +10,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tarfile
 import textwrap
 import zipfile
@@ -870,3 +871,25 @@ def test_the_package_asks_for_what_requirements_pin():
     pins = [line.split("#")[0].split("==") for line in lines if "==" in line.split("#")[0]]
     assert ranges.keys() == {name.strip().lower() for name, _ in pins}
     assert [name for name, version in pins if not ranges[name.strip().lower()].contains(version.strip())] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_measures_every_part_with_the_programs_own_functions(run, tmp_path, datas):
+    """Nothing ran it after the training loop had changed: it ended in a TypeError."""
+    done = run(
+        *(sys.executable, "-m", "scripts.benchmarks.speed", "--preset", "tiny", "--data_root", datas),
+        *("--train_num", 20, "--global_batch", 8, "--micro_batch", 2, "--windows", 1, "--plain_micro_batches", 1),
+        *("--questions", 3, "--max_new_tokens", 2, "--parts", "mapping,mapping_memory,hard", "--modes", "rows,plain"),
+        *("--output", tmp_path / "report.json"),
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    figures = report["mapping"]["ours, micro-batch 2"]
+    assert figures["samples_per_s"] > 0 and 0 < figures["real_position_share"] <= 1 and figures["times_plain"] > 0
+    assert set(report["mapping_memory"]) == {"rows", "plain"} and report["hard"]["ours"]["questions_per_s"] > 0
+    assert "| mapping | samples/s |" in done.stdout

@@ -160,6 +160,7 @@ def make_run(args, folder: Path, stage: str, model, device, token_budget: int | 
     flags += ["--task", "math", "--stage_name", stage, "--train_num", str(args.train_num)]
     flags += ["--precision", args.precision, "--train_batch_size", str(args.global_batch)]
     flags += ["--train_micro_batch_size_per_gpu", str(args.micro_batch), "--dev_size", "0", "--init_checkpoint", "none"]
+    flags.append("--dry_run")  # does not ask for weight files: these models are random
     if token_budget:
         flags += ["--micro_batch_tokens", str(token_budget)]
     settings, data = run_training.prepare(training_settings.parse(flags), folder / "cache")
