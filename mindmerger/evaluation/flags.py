@@ -52,20 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--task", default="math", help="math (means MGSM, the default), math_mgsm, math_msvamp, x-csqa, xnli"
     )
-    what.add_argument(
-        "--init_checkpoint",
-        type=model_path,
-        help="the mapping: a saved folder, a .safetensors file or a released pytorch_model.bin (default: what the last "
-        "stage of training left in outputs/<save_name>/<task>)",
-    )
-    what.add_argument(
-        "--llm_path",
-        type=model_path,
-        help=f"the LLM; default: what the mapping's config.json names, else {DEFAULT_LLM}",
-    )
-    what.add_argument(
-        "--mt_path", type=model_path, help=f"the encoder; default: as for --llm_path, else {DEFAULT_ENCODER}"
-    )
+    _add_models(what)
     what.add_argument(
         "--augmentation",
         type=parse_bool,
@@ -120,6 +107,31 @@ def build_parser() -> argparse.ArgumentParser:
     launcher.add_argument("--train_batch_size", help="accepted, changes nothing here")
     launcher.add_argument("--train_micro_batch_size_per_gpu", help="accepted, changes nothing here")
     return parser
+
+
+def _add_models(group) -> None:
+    group.add_argument(
+        "--init_checkpoint",
+        type=model_path,
+        help="the mapping: a saved folder, a .safetensors file or a released pytorch_model.bin (default: what the last "
+        "stage of training left in outputs/<save_name>/<task>)",
+    )
+    group.add_argument(
+        "--llm_path",
+        type=model_path,
+        help=f"the LLM; default: what the mapping's config.json names, else {DEFAULT_LLM}",
+    )
+    group.add_argument(
+        "--mt_path", type=model_path, help=f"the encoder; default: as for --llm_path, else {DEFAULT_ENCODER}"
+    )
+    group.add_argument("--bridge", help="its bridge (default: what its config.json names, else mindmerger)")
+    group.add_argument(
+        "--bridge_option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of that bridge; may be given more than once (default: as for --bridge)",
+    )
 
 
 def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
@@ -196,8 +208,8 @@ def warn_of_unused(args: argparse.Namespace) -> None:
         warn("--gpu changes nothing: choose GPUs by CUDA_VISIBLE_DEVICES or deepspeed --include localhost:0,1")
     if args.engine == "vllm" and args.attn_implementation is not None:
         warn("--attn_implementation reaches the encoder alone: vLLM has attention kernels of its own")
-    names = ("init_checkpoint", "augmentation", "mt_path")
-    unused = [f"--{name}" for name in names if args.llm_only and getattr(args, name) is not None]
+    names = ("init_checkpoint", "bridge", "bridge_option", "augmentation", "mt_path")
+    unused = [f"--{name}" for name in names if args.llm_only and getattr(args, name) not in (None, [])]
     if unused:
         named = ", of which only the name of its LLM is taken" if args.init_checkpoint and not args.llm_path else ""
         warn(f"--llm_only evaluates without encoder and mapping: no use of {', '.join(unused)}{named}")

@@ -39,17 +39,41 @@ def find_models(args: argparse.Namespace, task) -> Models:
 
     given = args.init_checkpoint
     if given is None and not args.llm_only:
-        given = trained_mapping(args.save_name, task)
+        given = trained_mapping(args.save_name, task, args.bridge or DEFAULT_BRIDGE)
     recorded = read_config(given) if given is not None else None
     mapping_file = str(find_mapping_file(given)) if given is not None else None
     llm = choose_path(args, recorded, "llm_path", DEFAULT_LLM)
     if args.llm_only:
         return Models(None, None, llm, None)
     encoder = choose_path(args, recorded, "mt_path", DEFAULT_ENCODER)
-    return Models(mapping_file, encoder, llm, recorded or MindMergerConfig(encoder, llm, None, 0))
+    bridge, options = choose_bridge(args, recorded, mapping_file)
+    config = recorded or MindMergerConfig(encoder, llm, None, 0, bridge=bridge, bridge_options=options)
+    return Models(mapping_file, encoder, llm, config)
 
 
-def trained_mapping(save_name: str, task) -> str:
+def choose_bridge(args: argparse.Namespace, recorded, mapping_file: str) -> tuple[str, dict[str, str]]:
+    """Returns the bridge and its options: those of the mapping's config.json, without one as given.
+
+    Raises:
+        UserError: for an unknown bridge or option, and where the flags say otherwise than the config.json.
+    """
+    from mindmerger.bridges.base import parse_options
+    from mindmerger.model.mapping_files import find_bridge
+
+    bridge = args.bridge or (recorded.bridge if recorded is not None else DEFAULT_BRIDGE)
+    if recorded is not None and bridge != recorded.bridge:
+        raise UserError(f"{mapping_file} holds the bridge {recorded.bridge}, not --bridge {bridge}")
+    before = recorded.bridge_options if recorded is not None else {}
+    options = find_bridge(bridge).settle(before | parse_options(args.bridge_option))
+    for name, value in before.items():
+        if options[name] != value:
+            raise UserError(
+                f"{mapping_file} was trained with --bridge_option {name}={value}, not {name}={options[name]}"
+            )
+    return bridge, options
+
+
+def trained_mapping(save_name: str, task, bridge: str) -> str:
     """Returns the folder in which the last stage of training leaves its mapping.
 
     Raises:
@@ -57,7 +81,7 @@ def trained_mapping(save_name: str, task) -> str:
     """
     from mindmerger.model.mapping_files import find_bridge
 
-    last_stage = list(find_bridge(DEFAULT_BRIDGE).stages)[-1]
+    last_stage = list(find_bridge(bridge).stages)[-1]
     folder = Path("outputs") / save_name / task.training_name / last_stage
     if not folder.is_dir():
         raise UserError(
@@ -92,8 +116,11 @@ def warn_of_other_training(config, task, form: str) -> None:
         warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[form == 'soft']}")
 
 
-def check_models_fit(models: Models):
+def check_models_fit(models: Models, engine: str = "hf"):
     """Refuses models that cannot be used, or a mapping that does not fit between them.
+
+    Args:
+        engine: the library that decodes.
 
     Returns:
         the bridge without storage, None for the LLM alone.
@@ -110,6 +137,12 @@ def check_models_fit(models: Models):
     if models.mapping_file is None:
         return None
     config = config_of_models(models.encoder, models.llm, models.config.bridge, models.config.bridge_options)
+    bridge = empty_bridge(config)
+    if engine == "vllm" and hasattr(bridge, "lm_head"):
+        raise UserError(
+            f"--engine vllm loads the LLM with its own output head, and {models.mapping_file} holds a trained one: "
+            "leave --engine vllm out"
+        )
     if is_main():
         check_mapping(models.mapping_file, config)
-    return empty_bridge(config)
+    return bridge

@@ -103,7 +103,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     check_probe(args, form)
     if form != "llm_only":
         warn_of_other_training(models.config, task, form)
-    bridge = check_models_fit(models)
+    bridge = check_models_fit(models, args.engine)
     if bridge is not None and bridge.uses_memory:
         check_attention_function(args.attn_implementation, args.engine)
     items = read_items(args, task, languages)
@@ -257,6 +257,9 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--task": settings.task.name,
         "form (--augmentation, --llm_only)": settings.form,
         MAPPING_HASH: mapping_sha256(settings.mapping_file) if settings.mapping_file and is_main() else None,
+        # None for MindMerger's: folders without the entries hold results of it.
+        "--bridge": None if settings.bridge_name == DEFAULT_BRIDGE else settings.bridge_name,
+        "--bridge_option": (settings.bridge.options if settings.bridge is not None else None) or None,
         "--llm_path (fingerprint)": model_fingerprint(settings.llm_path),
         "--mt_path (fingerprint)": model_fingerprint(settings.mt_path) if settings.mt_path else None,
         "--languages": [language.name for language in languages],

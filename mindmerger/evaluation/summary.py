@@ -178,6 +178,8 @@ def describe_run(settings: Settings) -> dict:
         "max_new_tokens": settings.max_new_tokens,
         "engine": settings.engine if settings.engine == "hf" else f"vllm {metadata.version('vllm')}",
         "checkpoint": settings.mapping_file,
+        "bridge": settings.bridge_name if settings.bridge is not None else None,
+        "bridge_options": settings.bridge.options if settings.bridge is not None else None,
         "llm_path": settings.llm_path,
         "mt_path": settings.mt_path,
         "identity": settings.identity,
