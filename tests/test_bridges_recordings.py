@@ -7,13 +7,16 @@ import torch
 from conftest import DATA
 from safetensors.torch import load_file
 
+from mindmerger.model import mindmerger
 from mindmerger.model.mindmerger import MindMerger
+from mindmerger.model.packing import plan_packing, take_rows
 
 
 class Case(NamedTuple):
     """A recording. variant: how the names of what is compared begin; losses: the curve and its learning rate.
 
-    Of LangBridge it is the variant with positions of real tokens, which rows alone have too.
+    Of LangBridge and LayAlign it is the variant with positions of real tokens and a memory without padding, which rows
+    alone have too.
     """
 
     folder: str
@@ -23,11 +26,14 @@ class Case(NamedTuple):
     losses: str | None = None
     lr: float = 1e-3
     tolerance: float = 1e-4  # of the curve
+    encoder: str = "mt5-tiny"
 
 
 CASES = [
     Case("langbridge-mt5-llama", "langbridge", {}, "mended.", "mended.bridge.losses"),
     Case("langbridge-mt5-llama", "langbridge", {"train_lm_head": "true"}, "mended.", "mended.all.losses"),
+    Case("layalign-mt5-llama", "layalign", {}, "mended.", "mended.losses"),
+    Case("layalign-nllb-llama-gqa", "layalign", {}, "mended.", "mended.losses", encoder="nllb-tiny"),
     Case("langbridge-latent-mt5-llama", "langbridge", {"mapper": "latent", "latents": "8"}, "released."),
     Case("xbridge-enc-mt5-llama", "xbridge", {}, "", "losses"),
     Case("fus-global-mt5-llama", "layer_fusion", {}, "released.", "lr1e-3.losses"),
@@ -45,13 +51,14 @@ def case_name(case: Case) -> str:
     return "-".join([case.folder, *map(str, case.options.values()), f"{case.lr:g}"])
 
 
-def build(case: Case):
-    """Model with the released weights, and the tensors of the golden file."""
-    models, folder = DATA / "parity/mt5-llama", DATA / "bridges" / case.folder
+def build(case: Case, weights=None):
+    """Model with the released weights, or others, and the tensors of the golden file."""
+    models = DATA / ("parity/mt5-llama" if case.encoder == "mt5-tiny" else "bridges/models/nllb-llama-gqa")
+    folder = DATA / "bridges" / case.folder
     model = MindMerger.from_models(
-        str(models / "mt5-tiny"), str(models / "llm-tiny"), bridge=case.bridge, bridge_options=case.options
+        str(models / case.encoder), str(models / "llm-tiny"), bridge=case.bridge, bridge_options=case.options
     )
-    model.load_mapping(str(folder / "pytorch_model.bin"))
+    model.load_mapping(str(weights or folder / "pytorch_model.bin"))
     golden = load_file(folder / "golden.safetensors")
     if "enc_ids" in golden:  # right-padded, with <bos> in front and -100 where there is nothing to predict
         golden["encoder_input_ids"], golden["encoder_attention_mask"] = golden["enc_ids"], golden["enc_mask"]
@@ -123,3 +130,46 @@ def test_twenty_steps_follow_the_released_curve(case):
         losses.append(loss.item())
     expected = load_file(DATA / "bridges" / case.folder / "curve.safetensors")[case.losses]
     assert (torch.tensor(losses) - expected).abs().max() <= case.tolerance
+
+
+LAYALIGN = [case for case in CASES if case.bridge == "layalign"]
+
+
+@pytest.mark.parametrize("case", LAYALIGN, ids=case_name)
+def test_layalign_with_closed_gates_equals_the_released_code(case):
+    model, golden = build(case)
+    for name, parameter in model.mapping.named_parameters():
+        if name.startswith("gate_"):
+            parameter.data.zero_()
+    for stage, with_prompt in {"translation": False, "task": True}.items():
+        loss = model(**inputs(golden, with_prompt), **targets(golden)).loss
+        assert abs(loss.item() - golden[f"zerogate.{stage}.loss"].item()) <= 1e-5
+
+
+@pytest.mark.parametrize("case", LAYALIGN, ids=case_name)
+def test_layalign_with_a_third_layer_equals_the_released_code_where_that_reads_padding(case, tmp_path, monkeypatch):
+    """Recorded as released: memory of padded encoder tokens, and positions that count padding on the left."""
+    released = torch.load(DATA / "bridges" / case.folder / "pytorch_model.bin")
+    golden = load_file(DATA / "bridges" / case.folder / "golden.safetensors")
+    third = "structureMLP.encoder_aligner"
+    released |= {key.removeprefix("structureMLP."): value for key, value in golden.items() if key.startswith(third)}
+    torch.save(released, tmp_path / "pytorch_model.bin")
+    model, _ = build(case._replace(options={"structure": "mlp"}), tmp_path / "pytorch_model.bin")
+    real = mindmerger.attention_memory
+    monkeypatch.setattr(
+        mindmerger, "attention_memory", lambda llm, memory, mask_BS: real(llm, memory, torch.ones_like(mask_BS))
+    )
+    embeds, masks, memory = model._segments(golden["encoder_input_ids"], golden["encoder_attention_mask"], None, None)
+    embeds.append(model.llm.get_input_embeddings()(golden["target_ids"]))
+    plan = plan_packing([*masks, golden["target_mask"]], "left", target_segment=len(masks))
+    embeds_BLD = take_rows(torch.cat(embeds, dim=1), plan.source_BL)
+    columns_BL = torch.arange(embeds_BLD.shape[1]).expand(len(embeds_BLD), -1)
+    with memory:
+        logits_BLV = model.llm(
+            inputs_embeds=embeds_BLD, attention_mask=plan.mask_BL, position_ids=columns_BL, use_cache=False
+        ).logits
+    labels_M = golden["target_ids"][golden["target_mask"] == 1]
+    loss = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1)[plan.predictor_M], labels_M)
+    assert abs(loss.item() - golden["structureMLP.translation.loss"].item()) <= 1e-5
+    monkeypatch.undo()
+    assert abs(model(**inputs(golden, False), **targets(golden)).loss.item() - loss.item()) > 1e-2  # ours does not

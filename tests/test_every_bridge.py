@@ -13,6 +13,7 @@ from mindmerger.runtime.errors import UserError
 # Each bridge with its defaults, and with the options that make it another one.
 EVERY = [(name, {}) for name in BRIDGES]
 EVERY += [("langbridge", {"mapper": "ffn"}), ("langbridge", {"mapper": "latent", "latents": "3"})]
+EVERY += [("layalign", {"structure": "mlp"})]
 EVERY += [("langbridge", {"train_lm_head": "true"}), ("layer_fusion", {"mix": "token", "feed_forward": "24"})]
 E, D, DEPTH = 2048, 4096, 24  # mT5-xl and Llama-2-7B
 COUNTS = [
@@ -21,6 +22,7 @@ COUNTS = [
     ("langbridge", {"mapper": "ffn"}, 2 * E * E + 2 * E + 2 * E * D + 2 * D),
     ("langbridge", {"train_lm_head": "true"}, 8_396_800 + 32_000 * D),
     ("layalign", {}, 33_572_448),
+    ("layalign", {"structure": "mlp"}, 33_572_448 + (D + 1) * D),
     ("xbridge", {}, E * (5 + 4 * E + 4 * D) + 2 * D),
     ("layer_fusion", {}, DEPTH + 1 + E * D + 2 * D),
     ("layer_fusion", {"mix": "token"}, 4 * E * E + 4106 * E + 2048 + DEPTH * (2 * E + 1) + E * D + 2 * D),
