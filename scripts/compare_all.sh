@@ -16,6 +16,7 @@
 #   ENGLISH_EXPERT      tuned on general English data, from the same base: MAET, optional
 #   MT_PATH, HARD_CHECKPOINT, SOFT_CHECKPOINT     the encoder and the two mappings
 #   MINDMERGER_LLM      the LLM that the mappings were trained with, where it is not LLM_PATH; their rows then name it
+#   PROBE_PREFIX        shuffled or zero: one more row, MindMerger-Soft with another question's prefix, or one of zeros
 #   TRANSLATIONS        aligned (default, an oracle) or a .jsonl file of machine translations: PMI
 #   PARALLEL_LANGUAGES, ORDER                     of PMI
 #   LAYER_SWAP_ARGS, MAET_ARGS                    more arguments of those merges
@@ -42,6 +43,7 @@ translations=$(need translations aligned)
 results_dir=$(need results_dir results)
 merged_dir=$(need merged_dir "$results_dir/merged")
 against=$(need against "task LLM alone")
+probe=$(need probe_prefix)
 [[ -n $llm ]] || fail "LLM_PATH is not given: the task's LLM, which every other row is compared with"
 read -r -a experts <<<"$language_experts"
 
@@ -168,14 +170,20 @@ for form in Hard Soft; do
     label=MindMerger-$form
     # Another LLM than the other rows': no table may leave that out.
     if [[ ${mindmerger_llm%/} != "${llm%/}" ]]; then label+=" (with $(basename "$mindmerger_llm"))"; fi
-    if [[ -z $checkpoint || -z $encoder ]]; then
-        reason="${capitals}_CHECKPOINT is not given"
-        if [[ -n $checkpoint ]]; then reason="MT_PATH is not given"; fi
-        missing "$label" "$reason"
-    else
-        evaluate_row "$label" "$slug" "$suffix" --llm_path "$mindmerger_llm" --mt_path "$encoder" \
-            --init_checkpoint "$checkpoint" --augmentation "$augmentation"
-    fi
+    prefixes=("")  # empty: its own
+    if [[ $form == Soft && -n $probe ]]; then prefixes+=("$probe"); fi
+    for prefix in "${prefixes[@]}"; do
+        row=$label${prefix:+, $prefix prefix}
+        if [[ -z $checkpoint || -z $encoder ]]; then
+            reason="${capitals}_CHECKPOINT is not given"
+            if [[ -n $checkpoint ]]; then reason="MT_PATH is not given"; fi
+            missing "$row" "$reason"
+        else
+            evaluate_row "$row" "$slug${prefix:+-$prefix}" "$suffix${prefix:+-prefix_$prefix}" --llm_path "$mindmerger_llm" \
+                --mt_path "$encoder" --init_checkpoint "$checkpoint" --augmentation "$augmentation" \
+                ${prefix:+--probe_prefix "$prefix"}
+        fi
+    done
 done
 
 printf '=== Table\n'

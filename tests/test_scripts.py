@@ -31,10 +31,6 @@ PRESETS = sorted((ROOT / "scripts").glob("ds_*.json"))
 TRAINING = {"math": "training_math.sh", "x-csqa": "training_x_csqa.sh", "xnli": "training_xnli.sh"}
 
 
-def parser_of(program: str):
-    return importlib.import_module(program.removesuffix(".py")).build_parser()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reproduction scripts: a launcher on PATH that only notes down what it was given
 
@@ -72,7 +68,7 @@ def split_launcher(call: list[str]) -> tuple[list[str], str, list[str]]:
 
 def flags_of(call: list[str]) -> dict:
     _, program, arguments = split_launcher(call)
-    return vars(parser_of(program).parse_args(arguments))
+    return vars(parser_named(program).parse_args(arguments))
 
 
 def published_command(task: str, stage: str) -> str:
@@ -98,7 +94,7 @@ def test_training_script_runs_both_stages_with_the_published_settings(run_script
     expected = [published_command(task, stage) for stage in ("mapping", "augmentation")]
     assert [split_launcher(call)[:2] for call in calls] == [(["--log_level", "critical"], "run_training.py")] * 2
     assert [flags_of(call) for call in calls] == [
-        vars(parser_of("run_training.py").parse_args([*command.split(), "--micro_batch_tokens", "4096"]))
+        vars(parser_named("run_training.py").parse_args([*command.split(), "--micro_batch_tokens", "4096"]))
         for command in expected
     ]
     assert flags_of(calls[0])["lr"] == 2e-5 and flags_of(calls[0])["dev_size"] == 3000
@@ -810,8 +806,8 @@ def test_every_flag_the_pages_mention_exists():
 
 def test_settings_the_readme_puts_into_the_environment_are_flags_of_the_scripts():
     common = (ROOT / "scripts" / "common.sh").read_text() + (ROOT / "scripts" / "compare_all.sh").read_text()
-    flags = {name.upper() for name in vars(parser_of("run_training.py").parse_args([]))}
-    flags |= {name.upper() for name in vars(parser_of("run_evaluation.py").parse_args([]))}
+    flags = {name.upper() for name in vars(parser_named("run_training.py").parse_args([]))}
+    flags |= {name.upper() for name in vars(parser_named("run_evaluation.py").parse_args([]))}
     for command in readme_commands():
         for name in re.findall(r"\b([A-Z][A-Z_]+)=", command.split(" bash ")[0] if " bash " in command else ""):
             bare = re.sub(r"^(MAPPING|AUGMENTATION)_(?=.)", "", name)

@@ -465,3 +465,19 @@ def test_mindmerger_rows_name_their_llm_where_it_is_not_the_others(tmp_path, giv
     soft = [line for line in evaluations if "--init_checkpoint soft" in line]
     assert len(soft) == 1 and f"--llm_path {given.get('MINDMERGER_LLM', 'expert')} " in soft[0]
     assert sum("--llm_path expert " in f"{line} " for line in evaluations) == (4 if not given else 3)
+
+
+def test_the_row_of_a_probe_stands_behind_soft_when_it_is_asked_for(tmp_path):
+    fake_command(tmp_path / "bin" / "python", f'[[ $1 == -c ]] && echo math_mgsm && exit; echo "$*" >>{tmp_path}/calls')
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "MT_PATH": "mt5"}
+    environment |= {"SOFT_CHECKPOINT": "soft", "RESULTS_DIR": str(tmp_path / "r"), "PROBE_PREFIX": "shuffled"}
+    command = ["bash", str(ROOT / "scripts" / "compare_all.sh")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *evaluations, table = (tmp_path / "calls").read_text().splitlines()
+    plain, probe = [line for line in evaluations if "--init_checkpoint soft" in line]
+    assert "--probe_prefix" not in plain and probe.endswith("--augmentation True --probe_prefix shuffled")
+    folders = f"{tmp_path}/r/compare/mindmerger-soft"
+    expected = f"--row MindMerger-Soft={folders}/math_mgsm --row MindMerger-Soft, shuffled prefix={folders}-shuffled"
+    assert f"{expected}/math_mgsm-prefix_shuffled --against" in table
+    assert "shuffled prefix" not in table.split("--row MindMerger-Soft=")[0]
