@@ -1,12 +1,14 @@
 # shellcheck shell=bash
 # Sourced by the reproduction scripts beside it; does nothing on its own. Works with bash 3.2 and later.
 #
-# Every setting NAME=VALUE of a script is a flag --NAME of the Python program. Its value is the first of
+# Every flag --NAME of the Python program can be given as a variable. Its value is the first of
 #   1. <STAGE>_<NAME>  in the environment, for one stage only   (MAPPING_TRAIN_NUM=5000, AUGMENTATION_TRAIN_NUM=2000)
 #   2. <NAME>          in capitals                              (TRAIN_NUM=5000)
 #   3. <name>          as the flag is written                   (train_num=5000)
 #   4. the published value.
-# Arguments after the script's name come last on the command line, so they win over all of these.
+# Arguments after the script's name come last on the command line, so they win over all of these. A flag without a value
+# takes 1 or 0 (DRY_RUN=1). A <STAGE>_ variable that names no flag is refused: a misspelt one would change nothing, for
+# days. --task, --stage_name and what the launcher passes are the scripts' own.
 #
 # The launcher: NUM_GPUS, NUM_NODES, HOSTFILE, MASTER_ADDR, MASTER_PORT, and DEEPSPEED_ARGS for anything else it takes.
 # STAGE_NAME=mapping or STAGE_NAME=augmentation runs that stage alone.
@@ -52,6 +54,59 @@ add_settings() {
     done
 }
 
+# read_flags MODULE OWNED...: puts the flags of the module's parser but those OWNED by the caller into `value_flags` and
+# `switches`. The parser is asked, since a list here would fall behind it; once per program, as it costs 0.2 s.
+read_flags() {
+    local found
+    if [[ ${flags_read-} == "$*" ]]; then return; fi
+    found=$(python -c '
+import importlib, sys
+module, *owned = sys.argv[1:]
+actions = importlib.import_module(module).build_parser()._actions
+flags = {name[2:]: action.nargs for action in actions for name in action.option_strings if name.startswith("--")}
+for nargs in (None, 0):
+    print(*(name for name, wanted in flags.items() if wanted == nargs and name not in [*owned, "help"]))
+' "$@") || fail "the flags of $1 cannot be read, for the reason above: is this the environment that holds requirements.txt?"
+    value_flags=${found%%$'\n'*} switches=${found#*$'\n'} flags_read=$*
+}
+
+# add_variables PREFIX EXCEPT...: appends each flag that `read_flags` found and a variable sets.
+add_variables() {
+    local prefix=$1 name
+    shift
+    for name in $value_flags; do
+        if [[ " $* " != *" $name "* ]]; then add_settings "$prefix" "$name"; fi
+    done
+    for name in $switches; do
+        if [[ " $* " == *" $name "* ]]; then continue; fi
+        setting "$prefix" "$name"
+        if is_on "$name" "$REPLY"; then command_line+=("--$name"); fi
+    done
+}
+
+# is_on NAME VALUE: true for 1, false for 0 and where there is none.
+is_on() {
+    case $2 in
+        1 | [Tt]rue | [Yy]es) return 0 ;;
+        "" | 0 | [Ff]alse | [Nn]o) return 1 ;;
+        *) fail "$1 is '$2' in the environment: --$1 takes no value, so say 1 or 0" ;;
+    esac
+}
+
+# refuse_misspelt PROGRAM: stops at a variable for one stage that no flag has the name of.
+refuse_misspelt() {
+    local name flag
+    for name in $(compgen -e); do
+        case $name in
+            MAPPING_* | AUGMENTATION_*)
+                flag=$(printf '%s' "${name#*_}" | tr '[:upper:]' '[:lower:]')
+                [[ " $value_flags $switches " == *" $flag "* ]] ||
+                    fail "$name is in the environment, but no flag --$flag of $1 is open to variables: correct or unset it"
+                ;;
+        esac
+    done
+}
+
 # launch PROGRAM ARGUMENT...: one process per GPU, on this node or on those of HOSTFILE.
 launch() {
     local options=() word
@@ -90,11 +145,12 @@ train() {
     shift
     prefix=$(printf '%s' "$stage" | tr '[:lower:]' '[:upper:]')
     command_line=(--deepspeed --task "$task" --stage_name "$stage")
-    # Passed only when set: the program's own defaults are the published ones.
-    add_settings "$prefix" "${published[@]}" \
-        data_root languages output_dir seed deepspeed_config lr_scheduler warmup_ratio max_grad_norm precision \
-        gradient_accumulation eval_batch_size eval_steps save_steps save_total_limit logging_steps \
-        report_to max_steps num_workers attn_implementation resume_from_checkpoint
+    use_environment deepspeed
+    read_flags mindmerger.training.settings deepspeed task stage_name local_rank gpu
+    refuse_misspelt run_training.py
+    # Others are passed only when set: the program's own defaults are the published ones.
+    add_settings "$prefix" "${published[@]}"
+    add_variables "$prefix" init_checkpoint "${published[@]%%=*}"
     # INIT_CHECKPOINT is where the whole run starts: the later stage then starts from the earlier one's mapping.
     if [[ $stage == mapping || -n ${STAGE_NAME:-${stage_name-}} ]]; then
         add_settings "$prefix" init_checkpoint
@@ -128,6 +184,8 @@ evaluate() {
         shift
     done
     shift
+    setting "" llm_only
+    if is_on llm_only "$REPLY"; then alone=yes; fi
     for word in "$@"; do
         if [[ $word == --llm_only ]]; then alone=yes; fi
     done
@@ -139,7 +197,12 @@ evaluate() {
         last_argument save_name "$REPLY" "$@"
         published+=("init_checkpoint=$trained/$REPLY/$trained_task/augmentation/pytorch_model.bin" augmentation=True)
     fi
-    add_settings "" "${published[@]}" data_root languages limit eval_batch_size max_new_tokens precision \
-        attn_implementation results_dir seed
+    use_environment deepspeed
+    # The last two change nothing in an evaluation, and may be set for the training before it.
+    read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
+        train_micro_batch_size_per_gpu
+    add_settings "" "${published[@]}"
+    # The LLM alone takes no mapping, whatever the training before it was told.
+    add_variables "" init_checkpoint augmentation "${published[@]%%=*}"
     launch run_evaluation.py "${command_line[@]}" "$@"
 }

@@ -21,7 +21,7 @@
 #   PARALLEL_LANGUAGES, ORDER                     of PMI
 #   LAYER_SWAP_ARGS, MAET_ARGS                    more arguments of those merges
 #   TASK (math_mgsm), AGAINST (task LLM alone), RESULTS_DIR (results), MERGED_DIR (<RESULTS_DIR>/merged), PYTHON
-#   DATA_ROOT, LANGUAGES, LIMIT, EVAL_BATCH_SIZE, EVAL_MAX_TOKENS, MAX_NEW_TOKENS, PRECISION, ... as run_evaluation.py's flags
+#   any other flag of run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, EVAL_MAX_TOKENS, PRECISION, ...
 # With NUM_GPUS, HOSTFILE or DEEPSPEED_ARGS set, evaluations run under the deepspeed launcher.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
@@ -79,8 +79,11 @@ evaluate_row() {
     local label=$1 slug=$2 form=$3 command_line=() program=(python run_evaluation.py)
     shift 3
     command_line=(--task "$task" --results_dir "$results_dir/compare" --save_name "$slug")
-    add_settings "" data_root languages limit eval_batch_size eval_max_tokens max_seq_len max_gen_len max_new_tokens \
-        precision attn_implementation seed
+    read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
+        train_micro_batch_size_per_gpu
+    # The rows differ in these, so no variable may set them for all.
+    add_variables "" results_dir save_name llm_path mt_path init_checkpoint augmentation llm_only parallel_input \
+        translations parallel_languages order
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py)
         command_line+=(--deepspeed)

@@ -45,6 +45,10 @@ def run_script(tmp_path):
         f"#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" >> {record}\necho ---- >> {record}\nexit ${{FAKE_EXIT:-0}}\n"
     )
     fake.chmod(0o755)
+    # The scripts ask the program's parser for its flags.
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
 
     def run(name, *arguments, expected_exit=0, **environment):
         record.unlink(missing_ok=True)
@@ -157,6 +161,54 @@ def test_every_setting_of_a_script_can_be_replaced_from_the_environment(run_scri
             assert {name: str(flags[name]).removesuffix(".0") for name in names} == {
                 name: environment[spelling(name)] for name in names
             }
+
+
+OWNED = {"deepspeed", "task", "stage_name", "local_rank", "gpu", "help"}  # by the scripts, and by the launcher
+
+
+@pytest.mark.parametrize("script", ["training_math.sh", "evaluation_mgsm.sh"])
+def test_a_variable_named_like_any_flag_of_the_program_passes(run_script, script):
+    """A list of flags in the scripts would lack the next one: --bridge and --skip_faulty_rows never got through."""
+    program = "run_training.py" if script.startswith("training") else "run_evaluation.py"
+    accepted = {"train_batch_size", "train_micro_batch_size_per_gpu"} if program == "run_evaluation.py" else set()
+    actions = {action.option_strings[-1][2:]: action for action in parser_named(program)._actions}
+    names = {name for name, action in actions.items() if action.nargs in (None, 0)} - OWNED - accepted - {"llm_only"}
+    assert {"seed", "skip_faulty_rows", "precision"} < names and len(names) > 20
+    environment = {name.upper(): f"of-{name}" if actions[name].nargs is None else "1" for name in names}
+    call = run_script(script, **environment)[0][0]
+    assert {name for name in names if call.count(f"--{name}") != 1} == set()
+    values = {name: call[call.index(f"--{name}") + 1] for name in names if actions[name].nargs is None}
+    assert values == {name: f"of-{name}" for name in values}
+    assert not {f"--{name}" for name in accepted} & set(call)
+
+
+def test_variables_that_a_shell_or_a_launcher_left_choose_no_task_stage_or_gpu(run_script):
+    calls, _ = run_script("training_xnli.sh", TASK="math", GPU="3", LOCAL_RANK="5", DEEPSPEED="0", HELP="1")
+    assert calls == run_script("training_xnli.sh")[0] and len(calls) == 2
+
+
+def test_a_flag_without_a_value_takes_one_or_zero_for_all_stages_or_one(run_script):
+    calls, _ = run_script("training_math.sh", DRY_RUN="1", AUGMENTATION_COMPILE="true", LIGER="0")
+    assert [flags_of(call)["dry_run"] for call in calls] == [True, True]
+    assert [flags_of(call)["compile"] for call in calls] == [False, True]
+    assert "--liger" not in calls[0]
+    calls, error = run_script("training_math.sh", DRY_RUN="now", expected_exit=2)
+    assert not calls and error.startswith("error: dry_run is 'now'") and error.count("\n") == 1
+
+
+def test_a_misspelt_variable_for_one_stage_is_refused_before_anything_starts(run_script):
+    """It changed nothing, and the run took the published value for days."""
+    calls, error = run_script("training_math.sh", AUGMENTATION_TRAIN_NUMBER="5", expected_exit=2)
+    assert not calls and error.startswith("error: AUGMENTATION_TRAIN_NUMBER is in the environment, but no flag")
+    assert error.count("\n") == 1
+    calls, error = run_script("training_math.sh", MAPPING_TASK="xnli", expected_exit=2)
+    assert not calls and "no flag --task of run_training.py is open to variables" in error
+
+
+def test_the_llm_alone_may_be_asked_for_by_a_variable_and_still_names_no_mapping(run_script):
+    calls, _ = run_script("evaluation_mgsm.sh", LLM_ONLY="1", INIT_CHECKPOINT="m.bin", AUGMENTATION="True")
+    flags = flags_of(calls[0])
+    assert (flags["llm_only"], flags["init_checkpoint"], flags["augmentation"]) == (True, None, None)
 
 
 def test_settings_from_the_environment_may_hold_for_one_stage(run_script):
