@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from mindmerger.baselines.model_folder import open_model
-from mindmerger.hub.model_files import check_models, load_config, one_line
+from mindmerger.hub.model_configs import load_config
+from mindmerger.hub.model_files import one_line
 from mindmerger.model.mapping_files import MindMergerConfig, check_mapping, empty_bridge, read_config, read_mapping
+from mindmerger.model.towers import check_models
 from mindmerger.runtime.errors import UserError
 
 BETWEEN = MindMergerConfig(mt_path="encoder", llm_path="llm", encoder_width=16, llm_width=16)

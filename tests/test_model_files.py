@@ -27,10 +27,11 @@ from mindmerger.evaluation import flags as evaluation_flags
 from mindmerger.evaluation import settings as evaluation_settings
 from mindmerger.generation import answers as generation_answers
 from mindmerger.generation.answers import answer
-from mindmerger.hub.model_files import check_models, check_quantisation, load_config, load_tokenizer, takes_embeddings
+from mindmerger.hub.model_configs import check_quantisation, load_config, takes_embeddings
+from mindmerger.hub.tokenizer_files import load_tokenizer
 from mindmerger.model.mapping_files import save_released
 from mindmerger.model.mindmerger import MindMerger
-from mindmerger.model.towers import check_roles, load_encoder, load_llm
+from mindmerger.model.towers import check_models, check_roles, load_encoder, load_llm
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import settings as training_settings
 from mindmerger.training import trainer
@@ -671,7 +672,7 @@ for module, argv, name in json.loads({json.dumps(commands)!r}):
 
 ASKING = """
 import sys
-from mindmerger.hub.model_files import load_config
+from mindmerger.hub.model_configs import load_config
 from mindmerger.runtime.errors import UserError
 
 for name in sys.argv[1:]:

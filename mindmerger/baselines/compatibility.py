@@ -97,7 +97,8 @@ def _check_vocabulary(task: ModelFolder, other: ModelFolder) -> None:
 
 def _vocabulary(model: ModelFolder) -> tuple[dict[int, str], set[int]] | None:
     """Token of each id, and the ids of added tokens; None for a folder without a tokenizer."""
-    from mindmerger.hub.model_files import ModelError, load_tokenizer
+    from mindmerger.hub.model_files import ModelError
+    from mindmerger.hub.tokenizer_files import load_tokenizer
 
     if not any((model.path / name).is_file() for name in VOCABULARY_FILES):
         return None

@@ -140,7 +140,7 @@ def open_model(role: str, path: str) -> ModelFolder:
     Raises:
         MergeError: for a missing folder, file or tensor, a wrong shape, quantised weights, or an adapter.
     """
-    from mindmerger.hub.model_files import load_config
+    from mindmerger.hub.model_configs import load_config
 
     folder = _resolve(role, path)
     config = load_config(str(folder))

@@ -46,7 +46,8 @@ def load_tokenizers(mt_path: str | None, llm_path: str | None) -> Tokenizers:
 
 
 def _load_tokenizer(path: str, flag: str):
-    from mindmerger.hub.model_files import ModelError, load_tokenizer
+    from mindmerger.hub.model_files import ModelError
+    from mindmerger.hub.tokenizer_files import load_tokenizer
 
     name = model_path(path)
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -62,7 +63,8 @@ def _load_tokenizer(path: str, flag: str):
 
 def _padding_id(tokenizer, path: str) -> int:
     """An id to fill rows up with, masked out later: the pad or EOS token where the model has a row for it, else 0."""
-    from mindmerger.hub.model_files import embedding_rows, find_file, load_config
+    from mindmerger.hub.model_configs import embedding_rows, load_config
+    from mindmerger.hub.model_files import find_file
 
     rows = embedding_rows(load_config(path)) if find_file(str(path), "config.json") is not None else None
     named = (tokenizer.pad_token_id, tokenizer.eos_token_id)

@@ -128,9 +128,8 @@ def check_models_fit(models: Models, engine: str = "hf"):
     Raises:
         UserError: naming the model and what does not fit.
     """
-    from mindmerger.hub.model_files import check_models
     from mindmerger.model.mapping_files import check_mapping, config_of_models, empty_bridge
-    from mindmerger.model.towers import check_roles
+    from mindmerger.model.towers import check_models, check_roles
 
     check_roles(models.llm, models.encoder)
     check_models(models.encoder, models.llm, backward=False)

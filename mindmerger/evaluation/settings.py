@@ -229,7 +229,7 @@ def check_inputs(settings: Settings) -> None:
     Raises:
         UserError: naming the token, or the number of positions and the flags that lower it.
     """
-    from mindmerger.hub.model_files import embedding_rows, llm_config, load_config
+    from mindmerger.hub.model_configs import embedding_rows, llm_config, load_config
     from mindmerger.model.towers import check_positions
 
     mt_path, llm_path, columns = settings.mt_path, settings.llm_path, settings.columns

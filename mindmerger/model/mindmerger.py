@@ -22,7 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from mindmerger.bridges import Towers
-from mindmerger.hub.model_files import ModelError, end_token_ids, special_token_ids
+from mindmerger.hub.model_files import ModelError
+from mindmerger.hub.tokenizer_files import end_token_ids, special_token_ids
 from mindmerger.model.attention_memory import (
     attention_memory,
     check_attention_function,

@@ -14,20 +14,18 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.models.mbart.modeling_mbart import MBartEncoder
 from transformers.utils import cached_file, logging
 
+from mindmerger.hub.model_configs import check_quantisation, llm_config, load_config
 from mindmerger.hub.model_files import (
     ModelError,
-    check_quantisation,
     check_weights,
     find_file,
     hub_advice,
     is_folder,
-    llm_config,
-    load_config,
-    model_path,
     one_line,
     read_json_object,
 )
-from mindmerger.runtime.files import is_utf8
+from mindmerger.hub.tokenizer_files import check_eos_token
+from mindmerger.runtime.files import is_utf8, model_path
 from mindmerger.runtime.processes import is_out_of_memory, warn
 
 CHECK_WEIGHTS = "compare the files with where they come from, fetch or train them again"
@@ -193,6 +191,27 @@ def _check_number_of_layers(path: str, config) -> None:
     layers = getattr(config.get_text_config(encoder=config.is_encoder_decoder or None), "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:
         raise ModelError(f"{path}: its config.json asks for {layers} layers: correct the number there")
+
+
+def check_models(mt_path: str | None, llm_path: str, backward: bool, must_exist: bool = True) -> None:
+    """Makes sure that both model folders can be used, as far as that shows before weights and data load.
+
+    Args:
+        mt_path: the encoder; None for the LLM alone.
+        backward: whether gradients go through the LLM. None go through the encoder.
+        must_exist: whether the weights have to be there.
+
+    Raises:
+        ModelError: for the first thing that is wrong.
+    """
+    config, _ = llm_config(llm_path)
+    check_quantisation(llm_path, config, backward)
+    check_eos_token(llm_path)
+    check_weights(llm_path, config, must_exist)
+    if mt_path is not None:
+        config = load_config(mt_path)
+        check_quantisation(mt_path, config, backward=False)
+        check_weights(mt_path, config, must_exist)
 
 
 def max_positions(config) -> int | None:

@@ -42,7 +42,7 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
     from mindmerger.data.loader import BatchLoader
-    from mindmerger.hub.model_files import llm_config, load_config
+    from mindmerger.hub.model_configs import llm_config, load_config
     from mindmerger.training.deepspeed_config import offloaded, zero_stage
 
     if not is_main():

@@ -258,8 +258,7 @@ def settle_models(args, config: dict) -> tuple[str, str]:
     Raises:
         UserError: for the first thing that cannot be used.
     """
-    from mindmerger.hub.model_files import check_models
-    from mindmerger.model.towers import check_roles, model_fingerprint
+    from mindmerger.model.towers import check_models, check_roles, model_fingerprint
     from mindmerger.training.deepspeed_config import zero_stage
     from mindmerger.training.speedups import check_speed_options
 
@@ -398,7 +397,7 @@ def check_lengths(settings: Settings, data) -> None:
 def check_tokens(settings: Settings, tokenizers, data) -> None:
     """Refuses rows with a token that the LLM or the encoder has no embedding for, before weights load."""
     from mindmerger.data.tokenising import check_rows
-    from mindmerger.hub.model_files import embedding_rows, llm_config, load_config
+    from mindmerger.hub.model_configs import embedding_rows, llm_config, load_config
 
     if not is_main():  # it reads all ids, which are the same on every rank
         return

@@ -81,7 +81,7 @@ def check_liger(llm_path: str) -> None:
     """
     import torch
 
-    from mindmerger.hub.model_files import llm_config
+    from mindmerger.hub.model_configs import llm_config
 
     if not torch.cuda.is_available():
         raise UserError("--liger needs an NVIDIA GPU, there is none here: leave --liger out")
