@@ -1,5 +1,6 @@
 """Tiny models with real tokenizers, made once for each test run, and the excerpt of real data."""
 
+import functools
 import json
 import os
 import shutil
@@ -164,9 +165,37 @@ def read_log(folder, key="loss"):
     return [line[key] for line in lines if key in line]
 
 
-def run_many(run, tmp_path, runs, ranks=1):
-    """Outcomes of several argument lists in one launch."""
+@functools.cache
+def _prepared() -> subprocess.Popen:
+    """The process of `drivers/prepared.py`, which ends with this one."""
+    command = [sys.executable, str(ROOT / "tests/drivers/prepared.py")]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment())
+
+
+def run_prepared(*command, cwd, ranks=1, timeout=240, env=None) -> tuple[list[int | None], list[str]]:
+    """Runs a program in processes that have imported torch and DeepSpeed already, several ranks without a launcher.
+
+    Returns:
+        the ranks' exit codes, None for one that had to be killed, and what they printed.
+    """
+    outputs = [str(Path(cwd) / f"printed-{number}.txt") for number in range(ranks)]
+    request = {
+        "command": [str(part) for part in command],
+        "cwd": str(cwd),
+        "env": {**clean_environment(cwd), **(env or {})},
+    }
+    request |= {"ranks": ranks, "output": outputs, "seconds": timeout}
+    process = _prepared()
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    codes = json.loads(process.stdout.readline())
+    return codes, [Path(path).read_bytes().decode(errors="replace") for path in outputs]
+
+
+def run_many(tmp_path, runs, ranks=1):
+    """Returns the outcomes of several argument lists in one launch."""
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    done = run(ROOT / "tests/drivers/many_runs.py", tmp_path / "runs.json", tmp_path / "outcomes.json", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
+    driver = ROOT / "tests/drivers/many_runs.py"
+    codes, printed = run_prepared(driver, tmp_path / "runs.json", tmp_path / "outcomes.json", cwd=tmp_path, ranks=ranks)
+    assert codes == [0] * ranks, "\n".join(printed)[-3000:]
     return json.loads((tmp_path / "outcomes.json").read_text())

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, clean_environment, read_log
+from conftest import ROOT, read_log, run_prepared
 from safetensors.torch import load_file
 from toy_bridge import ToyBridge
 
@@ -45,10 +43,10 @@ def runs(tiny_llm, tiny_encoder, datas, tmp_path_factory):
     }
     ways["resumed"] += ["--allow_changed", "max_steps"]
     (folder / "runs.json").write_text(json.dumps([[*flags, *more] for more in ways.values()]))
-    command = [sys.executable, ROOT / "tests/drivers/toy_runs.py", folder / "runs.json", folder / "outcomes.json"]
-    done = subprocess.run(command, cwd=folder, env=clean_environment(folder), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-    return folder, dict(zip(ways, json.loads((folder / "outcomes.json").read_text()), strict=True)), done.stdout
+    driver = (ROOT / "tests/drivers/toy_runs.py", folder / "runs.json", folder / "outcomes.json")
+    codes, (printed,) = run_prepared(*driver, cwd=folder)
+    assert codes == [0], printed[-6000:]
+    return folder, dict(zip(ways, json.loads((folder / "outcomes.json").read_text()), strict=True)), printed
 
 
 @pytest.mark.slow

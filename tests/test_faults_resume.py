@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_log, run_many
+from conftest import ROOT, read_log, run_many, run_prepared
 from safetensors.torch import load_file, save_file
 
 from mindmerger.runtime import files as runtime_files
@@ -64,7 +64,7 @@ def outputs(tmp_path, name, stage="mapping"):
 
 
 @pytest.mark.slow
-def test_losses_after_a_stop_equal_an_uninterrupted_run(run, flags, tmp_path):
+def test_losses_after_a_stop_equal_an_uninterrupted_run(flags, tmp_path):
     """Stopped in mid-epoch, exactly at an epoch's end (13 steps), before a due evaluation, with accumulation, and with
     a scheduler: data order, moments, rate and best mapping must all continue as if nothing had happened."""
     variants = {
@@ -78,7 +78,7 @@ def test_losses_after_a_stop_equal_an_uninterrupted_run(run, flags, tmp_path):
     for name, (step, more) in variants.items():
         whole, cut = named(flags, f"{name}_whole", *more), named(flags, f"{name}_cut", *more)
         runs += [whole, stopped_at(cut, step), cut]
-    results = run_many(run, tmp_path, runs)
+    results = run_many(tmp_path, runs)
     for (name, (step, _)), i in zip(variants.items(), range(0, len(runs), 3), strict=True):
         assert [result["code"] for result in results[i : i + 3]] == [0, 143, 0], results[i : i + 3]
         assert f"resumes from outputs/{name}_cut/math/mapping/checkpoint-{step:06d}" in results[i + 2]["printed"]
@@ -92,16 +92,16 @@ def test_an_evaluation_made_up_for_stands_once_in_the_log_however_often_the_run_
     driver, short = ROOT / "tests/drivers/killed.py", ["--max_steps", "7", "--save_steps", "100"]
     whole, cut, ended = (named(flags, name, *short) for name in ("whole", "cut", "ended"))
     # The signal strikes in the step whose evaluation is due: that evaluation is then cut short.
-    first = run_many(run, tmp_path, [whole, stopped_at(cut, 4), stopped_at(ended, 7), ended])
+    first = run_many(tmp_path, [whole, stopped_at(cut, 4), stopped_at(ended, 7), ended])
     assert [result["code"] for result in first] == [0, 143, 143, 0], first
-    assert run(driver, "train_step:5", *cut).returncode == -signal.SIGKILL
-    assert [result["code"] for result in run_many(run, tmp_path, [cut, ended])] == [0, 0]
+    assert run_prepared(driver, "train_step:5", *cut, cwd=tmp_path)[0] == [-signal.SIGKILL]
+    assert [result["code"] for result in run_many(tmp_path, [cut, ended])] == [0, 0]
     for name in ("cut", "ended"):
         assert exact_log(outputs(tmp_path, name)) == exact_log(outputs(tmp_path, "whole"))
 
 
 @pytest.mark.slow
-def test_resume_is_exact_at_every_zero_stage_with_two_ranks_and_in_stage_2(run, flags, tmp_path):
+def test_resume_is_exact_at_every_zero_stage_with_two_ranks_and_in_stage_2(flags, tmp_path):
     runs, names = [], []
     for preset in ("ds_zero0", "ds_zero1", "ds_zero2", "ds_zero3"):
         config = ["--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--max_steps", "7"]
@@ -113,21 +113,21 @@ def test_resume_is_exact_at_every_zero_stage_with_two_ranks_and_in_stage_2(run, 
     whole, cut = named(flags, "stage2_whole", *second), named(flags, "stage2_cut", *second)
     runs += [whole, stopped_at(cut, 5, rank=0), cut]
     names.append(("stage2", "augmentation"))
-    results = run_many(run, tmp_path, runs, ranks=2)
+    results = run_many(tmp_path, runs, ranks=2)
     for (name, stage), i in zip(names, range(0, len(runs), 3), strict=True):
         assert [result["code"] for result in results[i : i + 3]] == [0, 143, 0], results[i : i + 3]
         assert_same_run(outputs(tmp_path, f"{name}_whole", stage), outputs(tmp_path, f"{name}_cut", stage))
 
 
 @pytest.mark.slow
-def test_another_world_size_or_zero_stage_continues_with_the_same_global_batches(run, flags, tmp_path):
+def test_another_world_size_or_zero_stage_continues_with_the_same_global_batches(flags, tmp_path):
     zero2 = ["--deepspeed_config", f"{ROOT}/scripts/ds_zero2.json"]
     short = ["--max_steps", "8"]
     first = [named(flags, "whole", *short), stopped_at(named(flags, "grow", *short), 4)]
-    assert [r["code"] for r in run_many(run, tmp_path, first, ranks=1)] == [0, 143]
+    assert [r["code"] for r in run_many(tmp_path, first, ranks=1)] == [0, 143]
     second = [named(flags, "grow", *zero2, *short), stopped_at(named(flags, "shrink", *zero2, *short), 5)]
-    assert [r["code"] for r in run_many(run, tmp_path, second, ranks=2)] == [0, 143]
-    assert [r["code"] for r in run_many(run, tmp_path, [named(flags, "shrink", *short)], ranks=1)] == [0]
+    assert [r["code"] for r in run_many(tmp_path, second, ranks=2)] == [0, 143]
+    assert [r["code"] for r in run_many(tmp_path, [named(flags, "shrink", *short)], ranks=1)] == [0]
     whole = outputs(tmp_path, "whole")
     for name in ("grow", "shrink"):
         for key in ("loss", "dev_loss"):
@@ -139,7 +139,7 @@ def test_another_world_size_or_zero_stage_continues_with_the_same_global_batches
 
 @pytest.mark.slow
 def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
-    run, flags, tiny_llm, tiny_encoder, datas, tmp_path
+    flags, tiny_llm, tiny_encoder, datas, tmp_path
 ):
     from conftest import make_tiny_encoder, make_tiny_llm
 
@@ -173,7 +173,7 @@ def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
     ]
     allowed = [*base, "--train_batch_size", "4", "--max_steps", "9", "--allow_changed", "max_steps"]
     allowed += ["--allow_changed", "train_batch_size"]
-    results = run_many(run, tmp_path, [*save, *([*base, *extra] for extra, _ in cases), allowed])
+    results = run_many(tmp_path, [*save, *([*base, *extra] for extra, _ in cases), allowed])
     assert [r["code"] for r in results] == [0, 143, *[2] * len(cases), 0], results
     for (extra, expected), result in zip(cases, results[2:], strict=False):
         assert expected in result["error"], (extra, result)
@@ -188,10 +188,10 @@ def files_of(folder):
 
 
 @pytest.mark.slow
-def test_starting_over_never_removes_what_the_run_was_told_to_start_from(run, flags, tmp_path):
+def test_starting_over_never_removes_what_the_run_was_told_to_start_from(flags, tmp_path):
     """The folder used to be emptied first, and only then was the checkpoint or the mapping found missing."""
     argv = named(flags, "kept", "--max_steps", "3")
-    assert run_many(run, tmp_path, [argv])[0]["code"] == 0
+    assert run_many(tmp_path, [argv])[0]["code"] == 0
     folder = outputs(tmp_path, "kept")
     (tmp_path / "link").symlink_to(folder / "last")
     before = files_of(folder)
@@ -201,7 +201,7 @@ def test_starting_over_never_removes_what_the_run_was_told_to_start_from(run, fl
         ["--init_checkpoint", "outputs/kept/../kept/math/mapping/pytorch_model.bin"],
         ["--init_checkpoint", str(tmp_path / "link")],
     ]
-    results = run_many(run, tmp_path, [[*argv, "--overwrite_output_dir", *case] for case in cases])
+    results = run_many(tmp_path, [[*argv, "--overwrite_output_dir", *case] for case in cases])
     for case, result in zip(cases, results, strict=True):
         assert result["code"] == 2 and case[0].replace("init_checkpoint", "save_name") in result["error"], result
     assert files_of(folder) == before
@@ -262,12 +262,12 @@ def test_kill_at_every_point_of_a_checkpoint_write_leaves_the_old_or_the_new_one
 @pytest.mark.slow
 def test_kill_9_in_mid_run_and_in_a_checkpoint_write_continues_exactly(run, flags, tmp_path):
     argv = named(flags, "cut", "--max_steps", "8")
-    (whole,) = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "8")])
+    (whole,) = run_many(tmp_path, [named(flags, "whole", "--max_steps", "8")])
     assert whole["code"] == 0
     driver = ROOT / "tests/drivers/killed.py"
     for point in ("train_step:5", "write_checkpoint:2:os.replace:3", "write_checkpoint:1:os.fsync:4"):
-        done = run(driver, point, *argv)
-        assert done.returncode == -signal.SIGKILL, (point, done.stderr[-2000:])
+        codes, printed = run_prepared(driver, point, *argv, cwd=tmp_path)
+        assert codes == [-signal.SIGKILL], (point, printed)
     done = run(ROOT / "run_training.py", *argv)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumes from" in done.stderr
@@ -276,14 +276,14 @@ def test_kill_9_in_mid_run_and_in_a_checkpoint_write_continues_exactly(run, flag
 
 
 @pytest.mark.slow
-def test_a_resume_from_an_older_checkpoint_keeps_the_new_work_and_drops_the_abandoned(run, flags, tmp_path):
+def test_a_resume_from_an_older_checkpoint_keeps_the_new_work_and_drops_the_abandoned(flags, tmp_path):
     """The abandoned checkpoint had the higher number: it was kept, resumed from, and the new one pruned at once."""
     argv = named(flags, "turned", "--max_steps", "7")
     older = outputs(Path(), "turned") / "checkpoint-000003"
     turned = [*argv, "--resume_from_checkpoint", str(older), "--lr", "2e-2", "--allow_changed", "lr"]
     turned += ["--save_total_limit", "1"]
     after = [*argv, "--lr", "2e-2"]
-    first, second, third = run_many(run, tmp_path, [stopped_at(argv, 6), stopped_at(turned, 5), after])
+    first, second, third = run_many(tmp_path, [stopped_at(argv, 6), stopped_at(turned, 5), after])
     assert [first["code"], second["code"], third["code"]] == [143, 143, 0], (second, third)
     assert "the first new checkpoint replaces checkpoint-000006" in second["printed"]
     assert "resumes from outputs/turned/math/mapping/checkpoint-000005 at step 5" in third["printed"]
@@ -378,14 +378,14 @@ def test_starting_over_ends_when_a_checkpoint_cannot_be_removed(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(run, flags, tmp_path):
+def test_training_skips_a_damaged_checkpoint_by_name_and_refuses_it_when_named(flags, tmp_path):
     argv = named(flags, "cut", "--max_steps", "7")
-    results = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "7"), stopped_at(argv, 5)])
+    results = run_many(tmp_path, [named(flags, "whole", "--max_steps", "7"), stopped_at(argv, 5)])
     assert [r["code"] for r in results] == [0, 143]
     newest = outputs(tmp_path, "cut") / "checkpoint-000005"
     flip_a_byte(newest / checkpoints.TENSORS)
     named_one = [*argv, "--resume_from_checkpoint", str(newest)]
-    refused, resumed = run_many(run, tmp_path, [named_one, argv])
+    refused, resumed = run_many(tmp_path, [named_one, argv])
     assert refused["code"] == 2 and "sha256" in refused["error"]
     assert resumed["code"] == 0
     assert "skipped checkpoint-000005: training.safetensors differs from its sha256" in resumed["printed"]
@@ -416,12 +416,10 @@ def vouched_for(folder):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_foreign_content_are_refused_in_one_line_and_those_of_older_versions_resume(
-    run, flags, tmp_path
-):
+def test_checkpoints_of_foreign_content_are_refused_in_one_line_and_those_of_older_versions_resume(flags, tmp_path):
     """The manifest vouches for bytes, not for what they mean."""
     argv = named(flags, "real", "--max_steps", "4")
-    assert run_many(run, tmp_path, [stopped_at(argv, 3)])[0]["code"] == 143
+    assert run_many(tmp_path, [stopped_at(argv, 3)])[0]["code"] == 143
     original = outputs(tmp_path, "real") / "checkpoint-000003"
     tensors = load_file(original / checkpoints.TENSORS)
     moment = "exp_avg_sq.end_boundary"
@@ -453,7 +451,7 @@ def test_checkpoints_of_foreign_content_are_refused_in_one_line_and_those_of_old
 
     older = remade(original, tmp_path / "older", change=as_before)
     paths = [folder for folder, _ in cases] + [older]
-    results = run_many(run, tmp_path, [[*argv, "--resume_from_checkpoint", str(path)] for path in paths])
+    results = run_many(tmp_path, [[*argv, "--resume_from_checkpoint", str(path)] for path in paths])
     for (folder, expected), result in zip(cases, results, strict=False):
         assert result["code"] == 2 and "\n" not in result["error"], result
         assert str(folder) in result["error"] and expected in result["error"], (expected, result["error"])
@@ -471,7 +469,7 @@ class Payload:
 
 
 @pytest.mark.slow
-def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, tiny_llm, tmp_path):
+def test_pickles_in_checkpoints_and_model_folders_are_not_executed(flags, tiny_llm, tmp_path):
     witness = tmp_path / "executed"
     folder = small_checkpoint(tmp_path / "checkpoints", 1)
     (folder / checkpoints.TENSORS).write_bytes(pickle.dumps(Payload(witness)))
@@ -495,7 +493,7 @@ def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, t
     llm = Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
     (llm / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Payload(witness)}, llm / "pytorch_model.bin")
-    (result,) = run_many(run, tmp_path, [[*flags, "--llm_path", str(llm)]])
+    (result,) = run_many(tmp_path, [[*flags, "--llm_path", str(llm)]])
     assert result["code"] == 2 and str(llm) in result["error"] and "safetensors" in result["error"], result
     assert not witness.exists()
 
@@ -507,7 +505,7 @@ def test_pickles_in_checkpoints_and_model_folders_are_not_executed(run, flags, t
 def test_a_full_disk_names_path_and_bytes_and_leaves_earlier_work_valid(run, flags, tmp_path):
     """A limit on file sizes stops a write in its middle, as a full disk does."""
     argv = named(flags, "full", "--max_steps", "3")
-    (first,) = run_many(run, tmp_path, [argv])
+    (first,) = run_many(tmp_path, [argv])
     assert first["code"] == 0
     folder = outputs(tmp_path, "full")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "checkpoint" in str(p)}
@@ -526,9 +524,8 @@ def test_a_full_disk_names_path_and_bytes_and_leaves_earlier_work_valid(run, fla
     assert damage_in(folder / "checkpoint-000003") is None
     assert not list(folder.rglob("*.tmp"))
     load_file(folder / "mapping.safetensors")
-    done = run(ROOT / "run_training.py", *more)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (whole,) = run_many(run, tmp_path, [named(flags, "whole", "--max_steps", "6")])
+    resumed, whole = run_many(tmp_path, [more, named(flags, "whole", "--max_steps", "6")])
+    assert resumed["code"] == whole["code"] == 0, (resumed, whole)
     assert exact_log(folder)[-4:] == exact_log(outputs(tmp_path, "whole"))[-4:]
 
 
@@ -550,13 +547,13 @@ def test_a_full_tmpfs_leaves_the_earlier_checkpoint_valid(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_examples(run, flags, tmp_path):
+def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_examples(flags, tmp_path):
     """At ZeRO 0 nothing in DeepSpeed looks, and the weights would be lost."""
     entries = [named(flags, "whole", "--max_steps", "6")]  # first: ZeRO-3 replaces torch's linear function for good
     for preset in ("ds_zero0", "ds_zero1", "ds_zero3"):
         argv = named(flags, preset, "--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--max_steps", "6")
         entries += [{"argv": argv, "fault": {"step": 5, "rank": 1, "nan": True}}, argv]
-    results = run_many(run, tmp_path, entries, ranks=2)
+    results = run_many(tmp_path, entries, ranks=2)
     for broken, resumed in zip(results[1::2], results[2::2], strict=True):
         assert broken["code"] == 2, broken
         assert "at step 5 is not finite" in broken["error"] and "examples: " in broken["error"]
@@ -566,13 +563,13 @@ def test_a_nan_on_one_rank_stops_all_before_the_update_and_names_the_examples(ru
 
 
 @pytest.mark.slow
-def test_an_infinite_gradient_of_a_finite_loss_stops_all_before_the_update(run, flags, tmp_path):
+def test_an_infinite_gradient_of_a_finite_loss_stops_all_before_the_update(flags, tmp_path):
     """The loss alone shows nothing, and one more step would be too late."""
     entries = []
     for preset in ("ds_zero0", "ds_zero1", "ds_zero3"):
         argv = named(flags, preset, "--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--max_steps", "6")
         entries.append({"argv": argv, "fault": {"step": 5, "rank": 1, "infinite_gradient": True}})
-    for entry, broken in zip(entries, run_many(run, tmp_path, entries, ranks=2), strict=True):
+    for entry, broken in zip(entries, run_many(tmp_path, entries, ranks=2), strict=True):
         assert broken["code"] == 2, broken
         loss, norm = re.match(r"loss (\S+) with gradient norm (\S+) at step 5 is not finite", broken["error"]).groups()
         assert math.isfinite(float(loss)) and not math.isfinite(float(norm)), broken["error"]
@@ -581,10 +578,10 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_all_before_the_update(run, 
 
 
 @pytest.mark.slow
-def test_a_dev_loss_that_is_not_finite_stops_all_and_keeps_the_best_mapping(run, flags, tmp_path):
+def test_a_dev_loss_that_is_not_finite_stops_all_and_keeps_the_best_mapping(flags, tmp_path):
     """It continued silently: the log got a NaN, which is not JSON, and no mapping was ever the best again."""
     argv = named(flags, "dev", "--max_steps", "8", "--eval_steps", "2")
-    (broken,) = run_many(run, tmp_path, [{"argv": argv, "fault": {"step": 4, "rank": 1, "dev_nan": True}}], ranks=2)
+    (broken,) = run_many(tmp_path, [{"argv": argv, "fault": {"step": 4, "rank": 1, "dev_nan": True}}], ranks=2)
     assert broken["code"] == 2 and "dev loss nan at step 4 is not finite" in broken["error"], broken
     folder = outputs(tmp_path, "dev")
     assert "NaN" not in (folder / "log.jsonl").read_text()
@@ -594,14 +591,14 @@ def test_a_dev_loss_that_is_not_finite_stops_all_and_keeps_the_best_mapping(run,
 
 
 @pytest.mark.slow
-def test_an_error_stands_on_a_line_of_its_own_below_the_progress_bar(run, flags, tmp_path):
+def test_an_error_stands_on_a_line_of_its_own_below_the_progress_bar(flags, tmp_path):
     argv = named(flags, "bar", "--max_steps", "6")
-    (broken,) = run_many(run, tmp_path, [{"argv": argv, "fault": {"step": 5, "nan": True}}])
+    (broken,) = run_many(tmp_path, [{"argv": argv, "fault": {"step": 5, "nan": True}}])
     assert broken["printed"].splitlines()[-1].startswith("error: loss nan"), broken["printed"][-300:]
 
 
 @pytest.mark.slow
-def test_running_out_of_memory_is_known_before_training_and_names_the_flags(run, flags, tmp_path):
+def test_running_out_of_memory_is_known_before_training_and_names_the_flags(flags, tmp_path):
     """The dev split has micro-batches of its own. In the update Adam's moments come on top, at the first step."""
     places = {
         "forward": ("2 rows", "--train_micro_batch_size_per_gpu", "--gradient_checkpointing"),
@@ -610,7 +607,7 @@ def test_running_out_of_memory_is_known_before_training_and_names_the_flags(run,
     }
     more = ["--eval_batch_size", "3"]
     entries = [{"argv": named(flags, place, *more), "fault": {"memory": place}} for place in places]
-    for (place, expected), result in zip(places.items(), run_many(run, tmp_path, entries), strict=True):
+    for (place, expected), result in zip(places.items(), run_many(tmp_path, entries), strict=True):
         assert result["code"] == 2
         for part in (*expected, "encoder ", "target "):
             assert part in result["error"], (part, result["error"])
@@ -629,7 +626,7 @@ def test_folders_whose_names_are_not_utf_8_hold_a_run_and_its_continuation_in_as
     (tmp_path / "runs.json").write_text(json.dumps([*first, *second]))
     done = run(
         *(ROOT / "tests/drivers/many_runs.py", tmp_path / "runs.json", tmp_path / "outcomes.json"),
-        env={"PYTHONIOENCODING": "ascii"},
+        env={"PYTHONIOENCODING": "ascii"},  # read when Python starts: no fork of a prepared process has it
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for outcome in json.loads((tmp_path / "outcomes.json").read_text()):
@@ -640,13 +637,13 @@ def test_folders_whose_names_are_not_utf_8_hold_a_run_and_its_continuation_in_as
 
 
 @pytest.mark.slow
-def test_running_out_of_memory_while_models_are_placed_is_one_line(run, flags, tmp_path):
+def test_running_out_of_memory_while_models_are_placed_is_one_line(flags, tmp_path):
     """And so is a bucket that no memory holds, which torch reports as another error on the host."""
     config = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 4e12}}
     (tmp_path / "ds.json").write_text(json.dumps(config))
     entries = [{"argv": named(flags, "placing"), "fault": {"memory": "placing"}}]
     entries += [{"argv": named(flags, "bucket", "--deepspeed_config", str(tmp_path / "ds.json"))}]
-    placing, bucket = run_many(run, tmp_path, entries)
+    placing, bucket = run_many(tmp_path, entries)
     assert placing["code"] == bucket["code"] == 2
     assert "while the models are placed on cpu" in placing["error"] and "ds_zero3.json" in placing["error"]
     assert bucket["error"].startswith("out of memory on rank 0") and "\n" not in bucket["error"] + placing["error"]
