@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, clean_environment, free_port
 
 from mindmerger.runtime.errors import UserError
+from mindmerger.training import deepspeed_engine
 from mindmerger.training.deepspeed_config import effective_config, gradient_clipping, read_deepspeed_config
 
 STARTED = """
@@ -210,3 +213,17 @@ def test_gradient_clipping_is_shown_as_it_is_applied(read, stage):
         config = read(zero(stage))
         shown = effective_config(config, 8, 2, 4, gradient_clipping(config, flag))
         assert shown["gradient_clipping"] == expected
+
+
+@pytest.mark.parametrize(("elements", "ranks"), [(1, 2), (5, 2), (6, 2), (3, 4)])
+def test_every_rank_gets_its_share_of_what_cannot_be_dealt_out_evenly(monkeypatch, elements, ranks):
+    """DeepSpeed's own setter ends a resume at ZeRO 3 with an error there."""
+    share = -(-elements // ranks)
+    parameter = SimpleNamespace(ds_tensor=torch.empty(share))  # as large as its partition
+    monkeypatch.setattr(deepspeed_engine, "world_size", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(deepspeed_engine, "rank", lambda rank=rank: rank)
+        shares.append(deepspeed_engine._share_of_rank(parameter, torch.arange(1.0, elements + 1).view(1, -1)))
+    assert {len(one) for one in shares} == {share}
+    assert torch.cat(shares).tolist() == [*range(1, elements + 1), *[0] * (ranks * share - elements)]

@@ -8,6 +8,7 @@ import os
 from contextlib import contextmanager
 
 from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.processes import rank, world_size
 from mindmerger.training.deepspeed_config import zero_stage
 
 
@@ -156,6 +157,8 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
         step: optimizer steps taken so far.
         first_batch: any micro-batch, on the engine's device.
     """
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = 0.0
     engine.set_gradient_accumulation_boundary(True)
@@ -166,9 +169,21 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
             value = state[f"{key}.{name}"].to(engine.device)
             if zero_stage(engine.config) == 0:
                 engine.basic_optimizer.state[parameter][key].copy_(value)
+            elif zero_stage(engine.config) == 3:
+                safe_set_local_optimizer_state(parameter, _share_of_rank(parameter, value), key)
             else:
-                from deepspeed.utils import safe_set_full_optimizer_state
-
                 safe_set_full_optimizer_state(parameter, value, key)
     for entry in engine.basic_optimizer.state.values():
         entry["step"].fill_(step)
+
+
+def _share_of_rank(parameter, value):
+    """Returns this rank's elements of what ZeRO-3 partitions as it does the parameter, padding included.
+
+    DeepSpeed's setter of whole values fails where elements cannot be dealt out evenly: a gate has one for all ranks.
+    """
+    import torch
+
+    share = parameter.ds_tensor.numel()
+    padded = torch.nn.functional.pad(value.flatten(), (0, share * world_size() - value.numel()))
+    return padded[rank() * share :][:share]
