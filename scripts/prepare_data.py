@@ -56,7 +56,7 @@ def build_parser() -> CommandParser:
 
 
 def mgsm_line(row: dict) -> str:
-    """One line of `mgsm_XX.tsv` from a hub row `{question, answer, answer_number, equation_solution}`.
+    """Writes one line of `mgsm_XX.tsv` from a hub row `{question, answer, answer_number, equation_solution}`.
 
     `answer` is empty in the test split; `answer_number` holds the gold answer.
 
@@ -72,7 +72,7 @@ def mgsm_line(row: dict) -> str:
 
 
 def x_csqa_line(row: dict) -> str:
-    """One line of an X-CSQA file from a hub row `{id, lang, question, answerKey}`.
+    """Writes one line of an X-CSQA file from a hub row `{id, lang, question, answerKey}`.
 
     `question.choices` may be a list of `{label, text}` or, as `datasets` shows it, a pair of lists; it is written as
     the release has it, a list.
@@ -89,7 +89,7 @@ def x_csqa_line(row: dict) -> str:
 
 
 def xnli_records(rows: Iterable[dict]) -> list[dict]:
-    """`{sentence1, sentence2, label, language}` for every language of hub rows of the config `all_languages`.
+    """Returns `{sentence1, sentence2, label, language}` for every language of hub rows of config `all_languages`.
 
     A row's premise is `{code: text}`, its hypothesis `{"language": [code, ...], "translation": [text, ...]}`, its label
     an integer. The result goes language by language, in the task's order.
@@ -111,14 +111,14 @@ def xnli_records(rows: Iterable[dict]) -> list[dict]:
 
 
 def translations(value: dict) -> dict[str, str]:
-    """`{code: text}` from either of the two forms in which the hub writes translations."""
+    """Returns `{code: text}` from either of the two forms in which the hub writes translations."""
     if set(value) == {"language", "translation"}:
         return dict(zip(value["language"], value["translation"], strict=True))
     return value
 
 
 def field(row: dict, name: str):
-    """A field that must be there.
+    """Returns a field that must be there.
 
     Raises:
         UserError: naming the field and the fields that are there.
@@ -162,7 +162,7 @@ class Source:
 
 
 def hub_sources() -> dict[str, list[Source]]:
-    """Everything the hub can give, by the name that `--tasks` uses."""
+    """Lists everything the hub can give, by the name that `--tasks` uses."""
     mgsm = [CODES[name] for name in find_task("math_mgsm").evaluation_languages]
     x_csqa = [CODES[name] for name in find_task("x-csqa").evaluation_languages]
     # The data set calls Japanese `jap`.
@@ -190,7 +190,7 @@ NAMES_OF_CODES = {"jap": {"jap", "ja"}}
 
 
 def mirror_files(source: Source, clone: Path) -> list[Path]:
-    """The files of a clone that hold one split of one config, by the words of their paths, wherever they lie in it.
+    """Finds the files of a clone that hold one split of one config, by the words of their paths.
 
     Files that name no split count where none names this one: MGSM's TSV files are all test sets.
 
@@ -221,7 +221,7 @@ def mirror_files(source: Source, clone: Path) -> list[Path]:
 
 
 def load_mirror_rows(source: Source, clone: Path) -> Iterable[dict]:
-    """The rows of one split of a clone: as its card says, else from the files by their names. Runs no loading script.
+    """Loads the rows of one split of a clone: as its card says, else by file names. Runs no loading script.
 
     Raises:
         UserError: where no file is the split's. Other errors of `datasets` for files that it cannot read.
@@ -244,7 +244,7 @@ def load_mirror_rows(source: Source, clone: Path) -> Iterable[dict]:
 
 
 def tsv_rows(path: Path) -> list[dict]:
-    """Rows of a TSV file: by the names in its first line, or of question and answer where that has none."""
+    """Reads rows of a TSV file: by the names in its first line, or of question and answer where that has none."""
     first, *others = (record.value for record in read_records(path))
     if "question" in first:
         return [dict(zip(first, columns, strict=False)) for columns in others]
@@ -252,7 +252,7 @@ def tsv_rows(path: Path) -> list[dict]:
 
 
 def load_rows(source: Source, mirror: Path | None):
-    """The rows of one split, through `datasets`.
+    """Loads the rows of one split, through `datasets`.
 
     Raises:
         UserError: one line, when neither the hub nor the mirror has them.
@@ -310,7 +310,7 @@ def fetch(data_root: Path, names: list[str], mirror: Path | None, overwrite: boo
 
 
 def canonical_path(name: str) -> PurePosixPath | None:
-    """Where a member of the archive belongs in the data folder; None for what is not data.
+    """Finds where a member of the archive belongs in the data folder; None for what is not data.
 
     Whatever folders stand before `bilingual_pairs`, `query_translation` or `evaluation` are dropped. Two spellings of
     the data sets' own releases become those of the released layout: `jap` for `ja`, MSVAMP's `.json` for `.jsonl`.
@@ -444,7 +444,7 @@ def copy_atomic(member: Member, path: Path) -> None:
 
 
 def expected_files() -> list[tuple[str, list[str], str]]:
-    """`(purpose, paths, where to get what is missing)` for every task and stage."""
+    """Lists `(purpose, paths, where to get what is missing)` for every task and stage."""
 
     def codes(names: Iterable[str]) -> list[str]:
         return [CODES[name] for name in names]
@@ -491,7 +491,7 @@ def expected_files() -> list[tuple[str, list[str], str]]:
 
 
 def report(data_root: Path) -> str:
-    """A few lines: per task and stage how many files are there, which are missing and where those can be had."""
+    """Says per task and stage how many files are there, which are missing and where those can be had."""
     lines = [f"data root: {data_root}"]
     for purpose, paths, where in expected_files():
         missing = [path for path in paths if not (data_root / path).is_file()]

@@ -20,7 +20,7 @@ class NeuronError(UserError):
 
 
 def find_activations(model) -> tuple[list, int]:
-    """The activation module of every layer's MLP, bottom-up, and the number of neurons per layer.
+    """Finds the activation module of every layer's MLP, bottom-up, and the number of neurons per layer.
 
     Raises:
         NeuronError: for a family that is not known, such as a mixture of experts.
@@ -103,7 +103,7 @@ def observe(model, positions_M, rows_M, rows: int) -> Iterator[Observation]:
 
 
 def predicting_positions(prefix_B, targets_B):
-    """Flat positions that predict a token in right-padded rows of `prefix` input tokens and `targets` generated ones.
+    """Finds the flat positions that predict a token, in right-padded rows of input tokens and generated ones.
 
     Row b counts from its last input token (prefix - 1) to its last generated token but one; the padded length is the
     longest row's, as in `MindMerger.forward`.
@@ -121,7 +121,7 @@ def predicting_positions(prefix_B, targets_B):
 
 
 def generated_mask(ids_BT, eos_token_ids: list[int]):
-    """(B, T) int64: 1 up to and with the first end token of each row, 0 on what fills the row after it."""
+    """Returns (B, T) int64: 1 up to and with the first end token of each row, 0 on what fills the row after it."""
     import torch
 
     ends_BT = torch.isin(ids_BT, torch.tensor(eos_token_ids, device=ids_BT.device))
@@ -129,7 +129,7 @@ def generated_mask(ids_BT, eos_token_ids: list[int]):
 
 
 def observe_answers(model, inputs: dict, max_new_tokens: int) -> Observation:
-    """Greedy answers of a `MindMerger` (with or without encoder) and its LLM's activity while giving them.
+    """Lets a `MindMerger` (with or without encoder) answer greedily, and counts its LLM's activity while it does.
 
     One full forward pass over input and answer shows the same as step-by-step decoding, since attention is causal.
 
@@ -155,7 +155,7 @@ def observe_answers(model, inputs: dict, max_new_tokens: int) -> Observation:
 
 
 def observe_encoder(model, inputs: dict) -> Observation:
-    """The encoder's activity on every real token of its input."""
+    """Counts the encoder's activity on every real token of its input."""
     import torch
 
     mask_BS = inputs["encoder_attention_mask"].cpu()

@@ -61,13 +61,13 @@ _KEPT = _Kept()
 
 
 def normalise(text: str) -> str:
-    """NFKC, lower case, without punctuation, symbols and invisible characters, single blanks."""
+    """Normalises a text: NFKC, lower case, no punctuation, symbols or invisible characters, single blanks."""
     text = unicodedata.normalize("NFKC", text).lower()
     return " ".join(unicodedata.normalize("NFKC", text).translate(_KEPT).split())
 
 
 def splits_into_words(language: Language) -> bool:
-    """Whether the language's n-grams are of words (else of characters)."""
+    """Tells whether the language's n-grams are of words (else of characters)."""
     return language.code not in CHARACTER_LANGUAGES
 
 
@@ -85,7 +85,7 @@ class Item:
 
     @property
     def share(self) -> float:
-        """Share of the n-grams that were found."""
+        """Returns the share of the n-grams that were found."""
         return sum(self.hits) / len(self.hits)
 
 
@@ -281,12 +281,12 @@ def _judge(item: Item, threshold: float) -> dict:
 
 
 def is_dirty(record: dict) -> bool:
-    """Contaminated itself or on its English side."""
+    """Tells whether an item is contaminated itself or on its English side."""
     return record["contaminated"] or bool(record["english"] and record["english"]["contaminated"])
 
 
 def build_table(records: list[dict], results: list[str]) -> list[dict]:
-    """One row per language: numbers of items, and for each results folder the accuracy (percent) on all, clean and
+    """Builds one row per language: numbers of items, and per results folder the accuracy (percent) on all, clean and
     dirty items, None where there are none.
 
     Raises:
@@ -327,7 +327,7 @@ def build_table(records: list[dict], results: list[str]) -> list[dict]:
 
 
 def format_table(rows: list[dict], results: list[str]) -> str:
-    """The table as aligned text."""
+    """Formats the table as aligned text."""
     from mindmerger.evaluation.tables import align
 
     head = ["language", "items", "short", "any hit", "contaminated", "English side", "dirty"]
@@ -358,7 +358,7 @@ def _threshold(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the parser of the command line."""
     parser = CommandParser(prog="python -m mindmerger.analysis.contamination", description=__doc__)
     parser.add_argument(
         "--train",

@@ -41,18 +41,21 @@ def check_compatible(task: ModelFolder, others: list[ModelFolder]) -> dict[str, 
             values = [getattr(model.config, setting, None) for model in (task, other)]
             if values[0] != values[1]:
                 warn(f"{task} has {setting} {values[0]}, {other} has {values[1]}: the former's is kept")
+        # A config may leave out what differs, such as biases of attention: the tensors themselves decide.
         if task.tensors.keys() != other.tensors.keys():
             name = min(task.tensors.keys() ^ other.tensors.keys())
             holder, lacking = (task, other) if name in task.tensors else (other, task)
             raise MergeError(f"{holder} has a tensor {name}, {lacking} has none")
         _check_shapes(task, other)
         _check_vocabulary(task, other)
+    # For its error alone: an unknown scheme of names is found now and not in the middle of the writing.
     for name in task.tensors:
         place_of(name)
     return {name: min(model.tensors[name].shape[0] for model in (task, *others)) for name in task.tensors}
 
 
 def _setting(config, name: str):
+    # A config that leaves these two out means what follows from others: it does not differ from one that spells it out.
     value = getattr(config, name, None)
     if name == "head_dim" and value is None:
         value = config.hidden_size // config.num_attention_heads
@@ -64,7 +67,7 @@ def _setting(config, name: str):
 def _check_shapes(task: ModelFolder, other: ModelFolder) -> None:
     for name, stored in task.tensors.items():
         shapes = stored.shape, other.tensors[name].shape
-        if place_of(name).kind in ("embeddings", "head"):
+        if place_of(name).kind in ("embeddings", "head"):  # whose rows may differ by added tokens
             shapes = shapes[0][1:], shapes[1][1:]
         if shapes[0] != shapes[1]:
             raise MergeError(f"different shapes of {name}: {task} has {shapes[0]}, {other} has {shapes[1]}")
@@ -72,6 +75,7 @@ def _check_shapes(task: ModelFolder, other: ModelFolder) -> None:
 
 def _check_vocabulary(task: ModelFolder, other: ModelFolder) -> None:
     """Refuses vocabularies in which one id means two tokens; added tokens, which users name freely, only warn."""
+    # Equal bytes settle it: loading two tokenizers takes seconds, and experts mostly keep their base's files.
     for name in VOCABULARY_FILES:
         files = [model.path / name for model in (task, other)]
         if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
@@ -81,6 +85,7 @@ def _check_vocabulary(task: ModelFolder, other: ModelFolder) -> None:
         return
     (tokens, added), (other_tokens, other_added) = vocabularies
     rows = min(model.tensors["model.embed_tokens.weight"].shape[0] for model in (task, other))
+    # Beyond the rows that all models have nothing is merged, so ids there may mean what they like.
     different = sorted(i for i in tokens.keys() & other_tokens.keys() if i < rows and tokens[i] != other_tokens[i])
     if not different:
         return
@@ -96,7 +101,7 @@ def _check_vocabulary(task: ModelFolder, other: ModelFolder) -> None:
 
 
 def _vocabulary(model: ModelFolder) -> tuple[dict[int, str], set[int]] | None:
-    """Token of each id, and the ids of added tokens; None for a folder without a tokenizer."""
+    """Returns the token of each id, and the ids of added tokens; None for a folder without a tokenizer."""
     from mindmerger.hub.model_files import ModelError
     from mindmerger.hub.tokenizer_files import load_tokenizer
 

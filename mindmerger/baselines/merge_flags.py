@@ -9,7 +9,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps formulas in the description as they are written, and gives long flags room."""
+    """Help formatter that keeps formulas as they are written and gives long flags room."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=118)

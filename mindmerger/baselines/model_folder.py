@@ -32,6 +32,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 DTYPE_CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODE_OF = {dtype: code for code, dtype in DTYPE_CODES.items()}
+# In the order in which transformers looks for them, so that what is merged is what would be loaded.
 WEIGHT_FILES = ("model.safetensors", INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -105,12 +106,13 @@ class ModelFolder:
         return f"{self.role} {self.path}"
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of a tensor in its stored dtype. Use the block and let it go: it may map the file.
+        """Reads rows `start` to `stop` of a tensor in its stored dtype. Use the block and let it go: it may map a file.
 
         Raises:
             MergeError: when the file cannot be read.
         """
         stored = self.tensors[name]
+        # One file is open at a time: tensors are asked for in the architecture's order, which is nearly the shards'.
         if self._open is None or self._open[0] != stored.file or self._bytes_read > REOPEN_BYTES:
             self._open = (stored.file, _open_weights(stored.file))
             self._bytes_read = 0
@@ -122,11 +124,11 @@ class ModelFolder:
         return block
 
     def weight_files(self) -> list[Path]:
-        """The files that hold tensors, sorted by name."""
+        """Returns the files that hold tensors, sorted by name."""
         return sorted({stored.file for stored in self.tensors.values()})
 
     def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Returns the bytes of all tensors."""
         return sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in self.tensors.values())
 
 
@@ -167,6 +169,7 @@ def open_model(role: str, path: str) -> ModelFolder:
 def _resolve(role: str, path: str) -> Path:
     path = model_path(path)
     folder = Path(path).expanduser()
+    # Only the local cache: a typing error must not become a download of 14 GB.
     if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
@@ -192,17 +195,18 @@ def _expected_shapes(role: str, folder: Path, config) -> dict[str, tuple[int, ..
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise MergeError(f"{role} {folder} is a {config.model_type} model, not a causal language model")
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone: no memory, whatever the model's size
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     # A tied head is not a parameter of its own and is left out here.
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _locate(role: str, folder: Path) -> dict[str, Stored]:
-    """Every tensor that a folder's weight files hold, from their headers."""
+    """Finds every tensor that a folder's weight files hold, from their headers."""
     source = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if source is None:
         raise MergeError(f"{role} {folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    # Headers are read once per file, which may hold hundreds of tensors.
     names_of: dict[str, list[str]] = {}
     if source.endswith(".index.json"):
         try:
@@ -240,6 +244,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
         safe = hasattr(entry, "get_shape")
         shape = tuple(entry.get_shape() if safe else entry.shape)
         dtype = DTYPE_CODES.get(entry.get_dtype()) if safe else entry.dtype
+        # Said from the headers: a quantised weight would come out of the merge as numbers that mean nothing.
         if dtype not in CODE_OF and not name.endswith("rotary_emb.inv_freq"):
             raise MergeError(f"{file}: {name} is neither fp32, fp16 nor bf16: quantised weights cannot be merged")
         header[name] = Stored(file, shape, dtype)
@@ -252,6 +257,7 @@ def _open_weights(file: Path):
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt")
         begins_as_zip(file)
+        # mmap: otherwise the whole shard, gigabytes of it, would be in memory for one tensor.
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except READ_ERRORS as error:
         raise MergeError(f"{file} cannot be read without running code or is cut short: {one_line(error)}") from error
@@ -265,10 +271,12 @@ def _entry(handle, name: str):
 
 
 def _check_surplus(model: ModelFolder, surplus: dict[str, Stored]) -> None:
-    """Stored tensors that the architecture does not have: harmless buffers, a copy of a tied head, or a warning."""
+    """Checks stored tensors that the architecture lacks: harmless buffers, a copy of a tied head, or a warning."""
     head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
     if head in surplus and model.config.tie_word_embeddings:
         stored = surplus.pop(head)
+        # transformers drops the stored head of a tied model without a word; where it differs, a merge of what it would
+        # load and one of what is stored are two models.
         twin = ModelFolder(model.role, model.path, model.config, {head: stored, embeddings: model.tensors[embeddings]})
         same = stored.shape == model.tensors[embeddings].shape and all(
             torch.equal(twin.read(head, *rows), twin.read(embeddings, *rows)) for rows in row_blocks(stored.shape)
@@ -285,7 +293,7 @@ def _check_surplus(model: ModelFolder, surplus: dict[str, Stored]) -> None:
 
 
 def row_blocks(shape: tuple[int, ...], start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    """Row ranges that cover `start` to `stop` (default: all rows), each of at most `BLOCK_ELEMENTS` scalars."""
+    """Yields row ranges that cover `start` to `stop` (default: all rows), each of at most `BLOCK_ELEMENTS` scalars."""
     stop = shape[0] if stop is None else stop
     step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
     for first in range(start, stop, step):

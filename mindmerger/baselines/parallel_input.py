@@ -34,7 +34,7 @@ from mindmerger.tasks.readers import DataError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: look at prompts, or list what a translator has to translate."""
+    """Builds the parser of the command line: look at prompts, or list what a translator has to translate."""
     parser = CommandParser(prog="python -m mindmerger.baselines.parallel_input", description=__doc__)
     add_item_flags(parser)
     parser.add_argument("--limit", type=int, help="take only the first N items of each language")

@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 
 
 class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds its default to a flag's help, where there is one."""
+    """Help formatter that adds its default to a flag's help, where there is one."""
 
     def _get_help_string(self, action):
         # A switch is off and a list is empty unless given: nothing to say. (0 equals False, but is a default.)
@@ -156,6 +156,7 @@ def run_main(main, alone: bool = False) -> None:
         code = main() or 0
         code = _lost_output() or code
     except UserError as error:
+        # A rank's own mistake: the others wait for it in a collective call, and would for thirty days.
         if is_watched() and not isinstance(error, ReportedError):
             _fail(str(error), 2)
         if is_main() or isinstance(error, StartError):
@@ -165,7 +166,7 @@ def run_main(main, alone: bool = False) -> None:
         _exit_watched(130)
     except SystemExit as leaving:  # --help
         _exit_watched(leaving.code or _lost_output())
-    except Exception as error:
+    except Exception as error:  # a bug
         if not is_watched():
             raise
         _fail_by_fault(error)

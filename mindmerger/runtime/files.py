@@ -17,7 +17,7 @@ from mindmerger.runtime.errors import UserError
 
 
 def is_utf8(path) -> bool:
-    """Whether a path can be written in UTF-8, as the libraries that read models and data sets need it."""
+    """Tells whether a path can be written in UTF-8, as the libraries that read models and data sets need it."""
     return not any("\ud800" <= c <= "\udfff" for c in str(path))
 
 
@@ -47,7 +47,7 @@ def open_new(path):
 
 
 def unfollowed(path, flags: int) -> int:
-    """An `opener` for `open` that refuses a symbolic link in place of the file."""
+    """Opens a file descriptor, as an `opener` of `open`, and refuses a symbolic link in place of the file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -58,12 +58,15 @@ def write_bytes_atomic(path, data: bytes) -> None:
         UserError: naming the path and the number of bytes when the disk refuses them.
     """
     path = Path(path)
+    # Beside its target, since a rename is atomic within one file system only; with the pid, since two processes may
+    # write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_new(temporary) as file:
             file.write(data)
             file.flush()
+            # A rename may reach the disk before the data does: a power cut would leave the name with nothing in it.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -73,24 +76,24 @@ def write_bytes_atomic(path, data: bytes) -> None:
 
 
 def write_text_atomic(path, text: str) -> None:
-    """`write_bytes_atomic` for UTF-8 text. A byte of a path that is not UTF-8 becomes \\udcXX, JSON's own escape."""
+    """Writes text as `write_bytes_atomic` does, in UTF-8; a byte of a path that is not is escaped as \\udcXX."""
     write_bytes_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json_atomic(path, value) -> None:
-    """`write_bytes_atomic` for a JSON value, indented, with its own scripts readable."""
+    """Writes a JSON value as `write_bytes_atomic` does, indented, with every script readable."""
     write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_csv_atomic(path, rows) -> None:
-    """`write_bytes_atomic` for rows of a CSV file, the first of which names the columns."""
+    """Writes rows of a CSV file as `write_bytes_atomic` does; the first row names the columns."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text_atomic(path, text.getvalue())
 
 
 class FolderLock:
-    """Keeps a second run out of an output folder. The system drops the lock when its owner dies, however it dies."""
+    """Lock that keeps a second run out of an output folder. The system drops it when its owner dies in any way."""
 
     def __init__(self, folder):
         """Takes the lock.
@@ -103,7 +106,7 @@ class FolderLock:
         while True:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                # Held open as long as the lock.
+                # Held open as long as the lock; "a+", since until the lock is ours the text in it names the owner.
                 self._file = open(self.path, "a+", encoding="utf-8", errors="replace", opener=unfollowed)  # noqa: SIM115
             except OSError as error:
                 if self.path.is_symlink():
@@ -139,6 +142,7 @@ class FolderLock:
 
     def _refuse_a_foreign_file(self) -> None:
         found = os.fstat(self._file.fileno())
+        # The owner's name is written over what the file holds: through a hard link that would be somebody's data.
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             self._file.close()
             raise UserError(f"{self.path} is not a plain file, or another name of one elsewhere: remove it")
@@ -151,6 +155,7 @@ class FolderLock:
 
     def release(self) -> None:
         """Gives the folder back."""
+        # Removed while it is still locked: once closed, the file may be another run's lock already.
         self.path.unlink(missing_ok=True)
         self._file.close()
 

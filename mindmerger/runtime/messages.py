@@ -8,6 +8,7 @@ import sys
 
 def say(line: str) -> None:
     """Prints one line to standard error, above the live progress bar if there is one."""
+    # Asked for, not imported: where nobody loaded it there is no bar, and a message need not cost its import.
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
         print(line, file=sys.stderr, flush=True)
@@ -18,6 +19,7 @@ def say(line: str) -> None:
 
 def say_error(message: str) -> None:
     """Prints an error as one line to standard error."""
+    # Whatever a library put into its message: scripts look for lines that begin with "error: ".
     say("error: " + " ".join(message.split("\n")))
 
 
@@ -99,6 +101,7 @@ def steady_streams() -> None:
 
 def _lost_output() -> int:
     """Says what kept standard output from being written; the exit code for that, 0 where nothing did."""
+    # Buffered text fails only here, at the end: without a look the command would report success.
     sys.stdout.flush()
     error = getattr(sys.stdout, "error", None)
     if error is None:

@@ -43,14 +43,14 @@ def find_place() -> Place | None:
         )
 
     size = number("WORLD_SIZE", 1, 10**6)
-    if size == 1:
+    if size == 1:  # nobody to meet, so no port either that another run might hold
         return None
     if not (text["MASTER_ADDR"] and text["MASTER_PORT"]):
         raise UserError(
             f"the environment has WORLD_SIZE={size} but no MASTER_ADDR and MASTER_PORT, where the processes meet: "
             f"start with deepspeed or torchrun, or run alone after: unset {' '.join(LAUNCHER_VARIABLES)}"
         )
-    text["LOCAL_RANK"] = text["LOCAL_RANK"] or "0"
+    text["LOCAL_RANK"] = text["LOCAL_RANK"] or "0"  # left out where a node has one process
     return Place(
         rank=number("RANK", 0, size - 1),
         world_size=size,

@@ -55,7 +55,7 @@ def local_rank() -> int:
 
 
 def is_main() -> bool:
-    """True on the one process that prints and writes."""
+    """Returns True on the one process that prints and writes."""
     return rank() == 0
 
 
@@ -98,6 +98,7 @@ def init_distributed(force: bool = False):
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if _group_is_up() or not (place or force):
         return device
+    # device_id: else NCCL takes the GPU from the rank among all nodes, which a second node does not have.
     settings = {"backend": "nccl" if cuda else "gloo", "device_id": device if cuda else None, "timeout": WAIT}
     if place is None:
         distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1, **settings)
@@ -181,12 +182,12 @@ def stay_alone(alone: bool) -> None:
 
 
 def is_watched() -> bool:
-    """Whether this process is one of several ranks, which end together."""
+    """Tells whether this process is one of several ranks, which end together."""
     return _watch is not None
 
 
 def is_ending() -> bool:
-    """Whether this process is being ended for an error of another rank."""
+    """Tells whether this process is being ended for an error of another rank."""
     return _watch is not None and _watch.ending
 
 
@@ -268,6 +269,7 @@ def agree_on(inputs: dict, but: str = "") -> dict:
 def broadcast_weights(module) -> None:
     """Gives every rank's `module` the weights of rank 0's: the others need no access to the file they came from."""
     if _talk is not None:
+        # By the CPU: the ranks talk over gloo, and a mapping is small.
         weights = {name: tensor.cpu() for name, tensor in module.state_dict().items()} if is_main() else None
         module.load_state_dict(broadcast_object(weights))
 
@@ -335,7 +337,7 @@ def leave_together() -> None:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process of the run is gone."""
+    """Tells whether a collective failed because another process of the run is gone."""
     torch = sys.modules["torch"]
     signs = ("onnection closed by peer", "onnection reset by peer", "ocket Timeout", "imed out", "roken pipe")
     signs += ("onnection refused", "emote process exited")
@@ -343,7 +345,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
+    """Tells whether an error says that memory ran out, on a GPU or on the host."""
     torch = sys.modules["torch"]
     signs = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)

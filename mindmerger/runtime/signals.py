@@ -28,7 +28,7 @@ NODE_LAUNCHER = b"deepspeed.launcher.launch"
 
 
 class LauncherWatch:
-    """Ends this rank when the launcher that started it is gone: nobody else would, and it would hold its GPU for ever.
+    """Watch that ends this rank when its launcher is gone: nobody else would, and it would hold its GPU for ever.
 
     The parents are those of the first look, so it must come before anything slow. A run without a launcher is not
     watched: its parent is a shell, which may go (nohup). Neither is a node launcher's parent unless it is DeepSpeed's
@@ -50,7 +50,7 @@ class LauncherWatch:
             threading.Thread(target=self._watch, name="launcher watch", daemon=True).start()
 
     def is_gone(self) -> bool:
-        """Whether the launcher, or the command that the user sees above it, has ended."""
+        """Tells whether the launcher, or the command that the user sees above it, has ended."""
         if self._parent is None:
             return False
         if self._lost_early or os.getppid() != self._parent:
@@ -59,7 +59,7 @@ class LauncherWatch:
         return self._runner is not None and _parent_of(self._parent) not in (self._runner, None)
 
     def hand_over(self) -> None:
-        """From here on the caller looks, and this rank is no longer ended on the spot."""
+        """Leaves the looking to the caller: this rank is no longer ended on the spot."""
         self._handed_over.set()
 
     def _watch(self) -> None:
@@ -95,7 +95,7 @@ def end_with_parent() -> None:
 
 
 def _is_launched() -> bool:
-    """Whether a launcher has started this process. Otherwise its parent is a shell, whatever variables it left."""
+    """Tells whether a launcher has started this process. Else its parent is a shell, whatever variables it left."""
     if "CROSS_RANK" in os.environ:  # DeepSpeed's
         return True
     numbers = [os.environ.get(name, "").strip() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
@@ -124,7 +124,7 @@ def _say(message: str) -> None:
 
 
 class Signals:
-    """Listens for SIGTERM, SIGINT and SIGUSR1, and for the end of the launcher, which counts as SIGTERM.
+    """Listener for SIGTERM, SIGINT and SIGUSR1, and for the end of the launcher, which counts as SIGTERM.
 
     A thread does the listening, because Python runs signal handlers only when the main thread returns from C code,
     and a collective on a dead peer never does.
@@ -140,7 +140,7 @@ class Signals:
         self._closing = False
         self._launcher = _launcher_watch or LauncherWatch()
         self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
+        self._writer.setblocking(False)  # Python asks this of a wake-up descriptor: a full one must not stop a handler
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             # The wake-up byte carries the news; a handler must be there for the default action not to be taken.
@@ -150,7 +150,7 @@ class Signals:
         self._thread.start()
 
     def alive(self) -> None:
-        """The training thread calls this between micro-batches."""
+        """Notes a sign of life; the training thread calls it between micro-batches."""
         self._last_sign = time.monotonic()
 
     @contextlib.contextmanager
@@ -173,6 +173,7 @@ class Signals:
         import torch
 
         save_asked, self.save_asked = self.save_asked, False
+        # float64: counts of tokens are exact up to 2^53, and sums of losses keep what fp32 would round away.
         heard = torch.tensor([float(self.stop_code), float(save_asked)], dtype=torch.float64)
         sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
         if world_size() > 1:

@@ -24,7 +24,7 @@ LOST_S = 600.0
 
 
 class _Watch:
-    """Ends this process when another rank has failed and cannot tell it otherwise.
+    """Watch that ends this process when another rank has failed and cannot tell it otherwise.
 
     Ranks agree on errors by a collective call (`on_all_ranks`). One that is inside another collective call, waiting
     for the rank that failed, would never come to that. So the failing rank also writes its error into the store, and a
@@ -110,7 +110,7 @@ class _Watch:
                 self._end([f"rank {self._place.rank}: lost contact with rank 0"], 1)
 
     def _open_errors(self, now: float) -> list[tuple[dict, float]]:
-        """All errors that are not agreed on, with the time of the first look at each."""
+        """Returns all errors that are not agreed on, with the time of the first look at each."""
         if not self._store.check(["errors"]):
             return []
         entries = []

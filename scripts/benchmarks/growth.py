@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def build_parser():
-    """The flags."""
+    """Builds the parser of the command line."""
     parser = CommandParser(prog="python -m scripts.benchmarks.growth", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data_root", default="./datas", help="folder in the released layout: its text is used")
@@ -50,7 +50,7 @@ class World:
         self.number = 0
 
     def models(self, preset: str) -> list[str]:
-        """Flags that name the preset's two models, saved to disk when first asked for."""
+        """Returns flags that name the preset's two models, saved to disk when first asked for."""
         import torch
 
         folder = self.folder / preset
@@ -63,8 +63,8 @@ class World:
         return ["--llm_path", str(folder / "llm"), "--mt_path", str(folder / "encoder")]
 
     def pairs(self, name: str, number: int, target_words: int = 0) -> list[str]:
-        """Flags that name a data folder of so many Swahili-English pairs: real ones in turn, each made different by a
-        number, and made longer where `target_words` asks for it."""
+        """Writes so many Swahili-English pairs and returns flags that name their folder: real pairs in turn, made
+        different by a number, and longer where `target_words` asks for it."""
         folder = self.folder / name / "bilingual_pairs" / "en-sw"
         if not (folder / "train_100k.en").is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ class World:
         return ["--data_root", str(self.folder / name), "--languages", "Swahili", "--train_num", str(number)]
 
     def run(self, flags: list[str], ranks: int = 1, threads: int | None = None) -> dict:
-        """One training; its medians, its peak memory and the seconds until its first step was done."""
+        """Runs one training; returns its medians, its peak memory and the seconds until its first step was done."""
         self.number += 1
         out = self.folder / "outputs" / str(self.number)
         shutil.rmtree(out, ignore_errors=True)
@@ -124,7 +124,7 @@ class World:
 
 
 def measure_ranks(world: World, args) -> dict:
-    """The same work on one process and on two, on as many cores."""
+    """Measures the same work on one process and on two, on as many cores."""
     flags = [*world.models("cpu-small"), "--data_root", str(world.data_root), "--train_num", "300"]
     flags += ["--train_batch_size", "32", "--micro_batch_tokens", "2048", "--train_micro_batch_size_per_gpu", "8"]
     return {
@@ -135,7 +135,7 @@ def measure_ranks(world: World, args) -> dict:
 
 
 def measure_pairs(world: World, args) -> dict:
-    """First start (tokenising) and second start, memory and step time, by the number of pairs."""
+    """Measures first start (tokenising) and second start, memory and step time, by the number of pairs."""
     found = {}
     for number in map(int, args.pairs.split(",")):
         flags = [*world.models("tiny"), *world.pairs(f"pairs-{number}", number), "--train_batch_size", "128"]
@@ -147,7 +147,7 @@ def measure_pairs(world: World, args) -> dict:
 
 
 def measure_lengths(world: World, args) -> dict:
-    """Targets of exactly 32 to 512 tokens."""
+    """Measures targets of exactly 32 to 512 tokens."""
     found = {}
     data = world.pairs("long", 2000, target_words=600)
     for length in (32, 64, 128, 256, 512):
@@ -158,7 +158,7 @@ def measure_lengths(world: World, args) -> dict:
 
 
 def measure_micro_batches(world: World, args) -> dict:
-    """Real pairs, by rows of a micro-batch."""
+    """Measures real pairs, by rows of a micro-batch."""
     flags = [*world.models("cpu-small"), "--data_root", str(world.data_root), "--train_num", "300"]
     return {
         f"micro-batch {rows}": world.run(
@@ -169,7 +169,7 @@ def measure_micro_batches(world: World, args) -> dict:
 
 
 def markdown(report: dict) -> str:
-    """The figures as tables."""
+    """Formats the figures as tables."""
     columns = {
         "samples/s": "{samples_per_s:.2f}",
         "useful tokens/s": "{tokens_per_s:.0f}",

@@ -29,7 +29,7 @@ FORMS = ("safetensors", "bin")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Builds the parser of the command line."""
     parser = CommandParser(prog="python -m scripts.benchmarks.merge_memory", description=__doc__)
     parser.add_argument("--size_gb", type=float, default=1.2, help="of each checkpoint, in units of 10^9 bytes")
     parser.add_argument("--shard_gb", type=float, default=0.4, help="of the checkpoints' files (default 0.4)")

@@ -84,17 +84,17 @@ def write_data(folder: Path, seed: int, pairs: int, problems: int, test_problems
 
 
 def evaluation_file(folder: Path, language: str) -> Path:
-    """Where the data folder holds the test problems of a language."""
+    """Returns where the data folder holds the test problems of a language."""
     return folder / "evaluation" / "mgsm" / f"mgsm_{language}.tsv"
 
 
 def evaluation_rows(problems: list[Problem], language: str) -> list[str]:
-    """Question, tab, answer of each problem; row i is the same problem in every language."""
+    """Writes question, tab and answer of each problem; row i is the same problem in every language."""
     return [f"{problem.question(language)}\t{problem.solution()[1]}" for problem in problems]
 
 
 def check_world(folder: Path, seed: int) -> list[Problem]:
-    """The test problems of a finished world.
+    """Returns the test problems of a finished world.
 
     Raises:
         UserError: when the folder holds no finished world, or one of another seed: experts tuned on that seed's
@@ -122,7 +122,7 @@ def check_world(folder: Path, seed: int) -> list[Problem]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Builds the parser of the command line."""
     parser = command.CommandParser(
         prog="python -m scripts.tiny_world",
         description=__doc__.split("\n")[0],
@@ -175,7 +175,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 
 
 def timed_report():
-    """A function that logs a line with the seconds since now."""
+    """Returns a function that logs a line with the seconds since now."""
     started = time.monotonic()
     return lambda text: log(f"{text} ({time.monotonic() - started:.0f} s)")
 

@@ -27,7 +27,7 @@ from scripts.tiny_world.templates import (
 def train_tokenizer(
     texts: list[str], vocabulary: int, special: dict[str, str], markers: list[str], byte_fallback: bool
 ):
-    """A byte-pair tokenizer with single digits, as a Hugging Face fast tokenizer.
+    """Trains a byte-pair tokenizer with single digits, as a Hugging Face fast tokenizer.
 
     Args:
         texts: what to learn pieces from.
@@ -62,7 +62,7 @@ def train_tokenizer(
 
 
 def plain_byte_tokens(tokenizer, byte_tokens: list[str]):
-    """The tokenizer with its byte pieces as ordinary pieces: the trainer can only take them as special ones."""
+    """Makes the tokenizer's byte pieces ordinary pieces: the trainer can only take them as special ones."""
     from tokenizers import Tokenizer
 
     state = json.loads(tokenizer.to_str())
@@ -71,7 +71,7 @@ def plain_byte_tokens(tokenizer, byte_tokens: list[str]):
 
 
 def build_tokenizers(seed: int, vocabulary: int):
-    """(the LLM's tokenizer, learnt from English only; the encoder's, learnt from all languages)."""
+    """Builds the LLM's tokenizer, learnt from English only, and the encoder's, learnt from all languages."""
     from tokenizers import processors
 
     from mindmerger.tasks import find_task
@@ -110,7 +110,7 @@ def build_tokenizers(seed: int, vocabulary: int):
 
 
 def length_sorted_batches(examples: list, batch_size: int, length, rng: random.Random) -> list[list]:
-    """Batches of similar lengths, in random order: padding is what a small model's time is lost on."""
+    """Returns batches of similar lengths, in random order: padding is what a small model's time is lost on."""
     pool = batch_size * 16
     batches = []
     for start in range(0, len(examples), pool):
@@ -128,7 +128,7 @@ def pad(rows: list[list[int]], value: int):
 
 
 def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.01, lr: float = 3e-3) -> float:
-    """One pass over `batches`, a short warm-up and a cosine to zero; returns the last steps' mean loss.
+    """Trains on `batches` once, with a short warm-up and a cosine to zero; returns the last steps' mean loss.
 
     Muon for the layers' matrices, AdamW for embeddings and norms: copying, which everything here rests on, is learnt
     in a third of the steps that AdamW alone needs.
@@ -168,7 +168,7 @@ TEXT_SHARES = {"problem": 0.25, "repeated": 0.20, "merged": 0.35, "headless": 0.
 
 
 class EnglishTexts:
-    """Turns problems into the LLM's training texts: rows of (ids, labels).
+    """Maker of the LLM's training texts from problems: rows of (ids, labels).
 
     Forms: `problem` is prompt and answer; `repeated` the question twice; `merged` the question, then a prompt whose
     question is garbled but for its digits, then the answer; `headless` the question and the answer without a prompt;
@@ -209,7 +209,7 @@ class EnglishTexts:
         return first + second, [-100] * len(first) + scored
 
     def garbled(self, question: list[int]) -> list[int]:
-        """The question as if in an unknown language: digits stay, runs between them become random tokens."""
+        """Garbles the question as if in an unknown language: digits stay, runs between them become random tokens."""
         stretch = 0.5 * 12 ** self.rng.random()  # other scripts need up to six times as many tokens
         noise, run = [], 0
         for token in [*question, None]:
@@ -224,7 +224,7 @@ class EnglishTexts:
 
 
 def draw_calculations(count: int, rng: random.Random) -> str:
-    """Single steps of solutions, from number combinations of any split: a step's two numbers are not a combination."""
+    """Draws single steps of solutions, of any split's numbers: the two numbers of a step are not a combination."""
     steps = []
     while len(steps) < count:
         a, b, c = rng.choice(FIRST_NUMBERS), rng.choice(OTHER_NUMBERS), rng.choice(OTHER_NUMBERS)
@@ -234,7 +234,7 @@ def draw_calculations(count: int, rng: random.Random) -> str:
 
 
 def train_llm(tokenizer, seed: int, steps: int, batch_size: int):
-    """A tiny Llama that has only ever read English."""
+    """Trains a tiny Llama that has only ever read English."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -266,7 +266,7 @@ def train_llm(tokenizer, seed: int, steps: int, batch_size: int):
 
 
 def causal_loss(model):
-    """The function from a batch of (ids, labels) rows to the LLM's loss on it."""
+    """Returns the function from a batch of (ids, labels) rows to the LLM's loss on it."""
 
     def loss_of(batch):
         # Padding stands on the right, after everything that is scored: causal attention needs no mask.
@@ -311,7 +311,7 @@ def tune_expert(kind: str, base: Path, seed: int, steps: int, batch_size: int):
 
 
 def train_encoder(tokenizer, seed: int, steps: int, batch_size: int):
-    """A tiny mT5 that translates every language of the world into English."""
+    """Trains a tiny mT5 that translates every language of the world into English."""
     import torch
     from transformers import MT5Config, MT5ForConditionalGeneration
 

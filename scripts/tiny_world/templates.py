@@ -143,7 +143,7 @@ THINGS = [
 
 
 def russian_form(number: int, few: str, many: str) -> str:
-    """The noun after a numeral from 2 to 20: genitive singular after 2, 3, 4, else genitive plural."""
+    """Returns the noun after a numeral from 2 to 20: genitive singular after 2, 3, 4, else genitive plural."""
     return few if 2 <= number <= 4 else many
 
 
@@ -422,7 +422,7 @@ KINDS = [
 
 
 def slots(language: str, name: int, thing: int, a: int, b: int, c: int) -> dict[str, str | int]:
-    """Everything a sentence of `language` may name: numbers, and words in the form their place needs.
+    """Returns everything a sentence of `language` may name: numbers, and words in the form their place needs.
 
     Args:
         language: a key of `EVALUATION_LANGUAGES`.
@@ -453,18 +453,18 @@ def slots(language: str, name: int, thing: int, a: int, b: int, c: int) -> dict[
 
 
 def sentences(kind: Kind, language: str, name: int, thing: int, numbers: tuple[int, int, int]) -> list[str]:
-    """The problem's sentences in one language; sentence i of every language says the same."""
+    """Returns the problem's sentences in one language; sentence i of every language says the same."""
     filled = slots(language, name, thing, *numbers)
     return [sentence.format(**filled) for sentence in kind.sentences[language]]
 
 
 def join(parts: list[str], language: str) -> str:
-    """Sentences as one text: Chinese puts no blank between them."""
+    """Joins sentences to one text: Chinese puts no blank between them."""
     return ("" if language == "zh" else " ").join(parts)
 
 
 def solution(kind: Kind, numbers: tuple[int, int, int]) -> tuple[str, int]:
-    """The worked answer as text, and its number."""
+    """Returns the worked answer as text, and its number."""
     steps = kind.steps(*numbers)
     answer = steps[-1][-1]
     worked = " ".join(f"{left}{operator}{right}={result}." for left, operator, right, result in steps)
@@ -495,7 +495,7 @@ class Problem:
 
 
 def split_numbers(seed: int) -> tuple[list[tuple], list[tuple]]:
-    """All number combinations (a, b, c), cut into train and test.
+    """Splits all number combinations (a, b, c) into train and test.
 
     Every kind of problem takes every combination, and b + c <= a keeps all results from falling below 0: what the
     numbers are tells nothing about what to do with them.
@@ -507,7 +507,7 @@ def split_numbers(seed: int) -> tuple[list[tuple], list[tuple]]:
 
 
 def draw_problems(count: int, combinations: list[tuple], rng: random.Random) -> list[Problem]:
-    """Problems with kinds in turn and everything else drawn freely."""
+    """Draws problems with kinds in turn and everything else drawn freely."""
     return [
         Problem(i % len(KINDS), rng.randrange(len(NAMES)), rng.randrange(len(THINGS)), rng.choice(combinations))
         for i in range(count)
@@ -515,7 +515,7 @@ def draw_problems(count: int, combinations: list[tuple], rng: random.Random) -> 
 
 
 def draw_pair(problem: Problem, language: str, rng: random.Random) -> tuple[str, str]:
-    """(text in `language`, the same in English): the whole question as often as one sentence of it."""
+    """Draws (text in `language`, the same in English): the whole question as often as one sentence of it."""
     if rng.random() < 0.5:
         return problem.question(language), problem.question("en")
     chosen = rng.randrange(len(problem.sentences("en")))
@@ -523,7 +523,7 @@ def draw_pair(problem: Problem, language: str, rng: random.Random) -> tuple[str,
 
 
 def draw_test_problems(count: int, combinations: list[tuple], rng: random.Random) -> list[Problem]:
-    """Distinct problems; raises ValueError when there are not as many."""
+    """Draws distinct problems; raises ValueError when there are not as many."""
     possible = len(combinations) * len(KINDS) * len(NAMES) * len(THINGS)
     if count > possible:
         raise ValueError(f"{count} problems asked for, only {possible} exist")
