@@ -65,8 +65,8 @@ def error_of(call) -> str:
 
 
 def math_example(query="How many?", target="It is 3.", language="German"):
-    prompt, cut = find_task("math").format_query(query)
-    return Example("x-1", language, query, prompt, target, cut)
+    prompt, shrinkable = find_task("math").format_query(query)
+    return Example("x-1", language, query, prompt, target, shrinkable)
 
 
 LIMITS = {"max_seq_len": 512, "max_gen_len": 512, "with_prompt": True}
@@ -450,7 +450,7 @@ def test_a_cache_that_version_0_1_0_wrote_is_found_again(tokenizers, tmp_path, l
         **{"max_seq_len": 200, "max_gen_len": 200, "with_prompt": True},
         "encoder": _tokenizer_identity(tokenizers.encoder),
         "llm": _tokenizer_identity(tokenizers.llm),
-        "first_example": [first.id, first.source, first.prompt, first.target, list(first.cut)],
+        "first_example": [first.id, first.source, first.prompt, first.target, list(first.shrinkable)],
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     assert build(tokenizers, tmp_path, languages=languages, train_num=3).fingerprint == key

@@ -63,7 +63,7 @@ def test_every_evaluation_language_of_the_excerpts_loads(name):
         assert {example.language for example in examples} == {language}
         assert len({example.id for example in examples}) == len(examples)
         for example in examples:
-            assert example.prompt[slice(*example.cut)].strip()
+            assert example.prompt[slice(*example.shrinkable)].strip()
             assert task.score(example.target, example.target).correct
 
 
@@ -86,7 +86,7 @@ def test_augmentation_examples_hold_raw_question_for_math_and_the_prompt_for_the
     for name in ("math", "x-csqa", "xnli"):
         for example in StageData(find_task(name), "augmentation", DATAS).examples():
             if name == "math":
-                assert example.prompt[slice(*example.cut)] == example.source != example.prompt
+                assert example.prompt[slice(*example.shrinkable)] == example.source != example.prompt
             else:
                 assert example.source == example.prompt
 

@@ -67,13 +67,13 @@ def test_math_prompt_is_the_task_s_own_with_one_line_per_language(datas):
         f"[Russian] {originals['ru']}",
         f"[French] {originals['fr']}",
     ]
-    start, end = built.cut
+    start, end = built.shrinkable
     assert built.prompt[start:end] == "\n".join(lines)
     preamble = evaluation_parallel_input.MATH_PREAMBLE.format(number=4)
     assert built.prompt == example.prompt.replace(example.source, preamble + "\n".join(lines))
     assert built.prompt.endswith("### Response: Let's think step by step.")
     # Everything that scoring and pairing use stays.
-    assert replace(built, prompt=example.prompt, cut=example.cut) == example
+    assert replace(built, prompt=example.prompt, shrinkable=example.shrinkable) == example
 
 
 def test_xnli_repeats_the_premise_alone_and_keeps_the_hypothesis_once(datas):
@@ -82,9 +82,7 @@ def test_xnli_repeats_the_premise_alone_and_keeps_the_hypothesis_once(datas):
     [spanish] = examples_of(task, datas, "es", 1)
     [built], _ = apply_parallel_input(task, datas, [example], ParallelInput(1))
     premise, hypothesis = example.prompt.split("\nHypothesis: ")
-    expected = (
-        f"Premise: [Swahili] {premise.removeprefix('Premise: ')}\n[Spanish] {spanish.prompt[slice(*spanish.cut)]}"
-    )
+    expected = f"Premise: [Swahili] {premise.removeprefix('Premise: ')}\n[Spanish] {spanish.prompt[slice(*spanish.shrinkable)]}"
     assert built.prompt == f"{expected}\nHypothesis: {hypothesis}"
 
 
@@ -106,7 +104,7 @@ def test_order_moves_lines_and_changes_none(datas, order):
     built, _ = apply_parallel_input(MGSM, datas, examples, ParallelInput(6, order=order))
     again, _ = apply_parallel_input(MGSM, datas, examples, ParallelInput(6, order=order))
     assert built == again
-    heads = [[line.split("]")[0] for line in one.prompt[slice(*one.cut)].split("\n")] for one in built]
+    heads = [[line.split("]")[0] for line in one.prompt[slice(*one.shrinkable)].split("\n")] for one in built]
     assert all(len(set(head)) == 7 for head in heads)
     if order == "source-first":
         assert all(head[0] == "[Thai" for head in heads)
@@ -132,7 +130,7 @@ def test_a_prompt_over_the_limit_loses_translations_and_never_the_template(datas
     [example] = examples_of(MGSM, datas, "sw", 1)
     [built], _ = apply_parallel_input(MGSM, datas, [example], ParallelInput(6))
     tokenizers = load_tokenizers(None, tiny_llm)
-    limit = len(built.prompt[: built.cut[0]].encode()) + 400
+    limit = len(built.prompt[: built.shrinkable[0]].encode()) + 400
     columns = tokenise(
         tokenizers, [built], max_seq_len=8, max_gen_len=limit, with_prompt=True, with_target=False, with_source=False
     )

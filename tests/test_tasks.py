@@ -22,10 +22,10 @@ from mindmerger.tasks.scoring import score_text
 
 
 def _quiz(record: Record, language: Language) -> Parsed:
-    prompt, cut = _fill("Statement: ", record.text("statement"), "\\nTrue?")
+    prompt, shrinkable = _fill("Statement: ", record.text("statement"), "\\nTrue?")
     if record.text("answer") not in ("yes", "no"):
         raise record.fail("answer must be yes or no")
-    return prompt, prompt, cut, record.text("answer")
+    return prompt, prompt, shrinkable, record.text("answer")
 
 
 QUIZ = Task(

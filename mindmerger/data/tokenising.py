@@ -1,4 +1,4 @@
-"""Tokenising: texts to ids, the encoder's language tags, and what is cut where a text is too long."""
+"""Tokenising: texts to ids, the encoder's language tags, and what is left out where a text is too long."""
 
 import hashlib
 import json
@@ -143,7 +143,8 @@ def _ids(tokenizer, texts: list[str], special: bool, max_length: int | None = No
 
 
 def _encode_sources(tokenizer, examples: Sequence[Example], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
-    """Encoder ids with the tokenizer's own special tokens, cut on the right inside them, and which were cut."""
+    """Returns encoder ids with the tokenizer's own special tokens, truncated on the right inside them, and for each row
+    whether it was."""
     if max_seq_len <= tokenizer.num_special_tokens_to_add():
         raise DataError(f"--max_seq_len {max_seq_len} leaves no room for text in {_named(tokenizer)}")
     groups: dict[str, list[int]] = {}
@@ -151,25 +152,25 @@ def _encode_sources(tokenizer, examples: Sequence[Example], max_seq_len: int) ->
     for row, example in enumerate(examples):
         groups.setdefault(example.language if tagged else "", []).append(row)
     ids: list[list[int]] = [[]] * len(examples)
-    was_cut = [False] * len(examples)
+    truncated = [False] * len(examples)
     for language, rows in groups.items():
         if tagged:
             tokenizer.src_lang = source_language_code(tokenizer, find_language(language))
         for row, row_ids in zip(rows, _ids(tokenizer, [examples[row].source for row in rows], True), strict=True):
-            ids[row], was_cut[row] = row_ids, len(row_ids) > max_seq_len
-        long = [row for row in rows if was_cut[row]]
-        cut_ids = _ids(tokenizer, [examples[row].source for row in long], True, max_seq_len)
-        for row, row_ids in zip(long, cut_ids, strict=True):
+            ids[row], truncated[row] = row_ids, len(row_ids) > max_seq_len
+        long = [row for row in rows if truncated[row]]
+        short_ids = _ids(tokenizer, [examples[row].source for row in long], True, max_seq_len)
+        for row, row_ids in zip(long, short_ids, strict=True):
             ids[row] = row_ids
-    return ids, was_cut
+    return ids, truncated
 
 
 def _shorten_prompt(tokenizer, example: Example, max_gen_len: int) -> list[int]:
-    """Ids of the prompt with as much of its cut span as fits, dropping the span's end; the template stays whole.
+    """Returns ids of the prompt with as much of its shrinkable span as fits, from its start; the template stays whole.
 
     Where even the template alone is too long, its last `max_gen_len` tokens.
     """
-    start, end = example.cut
+    start, end = example.shrinkable
 
     def ids_with(characters: int) -> list[int]:
         text = example.prompt[: start + characters] + example.prompt[end:]
@@ -210,7 +211,7 @@ def tokenise(
 
     Returns:
         `encoder_ids`, `prompt_ids`, `target_ids` (lists of ids) and `source_cut`, `prompt_cut`, `target_cut` (bools).
-        A target that fits ends in EOS, a cut one does not: the LLM must not learn to stop in mid-sentence.
+        A target that fits ends in EOS, a truncated one does not: the LLM must not learn to stop in mid-sentence.
 
     Raises:
         DataError: for a language that the encoder has no code for, or limits without room.
@@ -233,8 +234,8 @@ def tokenise(
         ids = _ids(tokenizers.llm, [example.target for example in examples], False)
         columns["target_cut"] = [len(row) + 1 > max_gen_len for row in ids]
         columns["target_ids"] = [
-            row[:max_gen_len] if was_cut else [*row, tokenizers.eos_id]
-            for row, was_cut in zip(ids, columns["target_cut"], strict=True)
+            row[:max_gen_len] if truncated else [*row, tokenizers.eos_id]
+            for row, truncated in zip(ids, columns["target_cut"], strict=True)
         ]
     return columns
 

@@ -24,8 +24,9 @@ from mindmerger.tasks.translation import warn_of_empty_pairs
 
 # Raised when the meaning of cached ids changes: older caches are then built anew.
 CACHE_VERSION = 1
+# The names of the files of earlier versions: `cut` is the shrinkable span, `*_cut` says what was truncated.
 _TEXT_COLUMNS = ("id", "language", "source", "prompt", "target", "cut_start", "cut_end")
-_CUT_COLUMNS = ("source_cut", "prompt_cut", "target_cut")
+_TRUNCATED_COLUMNS = ("source_cut", "prompt_cut", "target_cut")
 _ROWS_PER_BATCH = 1000
 # A further process costs some seconds to start: the time of some ten thousand rows.
 ROWS_PER_PROCESS = 50_000
@@ -161,7 +162,7 @@ def cache_key(stage: StageData, hashes: dict[str, str], tokenizers: Tokenizers, 
     # A template changed by the user shows in the first example.
     with skipping_named():
         first = next(stage.examples([] if stage.skip_faulty_rows else None))
-    settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "cut")]
+    settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "shrinkable")]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -192,7 +193,7 @@ def _hash_readable(path: Path) -> str:
 
 
 def _read_manifest(folder: Path) -> dict | None:
-    """The manifest of a whole cache, None where there is none or a file of it is missing or cut."""
+    """Returns the manifest of a whole cache, None where there is none or a file of it is missing or cut short."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in manifest["shards"].items())
@@ -215,10 +216,13 @@ def _build_cache(
     temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=folder.parent))
     try:
         rows = _write_texts(temporary / "texts.arrow", examples, limits["with_prompt"])
-        cut = _tokenise_file(temporary, sum(rows.values()), tokenizers, limits, num_proc)
+        truncated = _tokenise_file(temporary, sum(rows.values()), tokenizers, limits, num_proc)
         (temporary / "texts.arrow").unlink()
         shards = sorted(temporary.glob("ids*.arrow"))
-        manifest = {"shards": {shard.name: shard.stat().st_size for shard in shards}, "counts": {"rows": rows} | cut}
+        manifest = {
+            "shards": {shard.name: shard.stat().st_size for shard in shards},
+            "counts": {"rows": rows} | truncated,
+        }
         if faults is not None:
             manifest["counts"]["faulty_rows"] = len(faults)
             manifest["faults"] = [fault.removeprefix(f"{Path(data_root)}/") for fault in faults]
@@ -257,8 +261,8 @@ def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> 
             batch.clear()
 
         for example in progress_bar(examples, desc="reading", unit=" rows", delay=2):
-            prompt, cut = (example.prompt, example.cut) if with_prompt else ("", (0, 0))
-            batch.append((example.id, example.language, example.source, prompt, example.target, *cut))
+            prompt, shrinkable = (example.prompt, example.shrinkable) if with_prompt else ("", (0, 0))
+            batch.append((example.id, example.language, example.source, prompt, example.target, *shrinkable))
             rows[example.language] += 1
             if len(batch) == _ROWS_PER_BATCH:
                 flush()
@@ -269,7 +273,7 @@ def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> 
 
 def _tokenise_columns(columns: dict[str, list], tokenizers: Tokenizers, limits: dict) -> dict[str, list]:
     rows = zip(*(columns[name] for name in _TEXT_COLUMNS), strict=True)
-    return tokenise(tokenizers, [Example(*row[:5], cut=row[5:]) for row in rows], with_target=True, **limits)
+    return tokenise(tokenizers, [Example(*row[:5], shrinkable=row[5:]) for row in rows], with_target=True, **limits)
 
 
 def _cpus() -> int:
@@ -278,7 +282,7 @@ def _cpus() -> int:
 
 
 def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict, num_proc) -> dict[str, int]:
-    """Maps texts.arrow to ids*.arrow in the same folder and counts the cut rows."""
+    """Maps texts.arrow to ids*.arrow in the same folder and counts the rows that were truncated."""
     import datasets
     import multiprocess  # not the standard library's: this is what `datasets` starts its processes with
 
@@ -286,7 +290,7 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
         num_proc = min(_cpus(), 16, rows // ROWS_PER_PROCESS)
     features = {name: datasets.Value("string") for name in ("id", "language")}
     features |= {name: datasets.List(datasets.Value("int32")) for name in ("encoder_ids", "prompt_ids", "target_ids")}
-    features |= {name: datasets.Value("bool") for name in _CUT_COLUMNS}
+    features |= {name: datasets.Value("bool") for name in _TRUNCATED_COLUMNS}
     bars_were_off = datasets.are_progress_bars_disabled()
     if rows < 20_000 or not is_main():
         datasets.disable_progress_bars()
@@ -320,7 +324,7 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
                 os.environ["TOKENIZERS_PARALLELISM"] = parallelism
     import pyarrow.compute as pc
 
-    return {name: pc.sum(ids.data.column(name)).as_py() for name in _CUT_COLUMNS}
+    return {name: pc.sum(ids.data.column(name)).as_py() for name in _TRUNCATED_COLUMNS}
 
 
 def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str], data_root) -> TrainingSet:
@@ -331,7 +335,7 @@ def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str], data_root)
     for file in (str(folder / name) for name in sorted(manifest["shards"])):
         shards.append(datasets.Dataset.from_file(file))
         _release_pages({file})
-    dataset = datasets.concatenate_datasets(shards).remove_columns(list(_CUT_COLUMNS))
+    dataset = datasets.concatenate_datasets(shards).remove_columns(list(_TRUNCATED_COLUMNS))
 
     def lengths(name):
         # Only the lists' offsets are read, never the ids.

@@ -160,15 +160,15 @@ class FileTranslations:
 def build_prompt(task: Task, example: Example, texts: Sequence[tuple[Language, str]]) -> Example:
     """`example` with its question, stem or premise replaced by one `[Language] text` line for each of `texts`.
 
-    What may be cut from a prompt that is too long are these lines, from the last one's end on.
+    What may be dropped of a prompt that is too long are these lines, from the last one's end on.
     """
     lines = "\n".join(f"[{language.name}] {' '.join(text.splitlines())}" for language, text in texts)
-    start, end = example.cut
+    start, end = example.shrinkable
     before = example.prompt[:start]
     if task.training_name == "math":
         before += MATH_PREAMBLE.format(number=len(texts))
     prompt = before + lines + example.prompt[end:]
-    return replace(example, prompt=prompt, cut=(len(before), len(before) + len(lines)))
+    return replace(example, prompt=prompt, shrinkable=(len(before), len(before) + len(lines)))
 
 
 def apply_parallel_input(

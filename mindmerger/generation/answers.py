@@ -318,8 +318,8 @@ def build_examples(task, texts: list[str], languages: list[str]) -> list:
 
     examples = []
     for i, (text, language) in enumerate(zip(texts, languages, strict=True)):
-        prompt, cut = task.format_query(text)
-        examples.append(Example(str(i), language, text, prompt, "", cut))
+        prompt, shrinkable = task.format_query(text)
+        examples.append(Example(str(i), language, text, prompt, "", shrinkable))
     return examples
 
 

@@ -14,7 +14,7 @@ from mindmerger.tasks.scoring import Score, _code, score_number
 class Example:
     """One input: `source` goes to the encoder, `prompt` ("" for none) and `target` to the LLM.
 
-    `prompt[cut[0]:cut[1]]` is the part that may be shortened when the prompt is too long, never the template's end.
+    `shrinkable` is the span of the prompt that may be shortened when the prompt is too long, never the template's end.
     `id` is the language's code and the row's number within its language: parallel test sets share the numbers.
     `question` is the record's own id where the data have one, which its translations share: X-CSQA's files hold their
     rows in another order in every language.
@@ -25,11 +25,11 @@ class Example:
     source: str
     prompt: str
     target: str
-    cut: tuple[int, int] = (0, 0)
+    shrinkable: tuple[int, int] = (0, 0)
     question: str = ""
 
 
-# What the parse functions below make of a record: source, prompt, cut, target.
+# What a task's parse function makes of a record: source, prompt, shrinkable span of the prompt, target.
 Parsed = tuple[str, str, tuple[int, int], str]
 
 
@@ -163,11 +163,11 @@ class Task:
 
 
 def _example(parse, record: Record, language: Language, number: int, mixed: bool) -> Example:
-    source, prompt, cut, target = parse(record, language)
+    source, prompt, shrinkable, target = parse(record, language)
     # In a file of several languages an id would be a row's, not a question's.
     has_own = not mixed and isinstance(record.value, dict) and isinstance(record.value.get("id"), str)
     question = record.text("id", may_be_empty=True).strip() if has_own else ""
-    return Example(f"{language.code}-{number}", language.name, source, prompt, target, cut, question)
+    return Example(f"{language.code}-{number}", language.name, source, prompt, target, shrinkable, question)
 
 
 def _file_of(pattern: str, language: Language) -> str:

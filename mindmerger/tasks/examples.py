@@ -90,7 +90,7 @@ def evaluation_examples(
 
 def varying_text(example: Example) -> str:
     """The part of an example that PMI gives in several languages: question, stem or premise."""
-    return example.prompt[slice(*example.cut)]
+    return example.prompt[slice(*example.shrinkable)]
 
 
 def read_parallel(task: Task, data_root, language: Language) -> dict[str, Example]:

@@ -62,8 +62,8 @@ def read_pairs(
             first_left_out = first_left_out or line
             continue
         given += 1
-        prompt, cut = translation_prompt(source, language.name)
-        yield Example(f"{language.code}-{line}", language.name, source, prompt, target, cut)
+        prompt, shrinkable = translation_prompt(source, language.name)
+        yield Example(f"{language.code}-{line}", language.name, source, prompt, target, shrinkable)
     if not given:
         but = f" but {left_out} with an empty side" if left_out else ""
         but += f" but faulty ones, the first: {faults[0]}" if faults else ""

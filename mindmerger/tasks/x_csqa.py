@@ -38,8 +38,8 @@ def _x_csqa(record: Record, language: Language) -> Parsed:
     if answer not in labels:
         found = preview(answer) if answer else "none (test files come without)"
         raise record.fail(f"answerKey must be one of {preview(', '.join(labels))}, found {found}")
-    prompt, cut = x_csqa_prompt(stem, options)
-    return prompt, prompt, cut, answer
+    prompt, shrinkable = x_csqa_prompt(stem, options)
+    return prompt, prompt, shrinkable, answer
 
 
 _X_CSQA = "sw ur hi ar vi ja pl zh nl ru it de pt fr es en"

@@ -23,8 +23,8 @@ def _xnli(record: Record, language: Language) -> Parsed:
     label = "contradiction" if label == "contradictory" else label
     if label not in XNLI_LABELS:
         raise record.fail(f"label {preview(label)} is none of {', '.join(XNLI_LABELS)}")
-    prompt, cut = xnli_prompt(record.text("sentence1"), record.text("sentence2"))
-    return prompt, prompt, cut, label
+    prompt, shrinkable = xnli_prompt(record.text("sentence1"), record.text("sentence2"))
+    return prompt, prompt, shrinkable, label
 
 
 _XNLI = "sw ur hi th ar tr el vi zh ru bg de fr es en"
