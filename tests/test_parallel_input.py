@@ -82,7 +82,8 @@ def test_xnli_repeats_the_premise_alone_and_keeps_the_hypothesis_once(datas):
     [spanish] = examples_of(task, datas, "es", 1)
     [built], _ = apply_parallel_input(task, datas, [example], ParallelInput(1))
     premise, hypothesis = example.prompt.split("\nHypothesis: ")
-    expected = f"Premise: [Swahili] {premise.removeprefix('Premise: ')}\n[Spanish] {spanish.prompt[slice(*spanish.shrinkable)]}"
+    swahili, translated = premise.removeprefix("Premise: "), spanish.prompt[slice(*spanish.shrinkable)]
+    expected = f"Premise: [Swahili] {swahili}\n[Spanish] {translated}"
     assert built.prompt == f"{expected}\nHypothesis: {hypothesis}"
 
 
