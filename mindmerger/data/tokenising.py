@@ -1,4 +1,4 @@
-"""Tokenising: texts to ids, the encoder's language tags, and what is left out where a text is too long."""
+"""Tokenising: texts to ids, the encoder's language tags, and what is dropped where a text is too long."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def _load_tokenizer(path: str, flag: str):
 
 
 def _padding_id(tokenizer, path: str) -> int:
-    """An id to fill rows up with, masked out later: the pad or EOS token where the model has a row for it, else 0."""
+    """Returns an id to fill rows up with, masked out later: the pad or EOS token's if the model has its row, else 0."""
     from mindmerger.hub.model_configs import embedding_rows, load_config
     from mindmerger.hub.model_files import find_file
 
@@ -90,7 +90,7 @@ def check_rows(tokenizer, path: str, ids: Iterable[int], rows: int | None) -> No
 
 
 def _tag_column(tokenizer) -> str | None:
-    """Which column of the language table a tokenizer's source languages are named by; None where it takes none."""
+    """Returns the column of the language table that a tokenizer's source languages are named by; None without any."""
     if not hasattr(tokenizer, "src_lang"):
         return None
     english = LANGUAGES["English"]
@@ -110,7 +110,7 @@ def _named(tokenizer) -> str:
 
 
 def source_language_code(tokenizer, language: Language) -> str | None:
-    """The tag that an encoder's tokenizer wants for a language, None where it takes none.
+    """Returns the tag that an encoder's tokenizer wants for a language, None where it takes none.
 
     Raises:
         DataError: naming encoder and language where the encoder has no code for the language.
@@ -241,7 +241,7 @@ def tokenise(
 
 
 def _tokenizer_identity(tokenizer) -> str | None:
-    """A hash of everything that decides which ids a tokenizer gives, whatever it was used for before."""
+    """Returns a hash of everything that decides which ids a tokenizer gives, whatever it was used for before."""
     if tokenizer is None:
         return None
     column = _tag_column(tokenizer)

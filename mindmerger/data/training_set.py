@@ -34,7 +34,7 @@ ROWS_PER_PROCESS = 50_000
 
 @dataclass
 class TrainingSet:
-    """A tokenised training set. The rows stay on disk (memory-mapped, one copy for all processes of a machine).
+    """A tokenised training set. The rows stay on disk (memory-mapped, one copy for all processes of a node).
 
     `dataset` has the columns id, language, encoder_ids, prompt_ids, target_ids. The length arrays are (rows,) int32.
     `counts` holds rows per language under "rows", "source_cut", "prompt_cut", "target_cut", and "empty_pairs" where
@@ -59,7 +59,7 @@ class TrainingSet:
         return 1 + prefix_length(self.encoder_lengths) + self.prompt_lengths + self.target_lengths
 
     def largest_id(self, column: str) -> int:
-        """The largest id in a column of ids, -1 where it is empty."""
+        """Returns the largest id in a column of ids, -1 where it is empty."""
         import pyarrow.compute as pc
 
         found = [pc.max(chunk.flatten()).as_py() for chunk in self.dataset.data.column(column).chunks]
@@ -123,7 +123,7 @@ def open_or_build(
         raise DataError(f"the cache folder {folder.parent} is not UTF-8: set HF_DATASETS_CACHE to another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _waiting(FileLock(folder.parent / f".{folder.name}.lock")):
+        with _acquire(FileLock(folder.parent / f".{folder.name}.lock")):
             manifest = _read_manifest(folder)
             if manifest is None:
                 with skipping_named():
@@ -174,7 +174,7 @@ def _cache_root(cache_dir) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "mindmerger"
 
 
-def _waiting(lock):
+def _acquire(lock):
     """Takes a file lock, and says so when another process holds it."""
     from filelock import Timeout
 

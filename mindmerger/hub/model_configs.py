@@ -28,7 +28,7 @@ INFERENCE_ONLY = ("fp8", "mxfp8")
 
 
 def load_config(path: str):
-    """The transformers config of a model folder or hub name, without a pad id that has no embedding row.
+    """Reads the transformers config of a model folder or hub name, without a pad id that has no embedding row.
 
     Raises:
         ModelError: when there is no such folder or model, or its `config.json` cannot be used.
@@ -73,12 +73,12 @@ def _ignore_unusable_pad(config) -> None:
 
 
 def embedding_rows(config) -> int | None:
-    """How many rows the input embedding of a model with this config has, where the config says so."""
+    """Returns how many rows the input embedding of a model with this config has, where the config says so."""
     return getattr(config.get_text_config(encoder=config.is_encoder_decoder or None), "vocab_size", None)
 
 
 def llm_config(path: str) -> tuple[object, dict[str, str] | None]:
-    """The config to load an LLM with, and the names of its weights where the files have others.
+    """Returns the config to load an LLM with, and the names of its weights where the files have others.
 
     That is the folder's own, or its text model's where the class of the whole cannot generate from embeddings.
 
@@ -109,14 +109,14 @@ def llm_config(path: str) -> tuple[object, dict[str, str] | None]:
 
 
 def takes_embeddings(model_class: type) -> bool:
-    """Whether a class can generate from embeddings: the signatures that transformers' `generate` looks at."""
+    """Returns whether a class can generate from embeddings: the signatures that transformers' `generate` looks at."""
     methods = (model_class.forward, model_class.prepare_inputs_for_generation) if model_class.can_generate() else ()
     takes = ["inputs_embeds" in inspect.signature(method).parameters for method in methods]
     return model_class.main_input_name == "input_ids" and bool(takes) and all(takes)
 
 
 def reads_token_ids(config) -> bool:
-    """Whether layers behind the embedding look at token ids: per-layer embeddings of Gemma 3n and 4, n-grams of
+    """Returns whether layers behind the embedding look at token ids: per-layer embeddings of Gemma 3n and 4, n-grams of
     Qwen4-Exp, hash routing of DeepSeek V4, patches of BLT. transformers leaves them out without ids, or fails."""
     names = ("hidden_size_per_layer_input", "ple_layer_ids", "patching_mode")
     return any(getattr(config, name, None) for name in names) or "hash_moe" in (

@@ -29,7 +29,7 @@ class ModelError(UserError):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line of at most 300 characters, its type where it has none or is a bare key."""
+    """Returns an error's message in one line of at most 300 characters, its type where it has none or is a bare key."""
     prefix = "KeyError: " if isinstance(error, KeyError) else ""
     message = prefix + (" ".join(str(error).split()) or type(error).__name__)
     return message if len(message) <= 300 else message[:297] + "..."
@@ -91,7 +91,7 @@ def read_json_object(file) -> dict:
 
 
 def is_folder(path: str) -> bool:
-    """Whether a path is a folder.
+    """Returns whether a path is a folder.
 
     Raises:
         ModelError: when that cannot be told, for lack of a permission.
@@ -105,7 +105,7 @@ def is_folder(path: str) -> bool:
 
 
 def find_file(path: str, name: str) -> Path | None:
-    """A file of a model folder, or of a hub name's (fetched when it is not in the local cache); None without it."""
+    """Finds a file of a model folder or a hub name, which is fetched when the local cache lacks it; None without it."""
     if is_folder(path):
         file = Path(path) / name
         return file if os.path.lexists(file) else None
@@ -164,7 +164,7 @@ def _check_weight_file(file: Path) -> None:
 
 
 def begins_as_zip(file) -> bool:
-    """Whether a file that torch saved is a zip file and not the older pickle, by how it begins.
+    """Returns whether a file that torch saved is a zip file and not the older pickle, by how it begins.
 
     Raises:
         ModelError: when it begins as neither and is not empty.

@@ -24,7 +24,7 @@ TOKENIZER_FILES += ("added_tokens.json",)
 
 
 def load_tokenizer(path: str):
-    """The tokenizer of a model folder or hub name.
+    """Loads the tokenizer of a model folder or hub name.
 
     Raises:
         ModelError: when there is none, or it is damaged.
@@ -73,7 +73,7 @@ def _check_tokenizer_files(path: str) -> None:
 
 
 def special_token_ids(llm_path: str, config) -> tuple[int | None, int | None]:
-    """BOS and EOS of an LLM's tokenizer; without a tokenizer in the folder, the config's BOS and None.
+    """Returns BOS and EOS of an LLM's tokenizer; without a tokenizer in the folder, the config's BOS and None.
 
     The BOS goes before every merged sequence. (Qwen's config names one that its tokenizer does not have.)
 
@@ -89,7 +89,7 @@ def special_token_ids(llm_path: str, config) -> tuple[int | None, int | None]:
 
 
 def _end_tokens(where, ids) -> list[int]:
-    """An `eos_token_id` as a list; `where` is the file or the folder that an error names."""
+    """Returns an `eos_token_id` as a list; `where` is the file or the folder that an error names."""
     found = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in found):
         raise ModelError(f"{where}: eos_token_id must be a number or a list of numbers, not {str(ids)[:80]}")
@@ -97,8 +97,8 @@ def _end_tokens(where, ids) -> list[int]:
 
 
 def end_token_ids(path: str, configured: list, tokenizer_eos: int | None) -> list[int]:
-    """Every id that ends a generation: those of the configs, of which an instruction-tuned LLM may have several, and
-    the tokenizer's, in which the targets of the training end.
+    """Returns every id that ends a generation: those of the configs, of which an instruction-tuned LLM may have
+    several, and the tokenizer's, in which the targets of the training end.
 
     Args:
         configured: the `eos_token_id` of every config, each None, a number or a list of numbers.

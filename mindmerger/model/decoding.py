@@ -35,11 +35,11 @@ class GrowingLayer(DynamicLayer):
         """Appends states (B, H, new, D); returns all keys and all values, (B, H, L, D) each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended("keys", self.keys, key_states)
-        self.values = self._appended("values", self.values, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
-    def _appended(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         length = old.shape[-2] if old.numel() else 0
         total = length + new.shape[-2]
         buffer = self._buffers.get(name)
@@ -54,7 +54,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(llm: nn.Module) -> dict[str, DynamicCache]:
-    """The cache that `generate` would make for this LLM, its plain layers growing in place, as an argument for it.
+    """Returns the cache that `generate` would make for this LLM, as an argument for it; its plain layers grow in place.
 
     Sliding-window and recurrent layers stay transformers' own. Empty for an LLM that keeps its past in another way.
     """
@@ -66,7 +66,7 @@ def growing_cache(llm: nn.Module) -> dict[str, DynamicCache]:
 
 
 def one_query_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention as `sdpa`, with one new token per row as two batched matrix products.
+    """Computes attention as `sdpa` does, with one new token per row as two batched matrix products.
 
     torch's kernel for a CPU takes every row and head on its own, which in bf16 costs several times as much. Grouped
     heads need no copies of their keys and values this way.
@@ -142,5 +142,5 @@ class FiniteLogits:
         return self.bad.expand(input_ids.shape[0])
 
     def found(self) -> bool:
-        """Whether any logits were not finite."""
+        """Returns whether any logits were not finite."""
         return self.bad is not None and bool(self.bad)

@@ -32,7 +32,7 @@ CHECK_WEIGHTS = "compare the files with where they come from, fetch or train the
 
 
 def load_llm(path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None) -> nn.Module:
-    """Any causal language model, in eval mode, in `dtype`, its weights memory-mapped where the files allow it.
+    """Loads any causal language model, in eval mode, in `dtype`, its weights memory-mapped where the files allow it.
 
     Of a multimodal one whose class cannot generate from embeddings, the text model alone is loaded.
 
@@ -47,7 +47,7 @@ def load_llm(path: str, dtype: torch.dtype | str = "auto", attn_implementation: 
 
 
 def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None) -> nn.Module:
-    """The encoder half of an encoder-decoder, an encoder, or a decoder-only model used as one, by its config's class.
+    """Loads an encoder by its config's class: half of an encoder-decoder, an encoder, or a decoder-only model as one.
 
     Raises:
         ModelError: when the folder is unusable, leaves parameters unset, or is a T5 asked for in fp16 (it overflows).
@@ -215,7 +215,7 @@ def check_models(mt_path: str | None, llm_path: str, backward: bool, must_exist:
 
 
 def max_positions(config) -> int | None:
-    """How many positions a model's tables of positions reach, None where the config names no limit.
+    """Returns how many positions a model's tables of positions reach, None where the config names no limit.
 
     RoBERTa and its kin count positions from behind their padding id, whose rows of the table are lost.
     """
@@ -246,14 +246,14 @@ def check_positions(path: str, longest: int, what: str, instead: str) -> None:
 
 
 def _pad_token_id(llm: nn.Module, eos_token_ids: list[int]) -> int:
-    """The LLM's pad id, an EOS where it has none with a row in the embedding table (-1, as some old configs say)."""
+    """Returns the LLM's pad id, an EOS where it has none with a row in the embedding table (old configs say -1)."""
     named = [source.pad_token_id for source in (llm.generation_config, llm.config.get_text_config())]
     rows = llm.get_input_embeddings().num_embeddings
     return next((one for one in (*named, *eos_token_ids) if one is not None and 0 <= one < rows), 0)
 
 
 def model_fingerprint(path: str) -> str:
-    """A short hash by which a model folder with other content is told apart without reading all of its weights.
+    """Returns a short hash by which a model folder with other content is told apart without reading all of its weights.
 
     Small files count whole; of large ones the size and 64 evenly spaced blocks count. A hub name gives its commit.
     """

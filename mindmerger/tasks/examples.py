@@ -80,7 +80,7 @@ def read_by_encoder(examples: Iterable[Example], encoder_text: str) -> Iterator[
 def evaluation_examples(
     task: Task, data_root, language: Language, limit: int | None = None, faults: list[str] | None = None
 ) -> list[Example]:
-    """The evaluation examples of one language, the first `limit` of them; the whole file is checked all the same.
+    """Returns the first `limit` evaluation examples of one language; the whole file is checked all the same.
 
     Args:
         faults: takes the faults of single rows, which are then left out; without it the first one is raised.
@@ -89,12 +89,12 @@ def evaluation_examples(
 
 
 def varying_text(example: Example) -> str:
-    """The part of an example that PMI gives in several languages: question, stem or premise."""
+    """Returns the part of an example that PMI gives in several languages: question, stem or premise."""
     return example.prompt[slice(*example.shrinkable)]
 
 
 def read_parallel(task: Task, data_root, language: Language) -> dict[str, Example]:
-    """One language's evaluation examples by a key that its translations share.
+    """Returns one language's evaluation examples by a key that its translations share.
 
     The key is the row's own `id` where the rows have one (X-CSQA's files hold the same ids in another order in every
     language, and another order of the options), else the number of the row within its language.

@@ -11,7 +11,7 @@ from mindmerger.tasks.scoring import NUMBER_SCORER_VERSION, score_number
 
 
 def math_prompt(query: str) -> tuple[str, tuple[int, int]]:
-    """The prompt MetaMath was tuned with, and the span of the query in it."""
+    """Returns the prompt MetaMath was tuned with, and the span of the query in it."""
     return _fill(
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\n",
@@ -30,15 +30,15 @@ def _mgsm(record: Record, language: Language) -> Parsed:
     if len(columns) != 2 or not all(columns):
         raise record.fail(f"expected question TAB answer, found {len(columns)} columns: {preview(columns)}")
     question, answer = columns
-    return (question, *math_prompt(question), _checked_gold(record, answer, language))
+    return (question, *math_prompt(question), _check_gold(record, answer, language))
 
 
 def _msvamp(record: Record, language: Language) -> Parsed:
     question = record.text("m_query")
-    return (question, *math_prompt(question), _checked_gold(record, record.text("response"), language))
+    return (question, *math_prompt(question), _check_gold(record, record.text("response"), language))
 
 
-def _checked_gold(record: Record, answer: str, language: Language) -> str:
+def _check_gold(record: Record, answer: str, language: Language) -> str:
     # A gold answer without a number could never be matched, one with two readings would be matched by the wrong answer.
     try:
         gold_number(answer, language.code)

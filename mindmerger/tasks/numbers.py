@@ -83,7 +83,7 @@ def _plain(text: str) -> str:
 
 @lru_cache
 def _separators(code: str) -> tuple[str, str]:
-    """The decimal and the group separator of a language, as CLDR has them; every group blank is a no-break one.
+    """Returns the decimal and the group separator of a language, as CLDR has them; every group blank is a no-break one.
 
     A language that CLDR does not have, such as Classical Chinese, is taken to write numbers as English does.
     """
@@ -109,7 +109,7 @@ _ENGLISH = re.compile(rf"####|\b(?:{_ENGLISH_WORDS})\b|\d,\d{{3}}(?:,\d{{3}}|\.\
 
 
 def _are_groups(parts: list[str], separator: str) -> bool:
-    """Whether digits are grouped in threes (1 234 567), or as in India in twos before the last three (12,34,567)."""
+    """Says if digits are grouped in threes (1 234 567), or in twos before the last three as in India (12,34,567)."""
     if separator == "\u066b" or parts[0].startswith("0"):
         return False
     first, *others = map(len, parts)
@@ -201,7 +201,7 @@ def _numbers(text: str, code: str, in_english: bool) -> Iterator[_Number]:
 
 
 def _with_what_follows(text: str, number: str, start: int, end: int) -> tuple[float, int]:
-    """The value of a number with its power of ten or its fraction, and where they end."""
+    """Returns the value of a number with its power of ten or its fraction, and where they end."""
     exponent = _EXPONENT.match(text, end) or _TIMES_TEN.match(text, end)
     power = _POWER_OF_TEN.match(text, end) if number == "10" and not exponent else None
     if found := exponent or power:
@@ -232,7 +232,7 @@ _OPENING = re.compile(
 
 
 def _is_negative(text: str, number: _Number) -> bool:
-    """Whether the sign before a number makes it negative and is not an operator, range, dash, hyphen or bullet."""
+    """Says whether the sign before a number makes it negative, as no operator, range, dash, hyphen or bullet does."""
     tail = text[max(0, number.start - 60) : number.start]
     sign = _SIGN.search(tail)
     if not sign:

@@ -42,7 +42,7 @@ FAULTS_SHOWN = 20
 
 
 def describe_faults(faults: list[str], where: str) -> str:
-    """The warning of the rows that --skip_faulty_rows leaves out: their number, where all are listed, the first."""
+    """Returns the warning of rows that --skip_faulty_rows leaves out: how many, where all are listed, the first."""
     lines = faults[:FAULTS_SHOWN]
     if len(faults) > FAULTS_SHOWN:
         lines.append(f"and {len(faults) - FAULTS_SHOWN} more")
@@ -58,7 +58,7 @@ def preview(value: object) -> str:
 
 
 def find_file(data_root, relative: str) -> Path:
-    """The path of a data file.
+    """Finds the path of a data file.
 
     Raises:
         DataError: naming the path and what the nearest existing folder holds, where the file is missing; where it may
@@ -144,7 +144,7 @@ def _decode_line(path: Path, number: int, raw: bytes) -> str:
 
 
 def count_lines(path: Path) -> int:
-    """Number of lines; a last line without LF counts."""
+    """Counts the lines of a file; a last line without LF is one."""
     lines, last = 0, b"\n"
     try:
         with open(path, "rb") as file:
@@ -206,7 +206,7 @@ class _JsonCursor:
         return value
 
     def key(self, seen: set[str]) -> str:
-        """An object's next key and its colon; adds the key to `seen`, which must not hold it yet."""
+        """Returns an object's next key and takes its colon; adds the key to `seen`, which must not hold it yet."""
         if self.peek() != '"':
             raise self.fail(f"expected a key in double quotes, found {preview(self.text[self.at : self.at + 40])}")
         line, key = self.line, self.value()
@@ -278,7 +278,7 @@ class Record:
         return RowError(f"{self.path}:{self.line}: {what}")
 
     def get(self, *keys: str | int) -> object:
-        """The value under nested keys.
+        """Returns the value under nested keys.
 
         Raises:
             DataError: naming the file, the line and the field.
@@ -297,7 +297,7 @@ class Record:
         return value
 
     def text(self, *keys: str | int, may_be_empty: bool = False) -> str:
-        """The text under nested keys, as it is: a NUL that JSON spells \\u0000 is text, a raw NUL byte is damage.
+        """Returns the text under nested keys as it is: a NUL spelt \\u0000 in JSON is text, a raw NUL byte is damage.
 
         Raises:
             DataError: where it is missing, no text, empty, or holds half a surrogate pair (which no tokenizer takes).

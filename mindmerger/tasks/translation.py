@@ -11,7 +11,7 @@ from mindmerger.tasks.scoring import score_text
 
 
 def translation_prompt(sentence: str, language: str) -> tuple[str, tuple[int, int]]:
-    """The prompt of the mapping stage, where one is asked for."""
+    """Returns the prompt of the mapping stage, where one is asked for."""
     return _fill(
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n### Instruction:\n"

@@ -12,7 +12,7 @@ from mindmerger.tasks.scoring import score_text
 
 
 def x_csqa_prompt(stem: str, choices: Sequence[tuple[str, str]]) -> tuple[str, tuple[int, int]]:
-    """The X-CSQA prompt of a question and its (label, text) options, and the span of the question in it."""
+    """Returns the X-CSQA prompt of a question and its (label, text) options, and the span of the question in it."""
     options = "\t".join(f"{label}. {text}" for label, text in choices)
     return _fill("", stem, f"\nOptions:{options}\nAnswer:")
 

@@ -10,7 +10,7 @@ from mindmerger.tasks.scoring import score_text
 
 
 def xnli_prompt(premise: str, hypothesis: str) -> tuple[str, tuple[int, int]]:
-    """The XNLI prompt and the span of the premise in it."""
+    """Returns the XNLI prompt and the span of the premise in it."""
     return _fill("Premise: ", premise, f"\nHypothesis: {hypothesis}\nLabel:")
 
 

@@ -26,7 +26,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoint_path(output_dir, step: int) -> Path:
-    """The folder of the checkpoint after `step` optimizer steps."""
+    """Returns the folder of the checkpoint after `step` optimizer steps."""
     return Path(output_dir) / f"checkpoint-{step:06d}"
 
 
@@ -101,7 +101,7 @@ def prune(output_dir, keep: int | None) -> None:
 
 
 def list_checkpoints(output_dir) -> list[Path]:
-    """Checkpoint folders and links to some, also dangling ones, newest first, verified or not."""
+    """Returns checkpoint folders and links to some, also dangling ones, newest first, verified or not."""
     if not Path(output_dir).is_dir():
         return []
     entries = (entry for entry in Path(output_dir).iterdir() if entry.is_dir() or entry.is_symlink())
@@ -110,7 +110,7 @@ def list_checkpoints(output_dir) -> list[Path]:
 
 
 def later_checkpoints(output_dir, step: int) -> list[Path]:
-    """Valid checkpoint folders of steps after `step`, newest first. Damaged ones are never resumed from."""
+    """Returns valid checkpoint folders of steps after `step`, newest first. Damaged ones are never resumed from."""
     later = [folder for folder in list_checkpoints(output_dir) if int(NAME.fullmatch(folder.name)[1]) > step]
     return [folder for folder in later if damage_in(folder) is None]
 
@@ -138,7 +138,7 @@ def damage_in(folder) -> str | None:
 
 
 def newest_valid(output_dir) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    """Finds the newest checkpoint that verifies, and a line for each newer one that does not."""
     skipped = []
     for folder in list_checkpoints(output_dir):
         fault = damage_in(folder)
@@ -149,7 +149,7 @@ def newest_valid(output_dir) -> tuple[Path | None, list[str]]:
 
 
 def holds_checkpoints(folder) -> bool:
-    """Whether a folder is not a checkpoint itself but holds some, as a run's output folder does."""
+    """Returns whether a folder is not a checkpoint itself but holds some, as a run's output folder does."""
     return not (Path(folder) / MANIFEST).exists() and bool(list_checkpoints(folder))
 
 
@@ -191,8 +191,8 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
 
 
 def find_pickle(folder: Path) -> Path | None:
-    """The pickle that stands where a checkpoint's tensors should: in their file, or in other files when it is absent,
-    as in DeepSpeed's and transformers' own checkpoints. Such folders hold no manifest of ours."""
+    """Finds the pickle that stands where a checkpoint's tensors should: in their file, or in other files when it is
+    absent, as in DeepSpeed's and transformers' own checkpoints. Such folders hold no manifest of ours."""
     tensors = folder / TENSORS
     if tensors.is_file():
         with contextlib.suppress(OSError), open(tensors, "rb") as file:

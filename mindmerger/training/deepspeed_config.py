@@ -223,7 +223,7 @@ def _check_values(given: dict, fields: dict, where: str) -> None:
 
 
 def _reason(error) -> str:
-    """The first fault of a pydantic error, with its key where the message is one that leaves the key open."""
+    """Returns the first fault of a pydantic error, with its key where the message is one that leaves the key open."""
     first = error.errors()[0]
     reason = first["msg"].removeprefix("Assertion failed, ").removeprefix("Value error, ")
     key = ".".join(map(str, first["loc"])) if first["type"] == "extra_forbidden" else ""
@@ -273,7 +273,7 @@ def _refuse_two_names(told: dict, model, where: str) -> None:
 
 
 def gradient_clipping(config: dict, flag: float | None) -> float:
-    """The norm at which gradients are clipped: --max_grad_norm, else the user's JSON, else 1.
+    """Returns the norm at which gradients are clipped: --max_grad_norm, else the user's JSON, else 1.
 
     Raises:
         UserError: when the two contradict each other.
@@ -287,7 +287,7 @@ def gradient_clipping(config: dict, flag: float | None) -> float:
 
 
 def effective_config(config: dict, batch_size: int, micro_batch_size: int, accumulation: int, clip: float) -> dict:
-    """The JSON that DeepSpeed really gets: the user's, completed from the command line and with `clip`, as
+    """Returns the JSON that DeepSpeed really gets: the user's, completed from the command line and with `clip`, as
     `gradient_clipping` settled it.
 
     Raises:
@@ -312,12 +312,12 @@ def effective_config(config: dict, batch_size: int, micro_batch_size: int, accum
 
 
 def zero_stage(config: dict) -> int:
-    """The ZeRO stage of a DeepSpeed config."""
+    """Returns the ZeRO stage of a DeepSpeed config."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def offloaded(config: dict) -> list[str]:
-    """Which of "offload_optimizer" and "offload_param" move something out of the GPU, at this config's ZeRO stage."""
+    """Returns which of "offload_optimizer" and "offload_param" take something off the GPU at this ZeRO stage."""
     sections = {key: config["zero_optimization"].get(key) for key in ("offload_optimizer", "offload_param")}
     used = {"offload_optimizer": zero_stage(config) >= 1, "offload_param": zero_stage(config) == 3}
     devices = {key: section.get("device", "none") for key, section in sections.items() if isinstance(section, dict)}
@@ -325,6 +325,6 @@ def offloaded(config: dict) -> list[str]:
 
 
 def describe(config: dict) -> str:
-    """One line about the parallelism for the log."""
+    """Returns one line about the parallelism for the log."""
     offload = offloaded(config)
     return f"ZeRO {zero_stage(config)}{' with ' + ' and '.join(offload) if offload else ''}, {world_size()} processes"

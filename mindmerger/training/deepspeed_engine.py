@@ -122,13 +122,13 @@ def gathered(engine):
 
 
 def mapping_state(engine) -> dict:
-    """The mapping's fp32 parameters as whole CPU tensors; a collective call at ZeRO-3."""
+    """Returns the mapping's fp32 parameters as whole CPU tensors; a collective call at ZeRO-3."""
     with gathered(engine):
         return {name: p.detach().cpu().clone() for name, p in engine.module.trained_parameters().items()}
 
 
 def optimizer_state(engine) -> dict:
-    """Adam's two moments, whole, as `{"exp_avg.NAME", "exp_avg_sq.NAME"}` CPU tensors; a collective call."""
+    """Gathers Adam's two moments, whole, as `{"exp_avg.NAME", "exp_avg_sq.NAME"}` CPU tensors; a collective call."""
     state = {}
     for name, parameter in engine.module.trained_parameters().items():
         for key in ("exp_avg", "exp_avg_sq"):

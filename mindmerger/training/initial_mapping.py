@@ -34,7 +34,7 @@ def settle_start(args, stage, mapping_config, output_dir: Path) -> tuple[str | N
 
 
 def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path) -> str | None:
-    """The mapping file to start from: the given one, or the best of the stage that this one continues.
+    """Finds the mapping file to start from: the given one, or the best of the stage that this one continues.
 
     Raises:
         UserError: when a stage that continues another has none to start from, or the file holds another bridge.

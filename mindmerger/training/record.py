@@ -15,12 +15,12 @@ WANDB_FILE = "wandb_run_id"
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Returns exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def peak_memory_gb(device) -> float:
-    """Peak memory so far: of the GPU's allocator, or of this process on CPU."""
+    """Returns the peak of memory so far, in GB of 10^9 bytes: of the GPU's allocator, or of this process on CPU."""
     if device.type == "cuda":
         import torch
 

@@ -65,7 +65,7 @@ def _number(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag, its default and what it does."""
+    """Returns the parser: every flag, its default and what it does."""
     parser = CommandParser(
         description="Trains what stands between a frozen multilingual encoder and a frozen LLM, one stage at a time.",
         formatter_class=DefaultsShown,
@@ -290,7 +290,7 @@ def settle_stage(args, options: dict[str, str]):
 
 
 def find_stage(bridge: str, name: str, options: dict[str, str] | None = None):
-    """The stage of a bridge, by the names of --bridge and --stage_name.
+    """Finds the stage of a bridge, by the names of --bridge and --stage_name.
 
     Raises:
         UserError: for a name that there is not, listing those that there are, and a stage that asks for more than
@@ -352,7 +352,7 @@ def warn_of_unused(args) -> None:
 
 
 def settle_accumulation(args) -> int:
-    """Micro-batches of each process in one optimizer step: batch / (micro-batch x processes).
+    """Returns the micro-batches of each process in one optimizer step: batch / (micro-batch x processes).
 
     Raises:
         UserError: when that is not a whole number.
