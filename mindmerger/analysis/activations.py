@@ -26,6 +26,7 @@ def find_activations(model) -> tuple[list, int]:
         NeuronError: for a family that is not known, such as a mixture of experts.
     """
     found = []
+    # By parts, not by class: each family of transformers has an MLP class of its own, with similar insides.
     for name, module in model.named_modules():
         for parts, activation, wide in _MLP_FORMS:
             if all(hasattr(module, part) for part in parts):
@@ -33,6 +34,7 @@ def find_activations(model) -> tuple[list, int]:
                 break
     config = model.config.get_text_config()
     kind = config.model_type
+    # A mixture of experts has several MLPs in a layer, an unknown family none of these forms.
     if len(found) != config.num_hidden_layers:
         raise NeuronError(
             f"cannot observe the neurons of this {kind} model: {len(found)} MLPs of a known form in "
@@ -79,6 +81,7 @@ def observe(model, positions_M, rows_M, rows: int) -> Iterator[Observation]:
         def hook(_module, _inputs, output) -> None:
             # No return value: a returned tensor would replace the activation.
             calls[layer] += 1
+            # Counted on the device: a copy of the activations to the CPU would wait for the GPU at every layer.
             active_MW = output.detach().reshape(-1, width).index_select(0, positions_M) > 0
             counts[layer] += active_MW.sum(0)
             row_counts[:, layer].index_add_(0, rows_M, active_MW.sum(1))
@@ -92,6 +95,7 @@ def observe(model, positions_M, rows_M, rows: int) -> Iterator[Observation]:
     finally:
         for handle in handles:
             handle.remove()
+    # Zero counts would look like a result: a fused kernel that bypasses the module must be an error.
     silent = [layer for layer, number in enumerate(calls) if number == 0]
     if silent:
         raise NeuronError(
@@ -138,6 +142,8 @@ def observe_answers(model, inputs: dict, max_new_tokens: int) -> Observation:
     """
     import torch
 
+    # Counting while decoding would need hooks that know which rows have ended; one pass afterwards costs about as much
+    # as reading the input once more.
     ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens)
     mask_BT = generated_mask(ids_BT, model.eos_token_ids).cpu()
     prefix_B = torch.zeros(len(ids_BT), dtype=torch.int64)
@@ -148,6 +154,7 @@ def observe_answers(model, inputs: dict, max_new_tokens: int) -> Observation:
     if inputs.get("prompt_ids") is not None:
         prefix_B += inputs["prompt_mask"].sum(1).cpu()
     positions_M, rows_M = predicting_positions(prefix_B, mask_BT.sum(1))
+    # The LLM alone has neither: forward() takes both by name all the same.
     given = {"encoder_input_ids": None, "encoder_attention_mask": None} | inputs
     with torch.no_grad(), observe(model.llm, positions_M, rows_M, len(ids_BT)) as seen:
         model(**given, target_ids=ids_BT, target_mask=mask_BT)

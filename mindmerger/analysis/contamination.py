@@ -34,11 +34,12 @@ from mindmerger.tasks.readers import DataError, Record, find_file, read_lines, r
 
 WORDS_PER_GRAM = 13
 CHARACTERS_PER_GRAM = 30
+# The languages of `LANGUAGES` that put no blanks between words: as words, an item would be two or three units long.
 CHARACTER_LANGUAGES = ("zh", "ja", "th")
 THRESHOLD = 0.7
 
 _CHUNK = 1 << 20  # characters read at once from a .json file
-_LARGEST_ELEMENT = 1 << 26
+_LARGEST_ELEMENT = 1 << 26  # beyond that a broken file is to blame, whose rest would fill the memory
 
 
 class _Kept(dict):
@@ -63,6 +64,7 @@ _KEPT = _Kept()
 def normalise(text: str) -> str:
     """Normalises a text: NFKC, lower case, no punctuation, symbols or invisible characters, single blanks."""
     text = unicodedata.normalize("NFKC", text).lower()
+    # Again, since lower() can leave what NFKC would compose: without it the same word would have two spellings.
     return " ".join(unicodedata.normalize("NFKC", text).translate(_KEPT).split())
 
 
@@ -112,6 +114,7 @@ class TestIndex:
         """Adds a test item."""
         unit = "word" if splits_into_words(language) else "character"
         kind, units = self.kinds[unit], _units(normalise(text), unit)
+        # By text and not by hash: a test set is small, and two n-grams that share a hash would be a false hit.
         number, grams = len(self.items), len(units) - kind.size + 1
         self.items.append(Item(id, unit, len(units), grams < 1, bytearray(max(grams, 1))))
         if grams < 1:
@@ -131,6 +134,7 @@ class TestIndex:
                 for number in kind.short.get(kind.joiner.join(units), ()):
                     self._mark(number, 0, len(units), where)
                 continue
+            # A dict look-up per word of training text is all that most of it costs: hardly any n-gram is in the index.
             # runs: how many n-grams in a row, ending here, are also in a row in the item.
             runs: dict[tuple[int, int], int] = {}
             for start in range(len(units) - kind.size + 1):
@@ -172,6 +176,7 @@ def stream_json_list(path: Path) -> Iterator[tuple[Record, int]]:
                     buffer = buffer[1:].lstrip()
                 if buffer.startswith("]"):
                     return
+                # json.load would need the whole file in memory, several times over as Python objects.
                 try:
                     value, end = decoder.raw_decode(buffer)
                 except json.JSONDecodeError as error:
@@ -228,6 +233,7 @@ def look_up_files(index: TestIndex, paths: list[Path], fields: list[str] | None)
     texts, sizes = 0, [path.stat().st_size for path in paths]
     with progress_bar(total=sum(sizes), unit="B", unit_scale=True, desc="training text") as progress:
         for i, path in enumerate(paths):
+            # Sizes of texts are near the bytes read, not equal: the bar is put right at the end of each file.
             for text, where, size in stream_texts(path, fields):
                 texts += 1
                 index.look_up(text, where)
@@ -244,6 +250,7 @@ def check(task: Task, data_root, languages: list[Language], paths: list[Path], f
         contaminated, and under "english" the same judgement of the parallel English item (None where there is none);
         and the number of training texts.
     """
+    # English always, asked for or not: it is the side on which training data translated from English leaks.
     english = find_language("English")
     index, at = TestIndex(), {}
     for language in dict.fromkeys([*languages, english]):
@@ -311,6 +318,7 @@ def build_table(records: list[dict], results: list[str]) -> list[dict]:
         }
         for folder in results:
             predictions = read_predictions(folder, language)
+            # An evaluation with --limit holds only some of the items.
             known = [record for record in items if record["id"] in predictions]
             if not known:
                 raise ResultsError(f"{folder} holds none of the items of {language}: it is another task's evaluation")

@@ -60,6 +60,7 @@ def count_all(model, settings, args: argparse.Namespace) -> tuple[dict, list[dic
                 else:
                     seen = observe_answers(model, inputs, settings.max_new_tokens)
                 counts, tokens = seen.counts.cpu(), seen.tokens.cpu()
+                # Integers: the sums are exact, so that no batch size changes them.
                 for suffix in ("", f".{code}"):
                     for name, value in (("counts", counts), ("tokens", tokens.sum().reshape(1))):
                         tensors[name + suffix] = tensors.get(name + suffix, 0) + value
@@ -162,6 +163,7 @@ def read_counts(folder) -> Counts:
     from safetensors.numpy import load_file
 
     folder = Path(folder)
+    # A results folder stands for the counts in it: that is what other commands are given.
     if not (folder / COUNTS_FILE).is_file() and (folder / "neurons" / COUNTS_FILE).is_file():
         folder = folder / "neurons"
     absent = [name for name in (COUNTS_FILE, RUN_FILE, PROPORTION_FILE) if not (folder / name).is_file()]

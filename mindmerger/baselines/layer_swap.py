@@ -121,7 +121,7 @@ def swap_middle(number: int, span: str, middle_from: str) -> tuple[str, ...]:
         UserError: for a range that the model does not have.
     """
     first, colon, last = span.partition(":")
-    # isascii too: isdigit takes digits of every script, and so does int.
+    # isdigit alone takes digits of every script, and so does int.
     valid = colon and all(part.isascii() and part.isdigit() for part in (first, last))
     if not (valid and int(first) < int(last) <= number):
         raise UserError(
@@ -144,6 +144,8 @@ def settle_layers(args: argparse.Namespace, config) -> LayerPlan:
     else:
         layers = swap_middle(number, args.middle, args.middle_from)
         outer = MATH if args.middle_from == LANGUAGE else LANGUAGE
+    # Outside the layers, what is not asked for comes from the expert that surrounds the middle: its residual stream is
+    # the one that begins and ends there.
     sources = {"average": MIX, MATH: MATH, LANGUAGE: LANGUAGE, None: outer}
     plan = LayerPlan(layers, sources[args.embeddings], sources[args.head], float(args.weight))
     if config.tie_word_embeddings and plan.head != plan.embeddings:
@@ -162,6 +164,8 @@ def merge(args: argparse.Namespace) -> None:
     from mindmerger.baselines.model_folder import open_model, place_of
 
     output = check_output(args.output, args.overwrite, [args.math_expert, args.language_expert])
+    # The math expert is the task expert: its config, tokenizer and vocabulary rows are the merged model's, since what
+    # the merged model is asked are the task's prompts.
     math_expert = open_model("math expert", args.math_expert)
     language_expert = open_model("language expert", args.language_expert)
     common_rows = check_compatible(math_expert, [language_expert])
@@ -174,8 +178,9 @@ def merge(args: argparse.Namespace) -> None:
         source = source_of[name]
         if source != MIX:  # as it is stored, so that the merged tensor has the expert's very bits
             return (math_expert if source == MATH else language_expert).read(name, start, stop)
-        mixed = language_expert.read(name, start, stop).float().mul_(plan.weight)
-        return mixed.add_(math_expert.read(name, start, stop).float().mul_(1 - plan.weight))
+        # Products are new tensors: float() of an fp32 block is the block itself, which may map the expert's file.
+        mixed = language_expert.read(name, start, stop).float() * plan.weight
+        return mixed.add_(math_expert.read(name, start, stop).float() * (1 - plan.weight))
 
     record = {
         "method": "layer swapping (arXiv 2410.01335)",
@@ -219,6 +224,7 @@ def analyse(args: argparse.Namespace) -> None:
         MATH: open_model("math expert", args.math_expert),
         LANGUAGE: open_model("language expert", args.language_expert),
     }
+    # Each against the base too: a tensor of another shape would end the sweep after minutes.
     for expert in experts.values():
         check_compatible(expert, [base])
     check_compatible(experts[MATH], [experts[LANGUAGE]])
@@ -306,6 +312,7 @@ def draw_changes(changes: dict[str, list[list[float]]], shares: dict[str, list[f
     figure = Figure(figsize=(11, min(14, max(4.5, 1.6 + 0.22 * layers))), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
     heat_language, heat_math, curve = figure.subplots(1, 3, sharey=True)
+    # One scale for both experts: their colours are there to be compared.
     highest = max(value for rows in changes.values() for row in rows for value in row)
     for axes, expert in ((heat_language, LANGUAGE), (heat_math, MATH)):
         image = axes.imshow(changes[expert], origin="lower", aspect="auto", vmin=0, vmax=highest, cmap="viridis")

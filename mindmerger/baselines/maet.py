@@ -77,6 +77,7 @@ def mean(models: list, name: str, rows: tuple[int, int]):
 
     Weighing each model by 1/3 first would round three times, and change one bf16 scalar in some 600.
     """
+    # Not in place: float() of an fp32 block is that block itself, which may map the file.
     total = models[0].read(name, *rows).float()
     for model in models[1:]:
         total = total + model.read(name, *rows).float()
@@ -194,6 +195,7 @@ def _describe(selection: Selection) -> dict:
     """Logs what was selected, and returns it for merge.json: sizes and threshold of K, members of T."""
     import struct
 
+    # The pattern's own value: as a float it tells a reader what difference was large enough.
     threshold = None
     if selection.key_bits != NOTHING:
         threshold = struct.unpack("<f", struct.pack("<i", selection.key_bits))[0]
@@ -222,6 +224,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
             ("beta", "key_ratio", "tensor_ratio", "tensor_order", "probe", "english_expert"),
         ),
     }
+    # A flag without effect would stand in merge.json as if it had one.
     for control, (asked, names) in unused.items():
         clash = next((name for name in names if asked and getattr(args, name) not in (None, False)), None)
         if clash is not None:
@@ -238,7 +241,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     given |= {"key_ratio": args.key_ratio, "tensor_ratio": args.tensor_ratio}
     if args.english_expert is None:
         given["beta"] = 0.0
-    if args.task_arithmetic:
+    if args.task_arithmetic:  # K and T are everything: the formula then is task arithmetic's
         given |= {"key_ratio": Fraction(1), "tensor_ratio": Fraction(1)}
     return Recipe(
         **{name: getattr(defaults, name) if value is None else value for name, value in given.items()},

@@ -23,7 +23,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of the written tensors; auto: as the task expert stores each of them (default auto)",
+        help="dtype of the written tensors; auto: as the task expert stores each of them (default auto)",
     )
     group.add_argument(
         "--max_shard_gb",
@@ -47,7 +47,7 @@ def ratio(text: str) -> Fraction:
         argparse.ArgumentTypeError: for anything else.
     """
     try:
-        value = Fraction(text)
+        value = Fraction(text)  # which also reads 1/3
     except (ValueError, ZeroDivisionError):
         value = None
     if value is None or not 0 <= value <= 1:
@@ -65,7 +65,7 @@ def number(text: str) -> float:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not abs(value) < float("inf"):
+    if not abs(value) < float("inf"):  # a NaN too
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
     return value
 
@@ -76,6 +76,7 @@ def count(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: for anything else.
     """
+    # int() would also take "+3", "1_0", blanks around, and digits of any script.
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)

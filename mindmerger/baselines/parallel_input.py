@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="take only the first N items of each language")
     add_arguments(parser.add_argument_group("parallel input"))
     parser.add_argument("--seed", type=int, default=0, help="seed of --order shuffled (default 0)")
-    parser.add_argument("--show", type=int, default=1, help="print the prompts of the first N items per language")
+    parser.add_argument(
+        "--show", type=int, default=1, help="number of items per language whose prompts are printed (default 1)"
+    )
     parser.add_argument(
         "--to_translate",
         metavar="FILE.jsonl",

@@ -31,10 +31,12 @@ FORMS = ("safetensors", "bin")
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of the command line."""
     parser = CommandParser(prog="python -m scripts.benchmarks.merge_memory", description=__doc__)
-    parser.add_argument("--size_gb", type=float, default=1.2, help="of each checkpoint, in units of 10^9 bytes")
-    parser.add_argument("--shard_gb", type=float, default=0.4, help="of the checkpoints' files (default 0.4)")
-    parser.add_argument("--form", choices=FORMS, default="safetensors", help="of the checkpoints' files")
-    parser.add_argument("--folder", help="where the temporary folder goes (default: the system's)")
+    parser.add_argument(
+        "--size_gb", type=float, default=1.2, help="size of each model folder in units of 10^9 bytes (default 1.2)"
+    )
+    parser.add_argument("--shard_gb", type=float, default=0.4, help="size of its files in the same units (default 0.4)")
+    parser.add_argument("--form", choices=FORMS, default="safetensors", help="form of its files (default safetensors)")
+    parser.add_argument("--folder", help="folder for the temporary files (default: the system's)")
     return parser
 
 
