@@ -12,6 +12,9 @@
 #
 # The launcher: NUM_GPUS, NUM_NODES, HOSTFILE, MASTER_ADDR, MASTER_PORT, and DEEPSPEED_ARGS for anything else it takes.
 # STAGE_NAME=mapping or STAGE_NAME=augmentation runs that stage alone.
+# A script for another bridge than MindMerger's sets `stages` to that bridge's after sourcing this file.
+
+stages=(mapping augmentation)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -95,15 +98,14 @@ is_on() {
 
 # refuse_misspelt PROGRAM: stops at a variable for one stage that no flag has the name of.
 refuse_misspelt() {
-    local name flag
+    local name prefix flag
     for name in $(compgen -e); do
-        case $name in
-            MAPPING_* | AUGMENTATION_*)
-                flag=$(printf '%s' "${name#*_}" | tr '[:upper:]' '[:lower:]')
-                [[ " $value_flags $switches " == *" $flag "* ]] ||
-                    fail "$name is in the environment, but no flag --$flag of $1 is open to variables: correct or unset it"
-                ;;
-        esac
+        for prefix in $(printf '%s\n' "${stages[@]}" | tr '[:lower:]' '[:upper:]'); do
+            if [[ $name != "$prefix"_* ]]; then continue; fi
+            flag=$(printf '%s' "${name#"$prefix"_}" | tr '[:upper:]' '[:lower:]')
+            [[ " $value_flags $switches " == *" $flag "* ]] ||
+                fail "$name is in the environment, but no flag --$flag of $1 is open to variables: correct or unset it"
+        done
     done
 }
 
@@ -131,12 +133,12 @@ launch() {
 
 # train TASK STAGE NAME=PUBLISHED... -- ARGUMENT...
 train() {
-    local task=$1 stage=$2 published=() prefix command_line
+    local task=$1 stage=$2 published=() prefix command_line known=${stages[*]} wanted own_start
     shift 2
-    case ${STAGE_NAME:-${stage_name:-$stage}} in
-        "$stage") ;;
-        mapping | augmentation) return ;;
-        *) fail "STAGE_NAME is '${STAGE_NAME:-$stage_name}': it may be mapping or augmentation" ;;
+    wanted=${STAGE_NAME:-${stage_name:-$stage}}
+    case " $known " in
+        *" $wanted "*) if [[ $wanted != "$stage" ]]; then return; fi ;;
+        *) fail "STAGE_NAME is '$wanted': it may be ${known// / or }" ;;
     esac
     while [[ $1 != -- ]]; do
         published+=("$1")
@@ -152,10 +154,9 @@ train() {
     add_settings "$prefix" "${published[@]}"
     add_variables "$prefix" init_checkpoint "${published[@]%%=*}"
     # INIT_CHECKPOINT is where the whole run starts: the later stage then starts from the earlier one's mapping.
-    if [[ $stage == mapping || -n ${STAGE_NAME:-${stage_name-}} ]]; then
+    own_start=${prefix}_INIT_CHECKPOINT
+    if [[ $stage == "${stages[0]}" || -n ${STAGE_NAME:-${stage_name-}} || -n ${!own_start-} ]]; then
         add_settings "$prefix" init_checkpoint
-    else
-        add_settings "$prefix" ${AUGMENTATION_INIT_CHECKPOINT:+init_checkpoint}
     fi
     launch run_training.py "${command_line[@]}" "$@"
 }

@@ -104,6 +104,30 @@ def test_training_script_runs_both_stages_with_the_published_settings(run_script
     assert flags_of(calls[0])["lr"] == 2e-5 and flags_of(calls[0])["dev_size"] == 3000
 
 
+def test_layalign_script_runs_both_stages_with_its_published_settings(run_script):
+    calls, _ = run_script("training_layalign.sh", TASK_TRAIN_NUM="5", INIT_CHECKPOINT="m.bin")
+    common = "--deepspeed --llm_path meta-math/MetaMath-7B-V1.0 --mt_path google/mt5-xl --task math --bridge layalign"
+    common += " --save_name LayAlign --train_batch_size 128 --micro_batch_tokens 4096 --epoch_num 3"
+    common += " --lr_scheduler cosine --warmup_ratio 0.05 --deepspeed_config scripts/ds_zero2.json"
+    own = {"translation": (8, 100000, "4e-5", 200, " --init_checkpoint m.bin"), "task": (2, 5, "3e-5", 512, "")}
+    assert [flags_of(call) for call in calls] == [
+        vars(
+            parser_named("run_training.py").parse_args(
+                f"{common} --stage_name {stage} --train_micro_batch_size_per_gpu {rows} --train_num {number} --lr {lr} "
+                f"--max_seq_len {length} --max_gen_len {length}{more}".split()
+            )
+        )
+        for stage, (rows, number, lr, length, more) in own.items()
+    ]
+    alone, _ = run_script("training_layalign.sh", STAGE_NAME="task", INIT_CHECKPOINT="m.bin")
+    assert [(flags_of(call)["stage_name"], flags_of(call)["init_checkpoint"]) for call in alone] == [("task", "m.bin")]
+    calls, error = run_script("training_layalign.sh", STAGE_NAME="mapping", expected_exit=2)
+    assert not calls and error == "error: STAGE_NAME is 'mapping': it may be translation or task\n"
+    calls, error = run_script("training_layalign.sh", TRANSLATION_TRAIN_NUMBER="5", expected_exit=2)
+    assert not calls and error.startswith("error: TRANSLATION_TRAIN_NUMBER is in the environment, but no flag")
+    assert len(run_script("training_layalign.sh", MAPPING_TRAIN_NUMBER="5")[0]) == 2  # no stage of this script
+
+
 @pytest.mark.parametrize(
     "script, task, trained, llm, length",
     [
