@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Two ranks share two cores in the tests; more threads would only make them wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -94,6 +95,18 @@ def tiny_llm(tmp_path_factory):
 def tiny_encoder(tmp_path_factory):
     """Folder of a tiny mT5."""
     return make_tiny_encoder(tmp_path_factory.mktemp("models") / "mt5")
+
+
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    """Returns a folder that `make(folder)` fills in the first of the suite's workers that asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with FileLock(root / f"{name}.lock"):
+        if not (root / name).exists():
+            make(root / f"{name}.unfinished")
+            os.rename(root / f"{name}.unfinished", root / name)
+    return root / name
 
 
 @pytest.fixture(scope="session")

@@ -691,14 +691,14 @@ def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_memory_estimate_of_a_dry_run_leaves_out_what_is_offloaded(run, flags, tmp_path):
+def test_the_memory_estimate_of_a_dry_run_leaves_out_what_is_offloaded(flags, tmp_path):
     lines = {}
     for preset in ("ds_zero2", "ds_zero2_offload", "ds_zero3_offload"):
         config = ["--deepspeed_config", f"{ROOT}/scripts/{preset}.json", "--dry_run"]
-        done = run(ROOT / "run_training.py", *flags, *config)
-        assert done.returncode == 0, done.stderr[-2000:]
+        codes, (printed,) = run_prepared(ROOT / "run_training.py", *flags, *config, cwd=tmp_path)
+        assert codes == [0], printed[-2000:]
         start = ("memory on", "offloaded")
-        lines[preset] = " ".join(line for line in done.stdout.splitlines() if line.startswith(start))
+        lines[preset] = " ".join(line for line in printed.splitlines() if line.startswith(start))
     assert "GB mapping, gradient and Adam;" in lines["ds_zero2"] and "offloaded" not in lines["ds_zero2"]
     assert "GB mapping, gradient;" in lines["ds_zero2_offload"] and "0.000 GB Adam;" in lines["ds_zero2_offload"]
     assert " 0.000 GB frozen weights, 0.000 GB gradient;" in lines["ds_zero3_offload"]

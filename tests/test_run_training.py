@@ -164,24 +164,35 @@ def test_gradient_clipping_of_a_deepspeed_config_counts_at_every_zero_stage(flag
 
 
 @pytest.mark.slow
-def test_zero_3_trains_without_a_launcher(run, flags):
-    done = run(
-        ROOT / "run_training.py", *flags, "--max_steps", "1", "--deepspeed_config", ROOT / "scripts/ds_zero3.json"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "finished at step 1 of 1" in done.stderr
+def test_zero_3_trains_without_a_launcher(flags, tmp_path):
+    config = ["--max_steps", "1", "--deepspeed_config", ROOT / "scripts/ds_zero3.json"]
+    codes, (printed,) = run_prepared(ROOT / "run_training.py", *flags, *config, cwd=tmp_path)
+    assert codes == [0], printed[-2000:]
+    assert "finished at step 1 of 1" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_published_commands_run(run, tiny_llm, tiny_encoder, datas, tmp_path, ranks):
-    """The three training commands that users already have, flag by flag, only sizes made small."""
+    """The three training commands that users already have, flag by flag, only sizes made small: by the launcher with
+    two ranks, and as the process that it starts for one (`test_scripts.py` starts that one by the launcher)."""
     (tmp_path / "datas").symlink_to(datas)
     small = ["--dev_size", "4", "--max_steps", "2"]
     models = ["--llm_path", tiny_llm, "--mt_path", tiny_encoder + "/"]
     math_flags = ["--deepspeed", *models, "--task", "math", "--train_num", "6", "--train_batch_size", "16"]
     lengths = ["--epoch_num", "3", "--max_seq_len", "200", "--max_gen_len", "200"]
-    script = ROOT / "run_training.py"
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+    def train(*given) -> str:
+        if ranks == 2:
+            done = run(ROOT / "run_training.py", *given, ranks=2)
+            codes, printed = [done.returncode], [done.stderr]
+        else:
+            command = (ROOT / "run_training.py", "--local_rank=0", *given)
+            codes, printed = run_prepared(*command, cwd=tmp_path, env=place)
+        assert codes == [0], printed[0][-3000:]
+        return printed[0]
+
     mapping = [
         *math_flags,
         "--stage_name",
@@ -191,12 +202,9 @@ def test_published_commands_run(run, tiny_llm, tiny_encoder, datas, tmp_path, ra
         "--augmentation",
         "False",
     ]
-    done = run(script, *mapping, *lengths, *small, ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(*mapping, *lengths, *small)
     hard = [*math_flags, "--stage_name", "augmentation", "--train_micro_batch_size_per_gpu", "2"]
-    done = run(script, *hard, "--augmentation", "False", *lengths, *small, ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "MindMerger-Hard" in done.stderr
+    assert "MindMerger-Hard" in train(*hard, "--augmentation", "False", *lengths, *small)
     translation = [
         "--deepspeed",
         *models,
@@ -208,9 +216,8 @@ def test_published_commands_run(run, tiny_llm, tiny_encoder, datas, tmp_path, ra
         "128",
     ]
     translation += ["--train_micro_batch_size_per_gpu", "8", "--gradient_accumulation", "16", "--augmentation", "False"]
-    done = run(script, *translation, "--epoch_num", "3", *small, ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert ("--gradient_accumulation 16 is overruled" in done.stderr) == (ranks == 2)
+    printed = train(*translation, "--epoch_num", "3", *small)
+    assert ("--gradient_accumulation 16 is overruled" in printed) == (ranks == 2)
     outputs = tmp_path / "outputs/MindMerger"
     assert {p.parent.relative_to(outputs).as_posix() for p in outputs.rglob("loss.png")} == {
         "math/mapping",

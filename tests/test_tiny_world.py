@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import made_once
 
 from scripts.tiny_world import __main__, templates
 from scripts.tiny_world import models as tiny_world_models
@@ -45,22 +46,29 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
     """A whole world whose models have seen two batches."""
-    folder = tmp_path_factory.mktemp("world") / "first"
-    done = make(folder, *SMALL)
-    assert done.returncode == 0, done.stderr
-    folder.with_name("first.log").write_bytes(done.stderr.encode())
-    return folder
+
+    def build(folder):
+        folder.mkdir()
+        done = make(folder / "first", *SMALL)
+        assert done.returncode == 0, done.stderr
+        (folder / "first.log").write_bytes(done.stderr.encode())
+
+    made = made_once(tmp_path_factory, "small_world", build)
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("world") / "own")) / "first"
 
 
 @pytest.fixture(scope="module")
-def world_with_experts(small_world):
+def world_with_experts(small_world, tmp_path_factory):
     """A copy of the small world, as if made before it had French, to which experts were added."""
-    folder = small_world.with_name("with_experts")
-    shutil.copytree(small_world, folder)
-    (folder / "datas/evaluation/mgsm/mgsm_fr.tsv").unlink()
-    done = make(folder, *EXPERTS)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def build(folder):
+        shutil.copytree(small_world, folder)
+        (folder / "datas/evaluation/mgsm/mgsm_fr.tsv").unlink()
+        done = make(folder, *EXPERTS)
+        assert done.returncode == 0, done.stderr
+
+    made = made_once(tmp_path_factory, "world_with_experts", build)
+    return Path(shutil.copytree(made, small_world.with_name("with_experts")))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
