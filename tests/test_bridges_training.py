@@ -1,0 +1,88 @@
+"""Every bridge in the training loop: two ranks, each ZeRO stage, an exact resume, and what is refused."""
+
+import pytest
+import torch
+from conftest import ROOT, read_log, run_many
+from safetensors.torch import load_file
+
+from mindmerger.bridges import BRIDGES
+
+# MindMerger's has tests of its own; of the others the form with most to go wrong.
+OPTIONS = {"langbridge": ["train_lm_head=true"], "layer_fusion": ["mix=token", "feed_forward=24"]}
+TRAINED = [name for name in BRIDGES if name not in ("mindmerger", "toy")]
+
+
+@pytest.fixture(scope="module")
+def launch(tiny_llm, tiny_encoder, datas, tmp_path_factory):
+    """The folder of one launch of two ranks in which every bridge trained several times, and outcomes by run."""
+    folder = tmp_path_factory.mktemp("bridges")
+    common = [
+        *("--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"),
+        *("--precision", "fp32", "--dev_size", "0", "--train_batch_size", "2", "--train_micro_batch_size_per_gpu", "1"),
+        *("--max_seq_len", "40", "--max_gen_len", "60", "--lr", "1e-2", "--num_workers", "0", "--stage_name", "task"),
+        *("--init_checkpoint", "none", "--max_steps", "2"),
+    ]
+    runs = {}
+    for bridge in TRAINED:
+        options = [part for option in OPTIONS.get(bridge, []) for part in ("--bridge_option", option)]
+        begun = ["--resume_from_checkpoint", f"outputs/{bridge}-0/math/task/checkpoint-000001"]
+        ways = {"0": ["--save_steps", "1"], "again": begun, "1": [], "2": begun, "3": []}
+        for way, more in ways.items():
+            preset = ROOT / f"scripts/ds_zero{way if way.isdigit() else 0}.json"
+            more = [*more, "--deepspeed_config", str(preset), "--save_name", f"{bridge}-{way}"]
+            runs[bridge, way] = [*common, "--bridge", bridge, *options, *more]
+        other = {"langbridge": "mapper=ffn", "layer_fusion": "mix=global"}.get(bridge)
+        if other is not None:
+            changed = ["--bridge", bridge, "--bridge_option", other, "--save_name", f"{bridge}-0"]
+            runs[bridge, "other options"] = [*common, *changed]
+    outcomes = run_many(folder, list(runs.values()), ranks=2)
+    return folder, dict(zip(runs, outcomes, strict=True))
+
+
+def trained(launch, bridge: str, way: str):
+    """The folder that a run left, which must have succeeded."""
+    folder, outcomes = launch
+    assert outcomes[bridge, way]["code"] == 0, outcomes[bridge, way]
+    return folder / f"outputs/{bridge}-{way}/math/task"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bridge", TRAINED)
+def test_every_zero_stage_trains_the_same_bridge_on_two_ranks(launch, bridge):
+    folder = trained(launch, bridge, "0")
+    expected = load_file(folder / "mapping.safetensors")
+    for way in ("1", "2", "3"):  # at ZeRO 2 from the checkpoint that ZeRO 0 wrote after the first step
+        place = trained(launch, bridge, way)
+        found = load_file(place / "mapping.safetensors")
+        assert found.keys() == expected.keys()
+        assert all((found[key] - expected[key]).abs().max() <= 1e-5 for key in expected), way
+        assert read_log(place) == pytest.approx(read_log(folder)[-len(read_log(place)) :], abs=1e-5), way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bridge", TRAINED)
+def test_a_resumed_bridge_equals_an_uninterrupted_one_to_the_bit(launch, bridge):
+    whole, again = (trained(launch, bridge, way) for way in ("0", "again"))
+    assert "resumes from" in launch[1][bridge, "again"]["printed"]
+    assert read_log(whole)[1:] == read_log(again) and len(read_log(again)) == 1
+    names = ("mapping.safetensors", "checkpoint-000002/training.safetensors")
+    for expected, found in ((load_file(whole / name), load_file(again / name)) for name in names):
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.slow
+def test_a_trained_output_head_moves_and_is_in_mapping_and_checkpoint(launch, tiny_llm):
+    folder = trained(launch, "langbridge", "0")
+    start = load_file(f"{tiny_llm}/model.safetensors")["lm_head.weight"]
+    moved = load_file(folder / "mapping.safetensors")["lm_head.weight"]
+    assert moved.dtype == torch.float32 and (moved - start).abs().mean() > 1e-3
+    tensors = load_file(folder / "checkpoint-000002/training.safetensors")
+    assert torch.equal(tensors["mapping.lm_head.weight"], moved) and "exp_avg_sq.lm_head.weight" in tensors
+
+
+@pytest.mark.slow
+def test_a_resume_with_other_options_is_refused_by_name(launch):
+    for bridge, option in (("langbridge", "'train_lm_head': 'true'"), ("layer_fusion", "'feed_forward': '24'")):
+        outcome = launch[1][bridge, "other options"]
+        assert outcome["code"] == 2 and "was trained with another bridge_options" in outcome["error"]
+        assert option in outcome["error"] and "\n" not in outcome["error"]
