@@ -625,6 +625,17 @@ def test_results_of_odd_parallel_input_are_one_line(tmp_path, parallel, wrong):
         compare_results(folders)
 
 
+@pytest.mark.parametrize(
+    "odd", [{"probe_prefix": 5}, {"probe_prefix": {"kind": ["zero"]}}, {"gold": {"gold_loss": "low"}}, {"bridge": 1}]
+)
+def test_results_of_an_odd_probe_loss_or_bridge_are_one_line(tmp_path, odd):
+    folders = [make_results(tmp_path / name, {"Thai": {"th-0": True}}) for name in "ab"]
+    file = tmp_path / "b" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    with pytest.raises(ResultsError, match=f"b/results.json is not .* {next(iter(odd))} is of a wrong type$"):
+        compare_results(folders)
+
+
 def test_an_id_that_stands_twice_is_refused_with_file_and_line(tmp_path):
     """The later row replaced the earlier one, unseen where `results.json` counted the ids."""
     folders = [make_results(tmp_path / name, {"Thai": {"th-0": True, "th-1": False}}) for name in "ab"]

@@ -112,7 +112,8 @@ def write_counts(folder: Path, tower: str, settings, tensors: dict, records: lis
         name = f"LLM alone, {settings.parallel_input['name']}"
     else:
         # A legend has room for the form alone: its explanation in brackets goes.
-        name = form_title({"form": settings.form, "parallel_input": None}).split(" (mapped")[0].split(" (prompt")[0]
+        shown = {"form": settings.form, "bridge": settings.bridge_name if settings.bridge is not None else None}
+        name = form_title(shown).split(" (")[0]
         name += f", {settings.probe_prefix['kind']} prefix" if settings.probe_prefix is not None else ""
         name = f"encoder of {name}" if tower == "encoder" else name
     run = {

@@ -272,6 +272,7 @@ def read_results(folder: str) -> dict:
             wrong += [f"{name} of parallel_input" for name in texts if not isinstance(found.get(name), str)]
         probe, gold = results.get("probe_prefix", {"kind": PROBES[0]}), results.get("gold", {"gold_loss": 0.0})
         wrong += ["probe_prefix"] * (not isinstance(probe, dict) or probe.get("kind") not in PROBES)
+        wrong += ["bridge"] * (not isinstance(results.get("bridge"), str | None))
         wrong += ["gold"] * (not isinstance(gold, dict) or not isinstance(gold.get("gold_loss"), float))
         if wrong:
             raise ValueError(f"{wrong[0]} is of a wrong type")

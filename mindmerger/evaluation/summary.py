@@ -6,6 +6,7 @@ import shutil
 import sys
 from importlib import metadata
 
+from mindmerger.evaluation.models import DEFAULT_BRIDGE
 from mindmerger.evaluation.settings import Settings
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
@@ -165,8 +166,8 @@ def find_published(settings: Settings, languages: dict[str, dict]) -> dict | Non
     """Returns the published row that belongs beside this run, None where there is none."""
     from mindmerger.evaluation.tables import published_scores
 
-    # The published rows have neither: they would be taken for this run's.
-    if settings.parallel_input is not None or settings.probe_prefix is not None:
+    # The published rows have none of these: they would be taken for this run's.
+    if settings.parallel_input or settings.probe_prefix or settings.bridge_name != DEFAULT_BRIDGE:
         return None
     rows = {name: one["n"] for name, one in languages.items()}
     return published_scores(settings.task, settings.form, settings.llm_path, settings.mt_path, rows)

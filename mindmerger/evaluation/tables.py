@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mindmerger.evaluation.models import DEFAULT_BRIDGE
 from mindmerger.evaluation.probes import PROBE_TITLES
 from mindmerger.evaluation.statistics import resampling_note
 from mindmerger.tasks.base import PUBLISHED_ENCODER, PUBLISHED_LLMS, Task
@@ -15,7 +16,9 @@ FORM_TITLES = {
 
 def form_title(results: dict) -> str:
     """Returns in words what was evaluated, from the content of a `results.json`; parallel input says who translated."""
-    title = FORM_TITLES.get(results["form"], results["form"])
+    title, bridge = FORM_TITLES.get(results["form"], results["form"]), results.get("bridge")
+    if bridge not in (None, DEFAULT_BRIDGE):
+        title = f"{bridge} ({'prefix and prompt' if results['form'] == 'soft' else 'prefix only'})"
     parallel, probe = results.get("parallel_input"), results.get("probe_prefix")
     if probe is not None:
         return f"{title}, {PROBE_TITLES[probe['kind']]}"
