@@ -403,26 +403,26 @@ def arrange(archive: Path, data_root: Path, overwrite: bool) -> None:
 
 
 def copy_members(members: Iterable[Member], archive: Path, data_root: Path, overwrite: bool) -> None:
-    """Plans all copies first, so that an archive that is refused changes nothing; then makes them."""
-    plan: dict[Path, Member] = {}
+    """Chooses all copies first, so that an archive that is refused changes nothing; then makes them."""
+    chosen: dict[Path, Member] = {}
     for member in members:
         target = canonical_path(member.name)
         if target is None:
             continue
         path = data_root / target
-        if path in plan:
-            raise UserError(f"--archive {archive}: both {plan[path].name} and {member.name} would become {path}")
-        plan[path] = member
-    if not plan:
+        if path in chosen:
+            raise UserError(f"--archive {archive}: both {chosen[path].name} and {member.name} would become {path}")
+        chosen[path] = member
+    if not chosen:
         raise UserError(f"--archive {archive}: holds none of the folders {', '.join(DATA_FOLDERS)}")
-    wanted = {path: member for path, member in plan.items() if overwrite or not path.exists()}
+    wanted = {path: member for path, member in chosen.items() if overwrite or not path.exists()}
     data_root.mkdir(parents=True, exist_ok=True)
     needed, free = sum(member.size for member in wanted.values()), shutil.disk_usage(data_root).free
     if needed > free:
         raise UserError(f"{data_root}: the data needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
     for path, member in wanted.items():
         copy_atomic(member, path)
-    log(f"{archive}: {len(wanted)} files written, {len(plan) - len(wanted)} kept")
+    log(f"{archive}: {len(wanted)} files written, {len(chosen) - len(wanted)} kept")
 
 
 def copy_atomic(member: Member, path: Path) -> None:

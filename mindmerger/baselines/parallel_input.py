@@ -19,6 +19,7 @@ import json
 
 from mindmerger.evaluation.items import add_item_flags, find_items
 from mindmerger.evaluation.parallel_input import (
+    ParallelInput,
     add_arguments,
     apply_parallel_input,
     choose_languages,
@@ -28,6 +29,7 @@ from mindmerger.evaluation.parallel_input import (
 from mindmerger.runtime.command import CommandParser, check_seed, run_main
 from mindmerger.runtime.files import write_text_atomic
 from mindmerger.runtime.processes import log
+from mindmerger.tasks.base import Example, Task
 from mindmerger.tasks.examples import evaluation_examples, varying_text
 from mindmerger.tasks.languages import find_language
 from mindmerger.tasks.readers import DataError
@@ -52,6 +54,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def write_texts(path: str, task: Task, examples: list[Example], options: ParallelInput) -> None:
+    """Writes what a translator has to translate, one line per text and language, with an empty place for the result."""
+    candidates = options.languages or default_languages(task)
+    rows = []
+    for example in examples:
+        own = find_language(example.language)
+        for language in choose_languages(own, options, candidates):
+            row = {"id": example.id, "language": language.code, "text": ""}
+            rows.append(row | {"source_language": own.code, "source": varying_text(example)})
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    log(f"{path}: {len(rows)} texts to translate")
+
+
+def print_prompts(args: argparse.Namespace, task: Task, examples: list[Example], options: ParallelInput) -> None:
+    """Prints the first --show prompts of each language."""
+    # All prompts are built: a translation that is missing is found here, before a GPU is waited for.
+    built, chosen = apply_parallel_input(task, args.data_root, examples, options)
+    shown = dict.fromkeys(chosen, 0)
+    for example in built:
+        if shown[example.language] < args.show:
+            shown[example.language] += 1
+            print(f"--- {example.id}, {options.name}\n{example.prompt}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
@@ -64,22 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError("--parallel_input is missing: how many translations (1, 3 or 6)?")
     examples = [e for language in languages for e in evaluation_examples(task, args.data_root, language, args.limit)]
     if args.to_translate:
-        candidates = options.languages or default_languages(task)
-        rows = []
-        for example in examples:
-            text = varying_text(example)
-            for language in choose_languages(find_language(example.language), options, candidates):
-                row = {"id": example.id, "language": language.code, "text": ""}
-                rows.append(row | {"source_language": find_language(example.language).code, "source": text})
-        write_text_atomic(args.to_translate, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        log(f"{args.to_translate}: {len(rows)} texts to translate")
-        return 0
-    built, chosen = apply_parallel_input(task, args.data_root, examples, options)
-    shown = dict.fromkeys(chosen, 0)
-    for example in built:
-        if shown[example.language] < args.show:
-            shown[example.language] += 1
-            print(f"--- {example.id}, {options.name}\n{example.prompt}\n")
+        write_texts(args.to_translate, task, examples, options)
+    else:
+        print_prompts(args, task, examples, options)
     return 0
 
 

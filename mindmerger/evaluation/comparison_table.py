@@ -200,9 +200,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against", metavar="LABEL", help="the row that the others are tested against (default: first)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the sign-flip test (default 0)")
-    parser.add_argument("--output_dir", default="results", help="default results")
-    parser.add_argument("--name", default="table", help="of the three files (default table)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and the sign-flip test (default 0)")
+    parser.add_argument("--output_dir", default="results", help="folder of the three files (default results)")
+    parser.add_argument("--name", default="table", help="name of the three files (default table)")
     return parser
 
 

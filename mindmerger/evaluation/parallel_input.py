@@ -216,14 +216,14 @@ def add_arguments(group) -> None:
     group.add_argument(
         "--translations",
         metavar="aligned|FILE.jsonl",
-        help="of --parallel_input: aligned takes the benchmark's own parallel rows (labelled oracle); a file of "
-        '{"id", "language", "text"} lines holds machine translations (labelled machine)',
+        help="translations for --parallel_input: aligned takes the benchmark's own parallel rows (labelled oracle); a "
+        'file of {"id", "language", "text"} lines holds machine translations (labelled machine)',
     )
     group.add_argument(
         "--order",
         choices=ORDERS,
-        help="of the languages in the prompt (default source-first); english-first gives English the first of the K "
-        "places (ours)",
+        help="order of the languages in the prompt (default source-first); english-first gives English the first of "
+        "the K places (ours)",
     )
     group.add_argument(
         "--parallel_languages",

@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more arithmetic")
     add("--compile", action="store_true", help="compile the frozen models' layers with torch.compile (not at ZeRO 3)")
     add("--liger", action="store_true", help="Liger's kernels in the LLM (NVIDIA GPU, package liger-kernel)")
-    add("--seed", type=int, default=0, help="of the fresh mapping, the dev split and the order of the examples")
+    add("--seed", type=int, default=0, help="seed of the fresh mapping, the dev split and the order of examples")
     add("--deterministic", action="store_true", help="deterministic kernels: bit-exact resume on CUDA too")
 
     add = parser.add_argument_group("outputs").add_argument

@@ -48,7 +48,7 @@ PRESETS = {
 
 
 def build_parser():
-    """The flags."""
+    """Builds the parser of the command line."""
     parser = CommandParser(prog="python -m scripts.benchmarks.speed", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), default="cpu-small", help="shapes of the two models")
@@ -125,7 +125,7 @@ def make_configs(folder: Path, preset: str) -> None:
 
 
 def make_model(folder: Path, precision: str, device):
-    """A MindMerger with random towers made directly on the device in the run's dtype."""
+    """Makes a MindMerger with random towers directly on the device in the run's dtype."""
     import torch
     from transformers import AutoConfig, LlamaForCausalLM, MT5EncoderModel
 
@@ -190,7 +190,7 @@ COUNTED = ("useful", "encoder", "targets", "processed", "samples")
 
 
 def summed(total: dict, device) -> dict:
-    """The counts of all processes together; seconds are this one's, since the steps go together."""
+    """Adds up the counts of all processes; seconds are this one's, since the steps go together."""
     import torch
 
     counts = torch.tensor([total[name] for name in COUNTED], dtype=torch.float64, device=device)
@@ -249,7 +249,7 @@ class Plain:
         )
 
     def window(self) -> dict:
-        """One window of micro-batches with one optimizer step at its end."""
+        """Runs one window of micro-batches with one optimizer step at its end."""
         import torch
 
         total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
@@ -272,7 +272,7 @@ class Plain:
         return summed(total, self.run.device)
 
     def tokenised(self, example) -> tuple[list, list, list]:
-        """Ids of source, prompt and target."""
+        """Returns the ids of source, prompt and target."""
         limits, tokenizers = self.run.args, self.run.loader.data.tokenizers
         encoder, llm = tokenizers.encoder, tokenizers.llm
         cut = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
@@ -326,7 +326,7 @@ def synchronise(device) -> None:
 
 
 def matmul_rate(precision: str, device) -> float:
-    """FLOP per second of a large square matmul of the dtype, against a transposed matrix as linear layers run it."""
+    """Measures FLOP per second of a large square matmul, against a transposed matrix as linear layers run it."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -343,7 +343,7 @@ def matmul_rate(precision: str, device) -> float:
 
 
 def flop(model, window: dict, head_on_all: bool) -> float:
-    """Useful FLOP of a window, the output head's counted on all useful positions or on target tokens alone."""
+    """Returns the useful FLOP of a window, the output head's on all useful positions or on target tokens alone."""
     llm = sum(p.numel() for name, p in model.llm.named_parameters() if "embed_tokens" not in name)
     head = model.llm.get_output_embeddings().weight.numel()
     encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "shared" not in name)
@@ -401,7 +401,7 @@ def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> di
 
 
 def peak_memory(args, stage: str) -> dict:
-    """Peak memory of training in each mode, each in a process of its own."""
+    """Measures peak memory of training in each mode, each in a process of its own."""
     found = {}
     for mode in args.modes.split(","):
         with tempfile.TemporaryDirectory() as name:
@@ -502,7 +502,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
 
 
 def markdown(report: dict) -> str:
-    """The figures as tables."""
+    """Formats the figures as tables."""
     lines = [
         f"preset {report['preset']}, {report['precision']}, {report['processes']} process(es), matmul "
         f"{report['matmul_gflops']:.0f} GFLOP/s each",
@@ -550,7 +550,7 @@ def build_world(folder: Path, preset: str, data_root: str) -> None:
 
 
 def run(args, folder: Path, device) -> dict:
-    """The figures of all parts."""
+    """Returns the figures of all parts."""
     import torch
 
     on_all_ranks(build_world, folder, args.preset, args.data_root)
