@@ -965,3 +965,34 @@ def test_the_speed_benchmark_measures_every_part_with_the_programs_own_functions
     assert figures["samples_per_s"] > 0 and 0 < figures["real_position_share"] <= 1 and figures["times_plain"] > 0
     assert set(report["mapping_memory"]) == {"rows", "plain"} and report["hard"]["ours"]["questions_per_s"] > 0
     assert "| mapping | samples/s |" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_times_a_bridge_beside_mindmerger_in_one_run(run, tmp_path, datas):
+    done = run(
+        *(sys.executable, "-m", "scripts.benchmarks.speed", "--preset", "tiny", "--data_root", datas, "--bridge"),
+        *("layalign", "--train_num", 20, "--global_batch", 2, "--micro_batch", 2, "--windows", 1),
+        *("--output", tmp_path / "report.json"),
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "mapping" not in report and list(report["bridges"]) == ["mindmerger", "layalign"]
+    base, other = report["bridges"].values()
+    assert base["target_tokens_per_s_relative"] == 1 and other["stage"] == "task"
+    ratio = other["target_tokens_per_s"] / base["target_tokens_per_s"]
+    assert other["target_tokens_per_s_relative"] == ratio > 0
+    assert other["trained_parameters"] > base["trained_parameters"] > 0
+    order = re.findall(r"^(?:.*\] )?(mindmerger|layalign) window (\d)", done.stderr + done.stdout, flags=re.MULTILINE)
+    assert order == [("mindmerger", "0"), ("layalign", "0"), ("mindmerger", "1"), ("layalign", "1")]
+    assert f"| layalign | task | {other['trained_parameters']:,} |" in done.stdout
+
+
+def test_the_speed_benchmark_refuses_an_unknown_bridge_and_times_no_other_part_beside_bridges():
+    from scripts.benchmarks import speed
+
+    with pytest.raises(UserError, match="unknown bridge 'layaling'.*did you mean layalign"):
+        speed.parse(["--bridge", "mindmerger,layaling"])
+    args = speed.parse(["--bridge", "xbridge, layalign", "--bridge", "xbridge"])
+    assert (args.parts, args.bridge) == ([], ["mindmerger", "xbridge", "layalign"])
+    assert speed.parse([]).parts == speed.PARTS.split(",") and speed.parse([]).bridge == []

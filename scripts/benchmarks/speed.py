@@ -9,6 +9,11 @@ dense mask, fp32 logits for every position, generation at batch 8 in file order 
 window by window in one process, or in each process of `deepspeed --module scripts.benchmarks.speed`; figures are
 medians over windows, after a warm-up window of each. `--windows 0` reports that one.
 
+    python -m scripts.benchmarks.speed --bridge langbridge,layalign,xbridge,layer_fusion --precision fp32
+
+times the last stage of each bridge beside MindMerger's, between the same two models, again window by window in turn.
+Bridges differ in what a row holds (LangBridge's has no prompt), so the ratio is that of target tokens per second.
+
 Useful tokens are the real positions of merged rows. FLOP utilisation counts 4 N per useful position of the LLM (one
 forward pass, and one backward pass to the inputs alone), 2 N per encoder token and 6 N per token of the mapping, over
 the rate of a large matmul of the same dtype measured in the same run. Ours computes the output head on target tokens
@@ -25,11 +30,13 @@ from pathlib import Path
 
 from mindmerger.runtime import command, files, processes
 from mindmerger.runtime.command import CommandParser
+from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import is_main, log, on_all_ranks, rank, world_size
 from mindmerger.training.record import peak_memory_gb
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
+PARTS = "mapping,augmentation,augmentation_memory,soft,hard"
 VOCABULARY = 32_000
 PRESETS = {
     "tiny": {  # where only the data path is measured
@@ -57,9 +64,16 @@ def build_parser():
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the frozen models")
     add(
         "--parts",
-        default="mapping,augmentation,augmentation_memory,soft,hard",
         help="mapping, augmentation: training; mapping_memory, augmentation_memory: its peak memory, in processes of "
-        "their own; soft, hard: generation in that form; separated by commas",
+        "their own; soft, hard: generation in that form; separated by commas (default: all but mapping_memory; with "
+        "--bridge none of them)",
+    )
+    add(
+        "--bridge",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="training with this bridge relative to mindmerger, by target tokens; several times, or with commas",
     )
     add("--modes", default="rows,tokens,plain", help="rows, tokens: ours by micro-batch and by token budget; plain")
     add("--global_batch", type=int, default=128, help="examples of one optimizer step")
@@ -76,6 +90,23 @@ def build_parser():
     add("--output", help="JSON file for the figures")
     add("--local_rank", type=int, help="set by the launcher")
     return parser
+
+
+def parse(argv=None):
+    """Reads the command line; `parts` are then the ones to time, `bridge` the bridges to time, MindMerger's first.
+
+    Raises:
+        UserError: for an unknown bridge.
+    """
+    from mindmerger.model.mapping_files import find_bridge
+
+    args = build_parser().parse_args(argv)
+    named = [name.strip() for text in args.bridge for name in text.split(",")]
+    args.bridge = list(dict.fromkeys(["mindmerger", *named])) if named else []
+    for name in args.bridge:
+        find_bridge(name)
+    args.parts = [part for part in (args.parts or ("" if named else PARTS)).split(",") if part]
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +179,7 @@ def make_model(folder: Path, precision: str, device):
 # Training
 
 
-def make_run(args, folder: Path, stage: str, model, device, token_budget: int | None):
+def make_run(args, folder: Path, stage: str, model, device, token_budget: int | None, bridge: str = "mindmerger"):
     """Puts the project's own training run around the given model, ready to step."""
     import run_training
     from mindmerger.data.loader import BatchLoader
@@ -157,7 +188,7 @@ def make_run(args, folder: Path, stage: str, model, device, token_budget: int | 
     from mindmerger.training.trainer import Run
 
     flags = ["--llm_path", str(folder / "llm"), "--mt_path", str(folder / "encoder"), "--data_root", args.data_root]
-    flags += ["--task", "math", "--stage_name", stage, "--train_num", str(args.train_num)]
+    flags += ["--task", "math", "--bridge", bridge, "--stage_name", stage, "--train_num", str(args.train_num)]
     flags += ["--precision", args.precision, "--train_batch_size", str(args.global_batch)]
     flags += ["--train_micro_batch_size_per_gpu", str(args.micro_batch), "--dev_size", "0", "--init_checkpoint", "none"]
     flags.append("--dry_run")  # does not ask for weight files: these models are random
@@ -203,6 +234,11 @@ class Ours:
 
     def __init__(self, run, steps: int):
         self.run, self.steps = run, steps
+        if len(run.loader.data.train) < run.args.train_batch_size:  # none would ever come
+            raise UserError(
+                f"--global_batch {run.args.train_batch_size} is more than the {len(run.loader.data.train)} rows of the "
+                f"{run.args.stage_name} stage: take a smaller one, or a larger --train_num"
+            )
         # The last batch of an epoch may be smaller.
         whole = (batch for batch in run.loader.starting_at(0, 0) if len(batch.indices) == run.args.train_batch_size)
         self.batches = whole
@@ -400,6 +436,35 @@ def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> di
     return result
 
 
+def time_bridges(args, folder: Path, model, device, rate: float) -> dict:
+    """Ours with each bridge, in its last stage, window by window in turn; the towers are the same for all."""
+    from mindmerger.bridges import BRIDGES
+    from mindmerger.model.mindmerger import MindMerger
+
+    runners, paths = {}, (str(folder / "encoder"), str(folder / "llm"))
+    for name in args.bridge:
+        stage = list(BRIDGES[name].stages)[-1]
+        one = MindMerger.from_towers(model.encoder, model.llm, *paths, name).to(device)
+        runners[name] = Ours(make_run(args, folder, stage, one, device, None, name), args.steps)
+    windows = {name: [] for name in runners}
+    for number in range(args.windows + 1):
+        for name, runner in runners.items():
+            window = runner.window()
+            if number or not args.windows:
+                windows[name].append(window)
+            log(f"{name} window {number}: {window['targets'] / window['seconds']:.0f} target tokens/s")
+    result = {}
+    for name, runner in runners.items():
+        trained = sum(parameter.numel() for parameter in runner.run.engine.module.trained_parameters().values())
+        made = {"stage": runner.run.args.stage_name, "trained_parameters": trained}
+        made["target_tokens_per_s"] = statistics.median(w["targets"] / w["seconds"] for w in windows[name])
+        result[name] = made | figures(runner.run.engine.module, windows[name], rate)
+    for made in result.values():
+        for unit in ("target_tokens_per_s", "useful_tokens_per_s"):
+            made[f"{unit}_relative"] = made[unit] / result["mindmerger"][unit]
+    return result
+
+
 def peak_memory(args, stage: str) -> dict:
     """Measures peak memory of training in each mode, each in a process of its own."""
     found = {}
@@ -528,6 +593,15 @@ def markdown(report: dict) -> str:
         if f"{stage}_memory" in report:
             shown = ", ".join(f"{mode} {gb:.2f} GB" for mode, gb in report[f"{stage}_memory"].items())
             lines += [f"peak memory, {stage}: {shown}", ""]
+    if "bridges" in report:
+        head = ("bridge", "stage", "trained", "target tokens/s", "x mindmerger", "useful tokens/s", "x mindmerger")
+        lines += ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+        for name, row in report["bridges"].items():
+            cells = [name, row["stage"], f"{row['trained_parameters']:,}"]
+            for unit in ("target_tokens_per_s", "useful_tokens_per_s"):
+                cells += [f"{row[unit]:.0f}", f"{row[f'{unit}_relative']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
     for form in ("soft", "hard"):
         if form in report:
             found = report[form]
@@ -566,8 +640,10 @@ def run(args, folder: Path, device) -> dict:
         model.gradient_checkpointing_enable()
     rate = matmul_rate(args.precision, device)
     report["matmul_gflops"] = rate / 1e9
-    for part in args.parts.split(","):
-        if part in ("soft", "hard"):
+    for part in args.parts + ["bridges"] * bool(args.bridge):
+        if part == "bridges":
+            report[part] = time_bridges(args, folder, model, device, rate * world_size())
+        elif part in ("soft", "hard"):
             report[part] = time_generation(args, folder, part, model, device)
         elif part.endswith("_memory"):
             report[part] = peak_memory(args, part.removesuffix("_memory"))
@@ -581,7 +657,7 @@ def run(args, folder: Path, device) -> dict:
 
 def main(argv=None) -> int:
     """Times the parts, prints the tables, writes the JSON."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     device = processes.init_distributed(force=True)
 
     from mindmerger.training.deepspeed_engine import import_deepspeed_quietly
