@@ -68,13 +68,13 @@ def build(case: Case, weights=None):
 
 
 def inputs(golden: dict, with_prompt: bool) -> dict:
-    """What the model reads before the target."""
+    """Returns what the model reads before the target."""
     names = ("encoder_input_ids", "encoder_attention_mask", *(("prompt_ids", "prompt_mask") if with_prompt else ()))
     return {name: golden[name] for name in names}
 
 
 def targets(golden: dict) -> dict:
-    """What the model is to answer."""
+    """Returns what the model is to answer."""
     return {name: golden[name] for name in ("target_ids", "target_mask")}
 
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed does to models while they are made, and which settings it is given."""
+"""DeepSpeed: what it does to models while they are made, and which settings it is given."""
 
 import json
 import subprocess
@@ -76,7 +76,7 @@ for error in (Exception("two settings\\nat odds"), DeepSpeedConfigError("a setti
 
 @pytest.fixture(scope="module")
 def started():
-    """What a process in which DeepSpeed has started prints, by the names of its lines."""
+    """Returns what a process in which DeepSpeed has started prints, by the names of its lines."""
     command = [sys.executable, "-c", STARTED, str(ROOT), str(free_port())]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""What every entry of `BRIDGES` must do, so that a new bridge is tested by its one line there."""
+"""Duties of every entry of `BRIDGES`, so that a new bridge is tested by its one line there."""
 
 import json
 

@@ -150,7 +150,7 @@ def test_ranks_wait_for_one_that_tokenises_or_reads_longer_than_the_libraries_ti
 
 
 def contents(folder):
-    """What an evaluation or a training leaves, by path, but for what names times and folders."""
+    """Returns what an evaluation or a training leaves, by path, but for what names times and folders."""
     wanted = ("mapping.safetensors", "scores.tsv", "German.jsonl", "Thai.jsonl")
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.name in wanted}
 

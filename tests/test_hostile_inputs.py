@@ -409,7 +409,7 @@ def root(tmp_path_factory):
 
 @dataclass
 class Outcome:
-    """What a reader made of a file: the rows it gave, its one-line refusal, the line it names, its warnings."""
+    """Outcome of reading a file: the rows it gave, its one-line refusal, the line it names, its warnings."""
 
     rows: list[Expected]
     message: str | None
@@ -668,7 +668,7 @@ def test_lines_that_end_in_cr_alone_are_refused_not_read_as_one_row(root, form):
 
 
 def strict_rows(form: Format, data: bytes, other: bytes | None) -> tuple[list[Expected], int | None, int]:
-    """What a file holds: its rows up to the first fault, that fault's line (0 unknown, None for none), empty pairs."""
+    """Content of a file: its rows up to the first fault, that fault's line (0 unknown, None for none), empty pairs."""
     if form.kind == "json":
         return *_strict_list(form, data), 0
     lines = data.removesuffix(b"\n").split(b"\n") if data else []

@@ -685,7 +685,7 @@ for name in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory):
-    """What is said of hub names that a server refuses in several ways, by name."""
+    """Returns what is said of hub names that a server refuses in several ways, by name."""
 
     class Refusing(BaseHTTPRequestHandler):
         def do_HEAD(self):

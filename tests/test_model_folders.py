@@ -45,7 +45,7 @@ def swap(pair, output, *flags):
 
 
 def expected_swap(math_state, language_state):
-    """What `swap` asks for with four layers: language, mixed, math, mixed, and the language expert outside."""
+    """Returns what `swap` asks for with four layers: language, mixed, math, mixed, and the language expert outside."""
     merged = {}
     for name, tensor in math_state.items():
         mixed = (0.5 * language_state[name].float() + 0.5 * tensor.float()).to(tensor.dtype)

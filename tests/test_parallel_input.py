@@ -266,7 +266,7 @@ def evaluate(datas, tiny_llm, tmp_path, capsys):
 
 
 def write_translations(datas, path, codes_):
-    """What a machine would have made: here simply marked texts."""
+    """Writes what a machine would have made: here simply marked texts."""
     with open(path, "w", encoding="utf-8") as file:
         for source in ("sw", "es"):
             for example in examples_of(MGSM, datas, source):

@@ -425,7 +425,7 @@ def test_a_mapping_of_other_models_is_warned_of(flags, tiny_encoder, tiny_llm, t
 
 
 def settled(flags, *more):
-    """What training settles from the flags, in this process."""
+    """Returns what training settles from the flags, in this process."""
     return training_settings.settle(training_settings.parse([*flags, *map(str, more)]))
 
 

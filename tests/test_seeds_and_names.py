@@ -1,4 +1,4 @@
-"""What every command asks of --seed, and of a flag that names what it writes."""
+"""Demands of every command on --seed, and on a flag that names what it writes."""
 
 import json
 

@@ -1,6 +1,8 @@
 """Which experts fit each other: settings, shapes and vocabularies compared before a byte is merged."""
 
-from mindmerger.baselines.model_folder import VOCABULARY_FILES, MergeError, ModelFolder, place_of
+from mindmerger.baselines.model_folder import MergeError, ModelFolder, place_of
+from mindmerger.hub.model_files import ModelError
+from mindmerger.hub.tokenizer_files import VOCABULARY_FILES, load_tokenizer
 from mindmerger.runtime.processes import warn
 
 # Settings of config.json that decide what a weight means: experts must agree on them.
@@ -102,9 +104,6 @@ def _check_vocabulary(task: ModelFolder, other: ModelFolder) -> None:
 
 def _vocabulary(model: ModelFolder) -> tuple[dict[int, str], set[int]] | None:
     """Returns the token of each id, and the ids of added tokens; None for a folder without a tokenizer."""
-    from mindmerger.hub.model_files import ModelError
-    from mindmerger.hub.tokenizer_files import load_tokenizer
-
     if not any((model.path / name).is_file() for name in VOCABULARY_FILES):
         return None
     try:

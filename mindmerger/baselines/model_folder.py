@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mindmerger.hub.model_files import begins_as_zip, one_line, refuse_unreadable
+from mindmerger.hub.model_files import WEIGHT_FILES, begins_as_zip, one_line, refuse_unreadable
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import warn
@@ -32,11 +32,6 @@ INDEX_FILE = "model.safetensors.index.json"
 
 DTYPE_CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODE_OF = {dtype: code for code, dtype in DTYPE_CODES.items()}
-# In the order in which transformers looks for them, so that what is merged is what would be loaded.
-WEIGHT_FILES = ("model.safetensors", INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -203,6 +198,7 @@ def _expected_shapes(role: str, folder: Path, config) -> dict[str, tuple[int, ..
 
 def _locate(role: str, folder: Path) -> dict[str, Stored]:
     """Finds every tensor that a folder's weight files hold, from their headers."""
+    # In the order in which transformers looks for them: what is merged is what would be loaded.
     source = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if source is None:
         raise MergeError(f"{role} {folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")

@@ -38,8 +38,8 @@ class Option(NamedTuple):
 
 
 class LayerMemory(NamedTuple):
-    """What one LLM layer attends to beside its own input: sources of keys and of values at each encoder token, which
-    pass the layer's own projections, and the gate (1,) by which the result is multiplied."""
+    """Memory that one LLM layer attends to beside its own input: sources of keys and of values at each encoder token,
+    which pass the layer's own projections, and the gate (1,) by which the result is multiplied."""
 
     key_BSD: torch.Tensor
     value_BSD: torch.Tensor

@@ -53,7 +53,7 @@ class LoadedMicroBatch:
 
 @dataclass
 class GlobalBatch:
-    """What one optimizer step trains on: this rank's micro-batches, and what all ranks have together."""
+    """Data of one optimizer step: this rank's micro-batches, and what all ranks have together."""
 
     indices: np.ndarray  # of all ranks
     target_tokens: int  # of all ranks

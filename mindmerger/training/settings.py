@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Settings:
-    """What a run needs to know, settled before anything loads: its flags, and what they come to together."""
+    """Settings of a run, settled before anything loads: its flags, and what they come to together."""
 
     args: argparse.Namespace
     task: object

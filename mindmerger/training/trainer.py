@@ -102,7 +102,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """What a run works with; nothing of it changes from step to step but the weights inside the engine."""
+    """Parts that a run works with; nothing of them changes from step to step but the weights inside the engine."""
 
     settings: Settings
     engine: object  # DeepSpeed's, around the `MindMerger`
