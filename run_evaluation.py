@@ -45,9 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.compare:
         return compare(args.compare, args.seed)
     device = init_distributed()
+    # Before settings: hashing the models and reading the test sets may take minutes.
     on_all_ranks(check_engine, args.engine, device)
     settings = on_all_ranks(settle, args, on_gpu=device.type == "cuda")
     settings.identity = agree_on(settings.identity, but=MAPPING_HASH)
+    # A second run in one folder would mix its answers into these.
     with locked(settings.folder):
         results, finished = open_folder(settings)
         if results is None:
@@ -100,6 +102,7 @@ def open_folder(settings: Settings) -> tuple[dict | None, dict[int, dict]]:
         if "resampling" not in results and len(results["languages"]) > 1:
             warn("its interval of the mean is too narrow: an earlier version took the languages for independent")
         return results, finished
+    # A folder that a node keeps for itself may hold answers of an earlier run: generating them again costs GPU time.
     joined = on_all_ranks(lambda: {} if is_main() else join_results(folder, identity, settings.overwrite))
     return None, finished | {index: record for one in gather_objects(joined) for index, record in one.items()}
 
@@ -121,6 +124,7 @@ def evaluate(settings: Settings, device, finished: dict[int, dict]) -> dict | No
         log(f"{task}, {form}: generating {len(remaining)} answers in {dtype} on {where}")
         with on_all_ranks(open_shard, settings.folder, rank()) as shard:
             model, engine = load(settings, device)
+            # Speed is that of answering: loading depends on the disk, and on what is in its cache.
             started = time.perf_counter()
             # Dealing out batches of falling length one by one gives every rank about the same work.
             answer_share(model, engine, settings, split_evaluation(remaining, settings)[rank() :: world_size()], shard)

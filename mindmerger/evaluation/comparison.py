@@ -20,8 +20,8 @@ from mindmerger.runtime.files import model_path
 
 
 def compare_results(folders: list[str], seed: int = 0) -> str:
-    """Tables of the first results folder against each other one: accuracies on the items both have, their difference,
-    an exact McNemar test per language with Holm's correction, and a sign-flip test of the mean.
+    """Returns tables of the first results folder against each other one: accuracies on the items both have, their
+    difference, an exact McNemar test per language with Holm's correction, and a sign-flip test of the mean.
 
     Args:
         seed: of the sign-flip test.
@@ -85,12 +85,13 @@ def _compare_two(first: str, second: str, first_results: dict, second_results: d
 
 
 def paired_items(first: str, second: str, language: str) -> list[tuple[dict, dict]]:
-    """The predictions of both folders on the items that both have, in the first one's order.
+    """Returns the predictions of both folders on the items that both have, in the first one's order.
 
     Raises:
         ResultsError: where an id stands for another question in one folder than in the other.
     """
     items_a, items_b = read_predictions(first, language), read_predictions(second, language)
+    # By id, not by position: one of the two may have been evaluated with --limit, or without faulty rows.
     pairs = [(items_a[id], items_b[id]) for id in items_a if id in items_b]
     for a, b in pairs:
         if (a["source"], a["answer"]) != (b["source"], b["answer"]):
@@ -102,7 +103,7 @@ def paired_items(first: str, second: str, language: str) -> list[tuple[dict, dic
 
 
 def _tally(pairs: list[tuple[dict, dict]]) -> tuple[int, int, int, int]:
-    """(items, both right, only the first right, only the second right)."""
+    """Counts (items, both right, only the first right, only the second right)."""
     marks = Counter((a["correct"], b["correct"]) for a, b in pairs)
     return len(pairs), marks[True, True], marks[True, False], marks[False, True]
 
@@ -124,7 +125,7 @@ class Row:
 
     @property
     def questions(self) -> dict[str, list[Question]]:
-        """The question of each item, in the order of `correct`."""
+        """Questions of the items, in the order of `correct`."""
         return {language: [self.asked[language][id] for id in items] for language, items in self.correct.items()}
 
 
@@ -142,7 +143,7 @@ class Cell:
 
     @property
     def accuracy(self) -> float:
-        """In percent."""
+        """Share of right answers, in percent."""
         return 100 * self.correct / self.n
 
 
@@ -179,7 +180,7 @@ def read_row(label: str, folder: str) -> Row:
 
 
 def keep_common(rows: list[Row]) -> list[str]:
-    """Cuts every row to the languages and items that all have; returns notes on what was left out.
+    """Reduces every row to the languages and items that all have; returns notes on what was left out.
 
     Raises:
         ResultsError: for other tasks, nothing in common, or other questions under one id.
@@ -213,7 +214,7 @@ def keep_common(rows: list[Row]) -> list[str]:
 
 
 def build_cells(rows: list[Row], against: Row, seed: int) -> dict[str, tuple[dict[str, Cell], Mean]]:
-    """{row label: (cell of each language, mean)}."""
+    """Computes {row label: (cell of each language, mean)}, with tests of every row against one of them."""
     table = {}
     for row in rows:
         marks = {language: list(items.values()) for language, items in row.correct.items()}
@@ -227,6 +228,7 @@ def build_cells(rows: list[Row], against: Row, seed: int) -> dict[str, tuple[dic
                 differences[language] = [right - other[id] for id, right in row.correct[language].items()]
                 cell.only_row, cell.only_against = differences[language].count(1), differences[language].count(-1)
                 cell.p = mcnemar_exact(cell.only_row, cell.only_against)
+            # Over the languages of this row alone: each row is a claim of its own.
             for cell, p in zip(cells.values(), holm([cell.p for cell in cells.values()]), strict=True):
                 cell.p_holm = p
             mean.p = mean_difference_test(row.questions, differences, seed)

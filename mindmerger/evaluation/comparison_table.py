@@ -54,7 +54,7 @@ def _difference(one: Cell | Mean, base: Cell | Mean, p: float) -> str:
 
 
 def format_markdown(task: str, table: dict, against: str, missing: dict[str, str], notes: list[str]) -> str:
-    """The table as Markdown: accuracies with intervals, then differences with corrected p-values.
+    """Lays the table out as Markdown: accuracies with intervals, then differences with corrected p-values.
 
     Args:
         table: as `build_cells` gives it, with None for a missing row, in the order to show.
@@ -93,7 +93,7 @@ def format_markdown(task: str, table: dict, against: str, missing: dict[str, str
 
 
 def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, str]) -> str:
-    """One line per row and language ("avg" for the mean); missing rows have one line with the reason."""
+    """Writes one line per row and language ("avg" for the mean), and one with the reason for a missing row."""
     head = "method,folder,translations,language,items,correct,accuracy,low,high,against,difference,only_method"
     head += ",only_against,p,p_holm,missing"
     text = io.StringIO()
@@ -127,7 +127,7 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
 
 
 def make_figure(task: str, table: dict):
-    """Grouped bars: a group per language and one for the mean, a bar per row, with intervals."""
+    """Draws grouped bars: a group per language and one for the mean, a bar per row, with intervals."""
     from mindmerger.evaluation.plots import colour, hatch, new_figure
 
     languages = list(next(iter(table.values()))[0])
@@ -172,12 +172,10 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     parser = CommandParser(
         prog="python -m mindmerger.evaluation.comparison_table",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     # One list for both, so that missing rows keep their place.
     parser.add_argument(
@@ -206,6 +204,43 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_entries(entries: list[tuple]) -> tuple[list[Row], list[str], dict[str, str]]:
+    """Reads the rows of the command line.
+
+    Returns:
+        the rows that are there, the labels of all in the order asked, and the reason of each missing one.
+
+    Raises:
+        ResultsError: for two rows of one name, or a folder without a finished evaluation.
+    """
+    order, rows, missing = [], [], {}
+    for kind, label, value in entries:
+        if kind == "missing":
+            missing[label] = value
+        else:
+            rows.append(read_row(label, model_path(value)))
+            label = rows[-1].label
+        if label in order:
+            raise ResultsError(f"two rows are called {label!r}: give each its own label")
+        order.append(label)
+    return rows, order, missing
+
+
+def find_against(entries: list[tuple], rows: list[Row], wanted: str | None) -> Row:
+    """Returns the row that the others are tested against, by its label as given or as the table shows it.
+
+    Raises:
+        ResultsError: when no row is called so.
+    """
+    if wanted is None:
+        return rows[0]
+    given = [label for kind, label, _ in entries if kind == "row"]
+    found = [row for label, row in zip(given, rows, strict=True) if wanted in (label, row.label)]
+    if not found:
+        raise ResultsError(f"--against {wanted!r} is none of the rows: {', '.join(row.label for row in rows)}")
+    return found[-1]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     from mindmerger.evaluation.plots import save_figure
@@ -213,24 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_seed(args.seed)
     check_save_name(args.name, "--name")
-    order, rows, asked, missing = [], [], [], {}
-    for kind, label, value in args.entries:
-        if kind == "missing":
-            missing[label] = value
-        else:
-            rows.append(read_row(label, model_path(value)))
-            asked.append(label)
-            label = rows[-1].label
-        if label in order:
-            raise ResultsError(f"two rows are called {label!r}: give each its own label")
-        order.append(label)
-    labels = [row.label for row in rows]
-    if args.against is not None and args.against not in (*asked, *labels):
-        raise ResultsError(f"--against {args.against!r} is none of the rows: {', '.join(labels)}")
-    against = rows[0]
-    for name, row in zip(asked, rows, strict=True):
-        if args.against in (name, row.label):
-            against = row
+    rows, order, missing = read_entries(args.entries)
+    against = find_against(args.entries, rows, args.against)
     notes = keep_common(rows)
     warn_of_scorers([row.folder for row in rows], [row.results for row in rows])
     notes.append(f"Interval of avg: {resampling_note(describe_questions(rows[0].questions))}.")
@@ -239,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     text = format_markdown(task, {label: table.get(label) for label in order}, against.label, missing, notes)
     write_text_atomic(folder / f"{args.name}.md", text)
     write_text_atomic(folder / f"{args.name}.csv", format_csv(table, against.label, rows, missing))
+    # Last: a drawing library that fails must not cost the numbers.
     save_figure(make_figure(task, table), folder / f"{args.name}.png")
     print(text, end="")
     log(f"written: {folder / args.name}.md, .csv, .png")

@@ -42,17 +42,17 @@ class ParallelInput:
 
     @property
     def name(self) -> str:
-        """For tables: PMI-3 (oracle)."""
+        """Name in tables: PMI-3 (oracle)."""
         return f"PMI-{self.size} ({self.label})"
 
     @property
     def suffix(self) -> str:
-        """For results folders: -pmi3-oracle."""
+        """End of a results folder's name: -pmi3-oracle."""
         return f"-pmi{self.size}-{self.label}"
 
 
 def default_languages(task: Task) -> tuple[Language, ...]:
-    """es, ru, fr, zh, de, ja as far as the task has them; then (ours) English and the task's others, last one first.
+    """Returns es, ru, fr, zh, de, ja as far as the task has them; then (ours) English and its others, last one first.
 
     The source is never among its own translations, so a task without one of the six, or an item in one of them, would
     otherwise have no six.
@@ -63,7 +63,7 @@ def default_languages(task: Task) -> tuple[Language, ...]:
 
 
 def choose_languages(source: Language, options: ParallelInput, candidates: Sequence[Language]) -> list[Language]:
-    """The k languages translated into for items in `source`.
+    """Returns the k languages translated into for items in `source`.
 
     Under the order english-first English takes the first place (ours): without it that order would say nothing.
 
@@ -98,7 +98,7 @@ class AlignedTranslations:
         return self.rows[language]
 
     def find(self, example: Example, language: Language) -> Example:
-        """The row of `language` that translates `example`.
+        """Finds the row of `language` that translates `example`.
 
         Raises:
             DataError: when there is none, or its gold answer says that it is another item.
@@ -121,7 +121,7 @@ class AlignedTranslations:
         return other
 
     def text(self, example: Example, language: Language) -> str:
-        """`example`'s question, stem or premise in `language`."""
+        """Returns `example`'s question, stem or premise in `language`."""
         return varying_text(self.find(example, language))
 
 
@@ -142,7 +142,7 @@ class FileTranslations:
             self.texts[key] = record.text("text")
 
     def text(self, example: Example, language: Language) -> str:
-        """The machine's translation of `example` into `language`.
+        """Returns the machine's translation of `example` into `language`.
 
         Raises:
             DataError: when the file holds none.
@@ -158,7 +158,7 @@ class FileTranslations:
 
 
 def build_prompt(task: Task, example: Example, texts: Sequence[tuple[Language, str]]) -> Example:
-    """`example` with its question, stem or premise replaced by one `[Language] text` line for each of `texts`.
+    """Replaces an example's question, stem or premise by one `[Language] text` line for each of `texts`.
 
     What may be dropped of a prompt that is too long are these lines, from the last one's end on.
     """
@@ -205,7 +205,7 @@ def apply_parallel_input(
 
 
 def add_arguments(group) -> None:
-    """The flags that `run_evaluation.py` and the commands here share."""
+    """Adds the flags of parallel input, which several commands have."""
     group.add_argument(
         "--parallel_input",
         type=int,
@@ -233,7 +233,7 @@ def add_arguments(group) -> None:
 
 
 def options_of(args: argparse.Namespace) -> ParallelInput | None:
-    """The options that the flags ask for, None without --parallel_input.
+    """Returns the options that the flags ask for, None without --parallel_input.
 
     Raises:
         DataError: for flags that say nothing without another one.

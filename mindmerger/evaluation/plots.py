@@ -14,7 +14,7 @@ LINE_STYLES = ("-", "--", "-.", ":")
 
 
 def new_figure(width: float, height: float, columns: int = 1):
-    """A figure of that many inches and its axes (one, or a list of `columns`), without any global state."""
+    """Makes a figure of that many inches and its axes (one, or a list of `columns`), without any global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -22,22 +22,22 @@ def new_figure(width: float, height: float, columns: int = 1):
 
 
 def colour(i: int) -> str:
-    """The i-th colour; they repeat after twelve."""
+    """Returns the i-th colour; they repeat after twelve."""
     return COLOURS[i % len(COLOURS)]
 
 
 def hatch(i: int) -> str:
-    """The hatching of the i-th of many bars: it tells apart what has the same colour, or nearly the same in print."""
+    """Returns the hatching of the i-th of many bars: it tells apart equal colours, or nearly equal ones in print."""
     return HATCHES[(i // 4) % len(HATCHES)]
 
 
 def marker(i: int) -> str:
-    """The marker of the i-th of many series: it changes where the colours repeat."""
+    """Returns the marker of the i-th of many series: it changes where the colours repeat."""
     return MARKERS[(i // len(COLOURS)) % len(MARKERS)]
 
 
 def line(i: int) -> dict:
-    """Colour, style and marker of the i-th of several lines: lines that lie on each other stay visible."""
+    """Returns colour, style and marker of the i-th of several lines: those that lie on each other stay visible."""
     return {
         "color": colour(i),
         "linestyle": LINE_STYLES[i % len(LINE_STYLES)],

@@ -138,6 +138,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         score_gold=args.score_gold,
         arguments=vars(args) | {"augmentation": form != "hard"},
     )
+    # Here and not when it is met: what does not fit must not cost the minutes in which a 7B model loads.
     check_inputs(settings)
     settings.identity = identity_of(args, settings, languages)
     return settings

@@ -80,7 +80,7 @@ def resampling_note(described: dict) -> str:
 
 
 def _by_question(questions: dict[str, list[Question]], values: dict[str, list]) -> tuple[np.ndarray, np.ndarray]:
-    """(rows_KL, values_KL): how many rows (0 or 1) each question has in each language, and their values, else 0."""
+    """Returns (rows_KL, values_KL): rows (0 or 1) of each question in each language, and their values or 0."""
     place = {question: k for k, question in enumerate(sorted({q for asked in questions.values() for q in asked}))}
     rows_KL, values_KL = np.zeros((2, len(place), len(questions)))
     for language, (name, asked) in enumerate(questions.items()):
@@ -92,7 +92,7 @@ def _by_question(questions: dict[str, list[Question]], values: dict[str, list]) 
 def bootstrap_intervals(
     questions: dict[str, list[Question]], correct: dict[str, list[bool]], seed: int, resamples: int = RESAMPLES
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """95 % percentile bootstrap intervals (Efron 1979) of each language's accuracy and of their unweighted mean.
+    """Computes 95 % percentile bootstrap intervals (Efron 1979) of each language's accuracy and of the unweighted mean.
 
     Languages: drawing n right-or-wrong rows with replacement is drawing a Binomial(n, correct / n), so the resampled
     accuracies are drawn directly. A language's interval depends on the seed and its name alone, not on which other
@@ -145,8 +145,8 @@ def _percentiles(values: np.ndarray) -> list[float]:
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided exact McNemar test (McNemar 1947): the p-value of as uneven a split of the items that one run alone
-    got right, or a more uneven one, if both runs were equally good: 2 · P(Binomial(n, ½) ≤ min), at most 1.
+    """Computes the two-sided exact McNemar test (McNemar 1947): the p-value of as uneven a split of the items that one
+    run alone got right, or a more uneven one, if both runs were equally good: 2 · P(Binomial(n, ½) ≤ min), at most 1.
 
     Args:
         only_first, only_second: how many items the first, respectively the second, run alone got right.
@@ -162,7 +162,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def mean_difference_test(
     questions: dict[str, list[Question]], differences: dict[str, list[int]], seed: int, over_rows: bool = False
 ) -> float:
-    """Two-sided sign-flip test (Fisher 1935) of the difference in mean accuracy of two runs on the same rows.
+    """Computes a two-sided sign-flip test (Fisher 1935) of the difference in mean accuracy of two runs on equal rows.
 
     With d_kl = 1, 0 or -1 as the second run is better, equal or worse on question k in language l, and n_l rows in
     language l, the difference is the sum over questions of D_k = 1/L sum_l d_kl / n_l. If both runs were equally good,
@@ -195,7 +195,7 @@ def mean_difference_test(
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (Holm 1979), in the order given."""
+    """Returns Holm's step-down adjusted p-values (Holm 1979), in the order given."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
@@ -204,5 +204,5 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def format_p(value: float) -> str:
-    """A p-value for a table."""
+    """Writes a p-value for a table."""
     return "<0.0001" if value < 1e-4 else f"{value:.2g}"

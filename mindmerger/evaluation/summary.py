@@ -54,6 +54,7 @@ def score_answers(settings: Settings, records: dict[int, dict]) -> dict[str, lis
     """Returns the lines of predictions/<language>.jsonl, by language in table order."""
     items = {}
     for i, example in enumerate(settings.examples):
+        # Scored only now: an unfinished evaluation that an older version left is scored by this one, all of it alike.
         item = prediction_item(settings, example, records[i]["output"])
         if settings.prefix_of is not None:
             item["prefix_of"] = settings.examples[settings.prefix_of[i]].id
@@ -104,6 +105,7 @@ def build_results(settings: Settings, items: dict[str, list[dict]], records: dic
     marks = mark_examples(settings, records)
     questions = {name: questions_of(settings.task.name, name, rows) for name, rows in items.items()}
     resampling = describe_questions(questions)
+    # Shifted rows would silently pair one question with another, and widen or narrow the interval of the mean.
     if resampling["numbers_with_different_answers"]:
         warn(f"the test sets are not parallel throughout: {resampling_note(resampling)}")
     correct = {name: [row["correct"] for row in rows] for name, rows in items.items()}

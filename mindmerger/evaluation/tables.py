@@ -35,7 +35,7 @@ def align(rows: list[list[str]], rule_before_last: bool = False) -> str:
         "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
-    rule = "-" * len(lines[0])
+    rule = "-" * len(lines[0])  # before the lines lose their trailing blanks: as wide as the widest row
     lines.insert(1, rule)
     if rule_before_last:
         lines.insert(-1, rule)

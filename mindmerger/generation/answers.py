@@ -103,6 +103,7 @@ def split_batches(
         token_budget: most positions of a batch, padding and `new_tokens` for each row included; a longer row stands
             alone.
     """
+    # By number where lengths are equal: the same examples must make the same batches in every run.
     order = sorted(indices, key=lambda i: (-lengths[i], i))
     batches, start = [], 0
     while start < len(order):
