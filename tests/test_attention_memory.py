@@ -1,5 +1,7 @@
 """The memory that a bridge adds to the LLM's attention: formula, families of LLMs, cost, and what cannot have one."""
 
+import weakref
+
 import pytest
 import torch
 from test_modeling_mindmerger import (
@@ -16,6 +18,7 @@ from transformers.models.gemma2 import modeling_gemma2
 
 from mindmerger.bridges import Mapping
 from mindmerger.evaluation import settings as evaluation_settings
+from mindmerger.evaluation.flags import parse as parse_evaluation
 from mindmerger.hub.model_files import ModelError
 from mindmerger.model.attention_memory import (
     KEPT,
@@ -191,6 +194,23 @@ def test_keys_and_values_of_the_memory_are_computed_once_and_texts_are_encoded_o
     assert calls == {"k_proj": 2 * 2, "v_proj": 2 * 2, "encoder": 1}
 
 
+def test_sources_of_the_memory_are_not_held_while_the_llm_runs(tmp_path):
+    """Of 32 layers and 4,096 channels they are half a megabyte for each encoder token in bf16."""
+    model = remembering(tmp_path, "llama")
+    alive, real = [], model.mapping.forward
+
+    def forward(*inputs):
+        output = real(*inputs)
+        alive.append(weakref.ref(output.memory[0].key_BSD))
+        return output
+
+    model.mapping.forward = forward
+    model.llm.model.norm.register_forward_pre_hook(lambda *_: alive.append(alive[-1]() is not None))
+    model(**batch(rows(), "right")).loss.backward()
+    model.generate(**batch(rows(), "left", with_target=False), max_new_tokens=1)
+    assert alive[1::2] == [False, False]
+
+
 @pytest.mark.parametrize("fails", ["layers", "projection"])
 def test_nothing_is_left_on_the_llm_after_an_error(tmp_path, fails):
     model = remembering(tmp_path, "llama")
@@ -328,4 +348,4 @@ def test_evaluation_refuses_an_engine_without_memory_before_it_reads_data(tmp_pa
         (["--attn_implementation", "flash_attention_2"], "flash_attention_2 does not allow"),
     ):
         with pytest.raises(ModelError, match=message):
-            evaluation_settings.settle(evaluation_settings.build_parser().parse_args([*flags, *more]), False)
+            evaluation_settings.settle(parse_evaluation([*flags, *more]), False)

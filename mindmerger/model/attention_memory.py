@@ -139,6 +139,8 @@ def attention_memory(llm: nn.Module, memory: list[LayerMemory] | None, mask_BS: 
     mask_B11S = mask_BS[:, None, None].to(memory[0].key_BSD.device, non_blocking=True)
     pairs = zip((layer.self_attn for layer in decoder.layers), memory, strict=True)
     kept = [(attention, _project(attention, layer_memory, mask_B11S)) for attention, layer_memory in pairs]
+    # Of all layers the sources are wider than keys and values with grouped heads: 2ND for each encoder token.
+    del memory, pairs
     with _Attached(decoder.config, decoder.config._attn_implementation, kept):
         yield
 
