@@ -128,6 +128,50 @@ def test_layalign_script_runs_both_stages_with_its_published_settings(run_script
     assert len(run_script("training_layalign.sh", MAPPING_TRAIN_NUMBER="5")[0]) == 2  # no stage of this script
 
 
+OTHER_BRIDGES = {
+    "langbridge": (
+        "LangBridge",
+        "--train_batch_size 128 --lr 6e-4 --max_grad_norm 1.0 --epoch_num 1 --deepspeed_config scripts/ds_zero2.json",
+        {"task": "--train_micro_batch_size_per_gpu 4 --train_num 200000"},
+    ),
+    "xbridge": (
+        "XBridge",
+        "--train_batch_size 128 --lr 2e-5 --epoch_num 3",
+        {
+            "translation": "--train_micro_batch_size_per_gpu 8 --train_num 100000 --max_seq_len 200 --max_gen_len 200",
+            "task": "--train_micro_batch_size_per_gpu 2 --train_num 30000",
+        },
+    ),
+    "layer_fusion": (
+        "LayerFusion",
+        "--train_batch_size 8 --lr 3e-5 --lr_scheduler cosine --warmup_ratio 0.05 --epoch_num 3",
+        {"task": "--train_micro_batch_size_per_gpu 1 --train_num 30000"},
+    ),
+}
+
+
+@pytest.mark.parametrize("bridge", OTHER_BRIDGES)
+def test_the_script_of_a_bridge_runs_its_stages_in_order_with_its_published_settings(run_script, bridge):
+    from mindmerger.bridges import BRIDGES
+
+    name, shared, own = OTHER_BRIDGES[bridge]
+    calls, _ = run_script(f"training_{bridge}.sh")
+    common = "--deepspeed --llm_path meta-math/MetaMath-7B-V1.0 --mt_path google/mt5-xl --task math --bridge "
+    common += f"{bridge} --save_name {name} --micro_batch_tokens 4096 {shared}"
+    parse = parser_named("run_training.py").parse_args
+    expected = [f"{common} --stage_name {stage} {more}" for stage, more in own.items()]
+    assert [flags_of(call) for call in calls] == [vars(parse(command.split())) for command in expected]
+    assert list(own) == list(BRIDGES[bridge].stages)
+
+
+def test_every_bridge_has_a_training_script():
+    from mindmerger.bridges import BRIDGES
+
+    scripts = {"mindmerger": "training_math.sh"}
+    missing = [b for b in BRIDGES if not (ROOT / "scripts" / scripts.get(b, f"training_{b}.sh")).is_file()]
+    assert missing == []
+
+
 @pytest.mark.parametrize(
     "script, task, trained, llm, length",
     [
