@@ -45,6 +45,7 @@ _LARGEST_ELEMENT = 1 << 26  # beyond that a broken file is to blame, whose rest 
 class _Kept(dict):
     """For str.translate: what a character becomes, looked up once for each character there is."""
 
+    # Filled as characters come: a table of all of Unicode would be made at every start, for a few hundred of them.
     def __missing__(self, code: int):
         character = chr(code)
         category = unicodedata.category(character)
@@ -117,6 +118,7 @@ class TestIndex:
         # By text and not by hash: a test set is small, and two n-grams that share a hash would be a false hit.
         number, grams = len(self.items), len(units) - kind.size + 1
         self.items.append(Item(id, unit, len(units), grams < 1, bytearray(max(grams, 1))))
+        # What is shorter than one n-gram is found by chance inside any text: only a whole text that equals it counts.
         if grams < 1:
             if units:
                 kind.short.setdefault(kind.joiner.join(units), []).append(number)
@@ -128,6 +130,7 @@ class TestIndex:
     def look_up(self, text: str, where: str) -> None:
         """Marks what one training text shares with the items."""
         text = normalise(text)
+        # Both ways: nothing tells the language of a training text, and files mix them.
         for unit, kind in self.kinds.items():
             units = _units(text, unit)
             if len(units) < kind.size:
@@ -283,7 +286,7 @@ def _judge(item: Item, threshold: float) -> dict:
         "longest": item.longest,
         "where": item.where,
         "any_hit": any(item.hits),
-        "contaminated": item.share >= threshold,
+        "contaminated": item.share >= threshold,  # not the rounded share: 0.69996 is below 0.7
     }
 
 

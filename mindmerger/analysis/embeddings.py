@@ -42,6 +42,7 @@ def read_sentences(task, data_root, languages: list, limit: int | None) -> dict:
 
     rows = {language: read_parallel(task, data_root, language) for language in languages}
     english = next(found for language, found in rows.items() if language.code == "en")
+    # Only items of all languages: shares over different sentences could not be compared.
     keys = [key for key in english if all(key in found for found in rows.values())][:limit]
     if len(keys) < 2:
         raise EmbeddingError(

@@ -148,6 +148,7 @@ def settle_layers(args: argparse.Namespace, config) -> LayerPlan:
     # the one that begins and ends there.
     sources = {"average": MIX, MATH: MATH, LANGUAGE: LANGUAGE, None: outer}
     plan = LayerPlan(layers, sources[args.embeddings], sources[args.head], float(args.weight))
+    # A tied head is not stored: whatever the embeddings become, it becomes too.
     if config.tie_word_embeddings and plan.head != plan.embeddings:
         warn("these models tie the output head to the embeddings: it follows --embeddings, --head the final norm alone")
     return plan
@@ -159,6 +160,7 @@ def merge(args: argparse.Namespace) -> None:
     Raises:
         UserError: for anything that keeps it from being written; nothing is left behind then.
     """
+    # Imported here: torch takes seconds, which --help and a wrong flag need not wait for.
     from mindmerger.baselines.compatibility import check_compatible
     from mindmerger.baselines.merged_folder import check_output, write_merged
     from mindmerger.baselines.model_folder import open_model, place_of
@@ -282,6 +284,7 @@ def relative_changes(base, experts: dict) -> dict[str, list[list[float]]]:
 
 def _shares(changes: list[list[float]], model: str) -> list[float]:
     """Returns each layer's mean change over the kinds, as a share of the sum over layers."""
+    # A mean over kinds, not over scalars: the MLP's matrices, nearly three times as large, would drown the attention's.
     means = [math.fsum(row) / len(row) for row in changes]
     total = math.fsum(means)
     if not 0 < total < math.inf:
@@ -394,6 +397,7 @@ def main(argv: list[str] | None = None) -> int:
         analyse(build_analyse_parser().parse_args(argv[1:]))
         return 0
     args = build_parser().parse_args(argv)
+    # Only what was given: their defaults are filled in later, and no default can clash.
     clashing = [
         f"--{name}"
         for name in ("bottom", "top", "transition_bottom", "transition_top")

@@ -167,6 +167,7 @@ def merge(args: argparse.Namespace) -> None:
         UserError: for anything that keeps it from being written; nothing is left behind then.
     """
     recipe = make_recipe(args)
+    # After the flags are settled: torch takes seconds, which a contradiction need not wait for.
     from mindmerger.baselines.compatibility import check_compatible
     from mindmerger.baselines.merged_folder import check_output, lay_out, write_merged
 
@@ -236,6 +237,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     experts = len(args.language_experts)
     if args.mu is not None and len(args.mu) != experts:
         raise UserError(f"--mu has {len(args.mu)} values for {experts} --language_experts: give one each")
+    # None is "not given": a coefficient of 0 is a wish.
     defaults = Recipe()
     given = {name: getattr(args, name) for name in ("alpha", "beta", "gamma", "eta", "tensor_order")}
     given |= {"key_ratio": args.key_ratio, "tensor_ratio": args.tensor_ratio}
@@ -245,6 +247,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
         given |= {"key_ratio": Fraction(1), "tensor_ratio": Fraction(1)}
     return Recipe(
         **{name: getattr(defaults, name) if value is None else value for name, value in given.items()},
+        # A mean, not a sum: with more language experts the merge must not move further from the base.
         mu=tuple(args.mu) if args.mu is not None else (1 / experts,) * experts,
         include_nonlayer=args.include_nonlayer,
     )

@@ -53,6 +53,7 @@ def check_output(output: str, overwrite: bool, inputs: list[str], marker: str = 
     path = Path(output).expanduser().resolve()
     for one in inputs:
         source = Path(one).expanduser().resolve()
+        # Above an input too: replacing the output removes everything below it.
         if path == source or path in source.parents:
             raise MergeError(f"--output {output} would replace the input {one}: choose another folder")
     if not os.path.lexists(path):
@@ -61,6 +62,7 @@ def check_output(output: str, overwrite: bool, inputs: list[str], marker: str = 
         raise MergeError(f"--output {output} is a file: choose a folder that does not exist")
     if not any(path.iterdir()):
         return path
+    # --overwrite removes the folder: only what an earlier merge wrote may go, whatever else the name points to.
     if not (path / marker).is_file():
         raise MergeError(
             f"--output {output} exists and holds no {marker}, so it is not ours to replace: choose another"
@@ -84,6 +86,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     # Beside the output and so on its disk: only there is a rename one step, however large the folder.
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     replaced = output.with_name(f".{output.name}.{os.getpid()}.old")
+    # Named, not removed: it may be another merge's, at work on this very output.
     for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
         warn(f"{left} is what a killed merge left behind; remove it unless another one is running")
     done = moved = False

@@ -151,6 +151,7 @@ def open_model(role: str, path: str) -> ModelFolder:
             f"{role} {folder} lacks {len(absent)} of the {len(expected)} tensors of its config.json (first: "
             f"{absent[0]}): its weight files are incomplete or belong to another architecture"
         )
+    # Now, from headers: a wrong shape met while merging would cost the minutes until then.
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise MergeError(

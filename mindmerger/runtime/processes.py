@@ -36,6 +36,7 @@ def rank() -> int:
     """Returns this process's number among all processes of the run, 0 when it is alone."""
     if _group_is_up():
         return sys.modules["torch"].distributed.get_rank()
+    # Before the ranks have met the launcher's variables tell: messages of that time come once, too.
     place = None if _runs_alone else _place_or_alone()
     return place.rank if place else 0
 
@@ -139,7 +140,7 @@ def _meet(place: Place):
             place.host,
             place.port,
             is_master=place.rank == 0 and not by_agent,
-            wait_for_workers=False,
+            wait_for_workers=False,  # the waiting is done below, where it can say for whom
             timeout=timedelta(seconds=60),
         )
         # A restart by torchrun may meet the keys of the attempt before.
@@ -218,6 +219,7 @@ def on_all_ranks(function, *args, **kwargs):
             if _watch is not None:
                 _watch.report(message, 2, number)
         messages = gather_objects(message)
+    # Ranks mostly fail for the same reason, and then share one line.
     distinct = list(dict.fromkeys(text for text in messages if text is not None))
     if distinct:
         raise ReportedError("; ".join(distinct))
@@ -230,6 +232,7 @@ def first_on_each_node(function, *args, **kwargs):
     def call(is_turn):
         return function(*args, **kwargs) if is_turn else None
 
+    # Both are calls of all ranks: an error in the first ends all, and nobody waits for the second.
     first = on_all_ranks(call, local_rank() == 0)
     others = on_all_ranks(call, local_rank() != 0)
     return first if local_rank() == 0 else others
@@ -338,6 +341,7 @@ def leave_together() -> None:
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Tells whether a collective failed because another process of the run is gone."""
+    # gloo and NCCL raise plain RuntimeErrors: their texts, of changing capitals, are all there is to go by.
     torch = sys.modules["torch"]
     signs = ("onnection closed by peer", "onnection reset by peer", "ocket Timeout", "imed out", "roken pipe")
     signs += ("onnection refused", "emote process exited")
@@ -379,5 +383,6 @@ def leave_at_once(message: str):
     if _watch is not None and _watch.hurry():
         time.sleep(LEAVING_WAIT_S)
     say_error(message)
+    # Not sys.exit: NCCL's clean-up would wait for the rank that is gone.
     kill_children()
     os._exit(1)
