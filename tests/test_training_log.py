@@ -129,6 +129,20 @@ def test_a_wandb_that_cannot_start_is_one_line(target, tmp_path, monkeypatch):
         target("wandb", 0)
 
 
+def test_a_wandb_that_cannot_start_and_does_not_say_why_is_one_line(target, monkeypatch):
+    """The first line of an empty message was looked for."""
+    record = target("wandb", 0)
+    wandb = sys.modules["wandb"]
+    record.close(failed=False)
+
+    def refuse(**_):
+        raise wandb.Error
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match="^--report_to wandb: Error: log in with"):
+        target("wandb", 0)
+
+
 def test_tensorboard_shows_every_step_once_after_a_resume_and_the_hyper_parameters(target, tmp_path):
     """Steps after the checkpoint stood twice, and the file ended where the buffer had been written by chance."""
     import tensorboard

@@ -56,7 +56,7 @@ def _load_tokenizer(path: str, flag: str):
         tokenizer = load_tokenizer(name)
     except ModelError as error:
         raise DataError(f"{error} ({flag})") from error
-    tokenizer.truncation_side = "right"
+    tokenizer.truncation_side = "right"  # the folder's own may drop the start of a question
     tokenizer.model_max_length = sys.maxsize  # the limits are ours; the folder's may be anything
     return tokenizer
 
@@ -80,6 +80,7 @@ def check_rows(tokenizer, path: str, ids: Iterable[int], rows: int | None) -> No
     Raises:
         DataError: naming the token.
     """
+    # On a GPU such an id is an assertion inside a kernel, which names neither the token nor the model.
     largest = max(ids, default=-1)
     if rows is not None and largest >= rows:
         raise DataError(
@@ -93,6 +94,7 @@ def _tag_column(tokenizer) -> str | None:
     """Returns the column of the language table that a tokenizer's source languages are named by; None without any."""
     if not hasattr(tokenizer, "src_lang"):
         return None
+    # Every family of encoders knows English: its tag for it tells which family's tags a vocabulary holds.
     english = LANGUAGES["English"]
     for column in ("nllb", "mbart", "m2m100"):
         if _knows(tokenizer, column, getattr(english, column)):
@@ -147,6 +149,7 @@ def _encode_sources(tokenizer, examples: Sequence[Example], max_seq_len: int) ->
     whether it was."""
     if max_seq_len <= tokenizer.num_special_tokens_to_add():
         raise DataError(f"--max_seq_len {max_seq_len} leaves no room for text in {_named(tokenizer)}")
+    # One call for each language: the tag is a state of the tokenizer, not an argument of its call.
     groups: dict[str, list[int]] = {}
     tagged = hasattr(tokenizer, "src_lang")
     for row, example in enumerate(examples):
@@ -158,6 +161,7 @@ def _encode_sources(tokenizer, examples: Sequence[Example], max_seq_len: int) ->
             tokenizer.src_lang = source_language_code(tokenizer, find_language(language))
         for row, row_ids in zip(rows, _ids(tokenizer, [examples[row].source for row in rows], True), strict=True):
             ids[row], truncated[row] = row_ids, len(row_ids) > max_seq_len
+        # Only the long rows a second time: ids that are truncated at once do not tell that they were.
         long = [row for row in rows if truncated[row]]
         short_ids = _ids(tokenizer, [examples[row].source for row in long], True, max_seq_len)
         for row, row_ids in zip(long, short_ids, strict=True):
@@ -179,6 +183,7 @@ def _shorten_prompt(tokenizer, example: Example, max_gen_len: int) -> list[int]:
     best = ids_with(0)
     if len(best) > max_gen_len:
         return best[-max_gen_len:]
+    # Searched for, not computed: the tokens of two halves of a text are not those of the whole.
     # Doubling first: a span of megabytes is never tokenised whole.
     fits, too_long = 0, min(max_gen_len, end - start)
     while too_long < end - start and len(ids := ids_with(too_long)) <= max_gen_len:
@@ -247,6 +252,7 @@ def _tokenizer_identity(tokenizer) -> str | None:
     column = _tag_column(tokenizer)
     parts = [type(tokenizer).__name__, column, [getattr(row, column) for row in LANGUAGES.values()] if column else None]
     if column:
+        # Whoever used the tokenizer last has left a language in its state.
         tokenizer.src_lang = getattr(LANGUAGES["English"], column)
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -256,6 +262,7 @@ def _tokenizer_identity(tokenizer) -> str | None:
         parts.append(sorted(tokenizer.get_vocab().items()))
         model = getattr(tokenizer, "sp_model", None)
         parts.append(hashlib.sha256(model.serialized_model_proto()).hexdigest() if model else None)
+    # The files alone do not say what another version of the library makes of them.
     probe = "Two  words, 3.5 and ﬁve: नौ 十 ۱۱"
     parts += [_ids(tokenizer, [probe], True), _ids(tokenizer, [probe], False)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -19,7 +19,7 @@ from mindmerger.runtime.files import is_utf8, sha256_of_file
 from mindmerger.runtime.processes import is_main, log, progress_bar
 from mindmerger.tasks.base import Example
 from mindmerger.tasks.examples import StageData
-from mindmerger.tasks.readers import DataError, skipping_named
+from mindmerger.tasks.readers import DataError, name_skip_flag
 from mindmerger.tasks.translation import warn_of_empty_pairs
 
 # Raised when the meaning of cached ids changes: older caches are then built anew.
@@ -126,7 +126,7 @@ def open_or_build(
         with _acquire(FileLock(folder.parent / f".{folder.name}.lock")):
             manifest = _read_manifest(folder)
             if manifest is None:
-                with skipping_named():
+                with name_skip_flag():
                     _build_cache(folder, examples, tokenizers, limits, num_proc, faults, empty, stage.root)
                 manifest = _read_manifest(folder)
         return _open_cache(folder, manifest, hashes, stage.root)
@@ -160,7 +160,7 @@ def cache_key(stage: StageData, hashes: dict[str, str], tokenizers: Tokenizers, 
     if stage.encoder_text != "source":
         settings["encoder_text"] = stage.encoder_text
     # A template changed by the user shows in the first example.
-    with skipping_named():
+    with name_skip_flag():
         first = next(stage.examples([] if stage.skip_faulty_rows else None))
     settings["first_example"] = [getattr(first, name) for name in ("id", "source", "prompt", "target", "shrinkable")]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -230,6 +230,7 @@ def _build_cache(
             manifest["counts"]["empty_pairs"] = sum(number for number, _ in empty.values())
             manifest["empty_pairs"] = {path.removeprefix(f"{Path(data_root)}/"): found for path, found in empty.items()}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+        # Before the rename: after a power cut a folder of that name must be whole, since only sizes are compared.
         for path in temporary.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -288,6 +289,7 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
 
     if num_proc is None:
         num_proc = min(_cpus(), 16, rows // ROWS_PER_PROCESS)
+    # int32, half of the default: ids are nearly all of what lies on the disk.
     features = {name: datasets.Value("string") for name in ("id", "language")}
     features |= {name: datasets.List(datasets.Value("int32")) for name in ("encoder_ids", "prompt_ids", "target_ids")}
     features |= {name: datasets.Value("bool") for name in _TRUNCATED_COLUMNS}
@@ -311,6 +313,7 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
             num_proc=num_proc if num_proc > 1 else None,
             cache_file_name=str(folder / "ids.arrow"),
             load_from_cache_file=False,
+            # Else datasets would pickle both tokenizers, to hash what the rows depend on.
             new_fingerprint=folder.name,
             desc="tokenising",
         )
@@ -335,6 +338,7 @@ def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str], data_root)
     for file in (str(folder / name) for name in sorted(manifest["shards"])):
         shards.append(datasets.Dataset.from_file(file))
         _release_pages({file})
+    # The rows are read without them: what was truncated counts once, in the manifest.
     dataset = datasets.concatenate_datasets(shards).remove_columns(list(_TRUNCATED_COLUMNS))
 
     def lengths(name):

@@ -180,11 +180,11 @@ def read_items(args: argparse.Namespace, task, languages: list) -> Items:
     """
     from mindmerger.evaluation.parallel_input import apply_parallel_input
     from mindmerger.tasks.examples import evaluation_examples
-    from mindmerger.tasks.readers import describe_faults, skipping_named
+    from mindmerger.tasks.readers import describe_faults, name_skip_flag
 
     faults = [] if args.skip_faulty_rows else None
     source = (task, args.data_root)
-    with skipping_named():
+    with name_skip_flag():
         examples = [e for one in languages for e in evaluation_examples(*source, one, args.limit, faults)]
     if faults:
         warn(describe_faults(faults, ", all of them listed in results.json"))

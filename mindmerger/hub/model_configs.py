@@ -65,6 +65,7 @@ def refuse_own_code(path: str, values: dict, needed: bool) -> None:
 
 def _ignore_unusable_pad(config) -> None:
     """Puts the class's default in the place of a pad id that is negative or beyond the embedding table."""
+    # torch refuses a padding id beyond its table, and takes -1 for the table's last row.
     for part in {id(one): one for one in (config, getattr(config, "text_config", None))}.values():
         rows, pad = (getattr(part, name, None) for name in ("vocab_size", "pad_token_id"))
         if isinstance(rows, int) and isinstance(pad, int) and not 0 <= pad < rows:
@@ -101,6 +102,7 @@ def llm_config(path: str) -> tuple[object, dict[str, str] | None]:
             f"{path} is a {config.model_type} model, whose class {classes[type(config)].__name__} cannot generate from "
             "embeddings, as a mapping's output is: pass another --llm_path"
         )
+    # What the whole model's config says of these is meant; the text model's own entries may be defaults.
     text.tie_word_embeddings = config.tie_word_embeddings
     for name in ("bos_token_id", "eos_token_id", "quantization_config"):
         if getattr(config, name, None) is not None:

@@ -39,6 +39,7 @@ def hub_advice(name: str, error: BaseException) -> str | None:
     """Says what to do about a hub name whose files cannot be fetched; None for another kind of error."""
     from huggingface_hub import constants, errors
 
+    # transformers raises an error of its own around the hub's: the reason stands somewhere behind it.
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -96,6 +97,7 @@ def is_folder(path: str) -> bool:
     Raises:
         ModelError: when that cannot be told, for lack of a permission.
     """
+    # os.path.isdir says no where it may not look, and the path would be asked of the hub.
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except PermissionError as error:
@@ -108,7 +110,7 @@ def find_file(path: str, name: str) -> Path | None:
     """Finds a file of a model folder or a hub name, which is fetched when the local cache lacks it; None without it."""
     if is_folder(path):
         file = Path(path) / name
-        return file if os.path.lexists(file) else None
+        return file if os.path.lexists(file) else None  # a dangling link too: opening it names it
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found is not None else None
 

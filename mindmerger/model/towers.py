@@ -259,6 +259,7 @@ def model_fingerprint(path: str) -> str:
     """
     if not Path(path).is_dir():
         return f"commit {Path(cached_file(path, 'config.json')).parent.name}"
+    # 1 MB of each large file, on every rank: all of a 7B model would be read for a minute before each start.
     digest, block = hashlib.sha256(), 16 * 1024
     try:
         for file in sorted(Path(path).iterdir()):

@@ -11,3 +11,8 @@ class ReportedError(UserError):
 
 class StartError(UserError):
     """A rank's own `UserError` before the ranks have met: each rank prints its own."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

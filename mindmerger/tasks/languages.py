@@ -52,9 +52,9 @@ LANGUAGES: dict[str, Language] = {
         ("Vietnamese", "vi", "vie_Latn", "vi", "vi_VN"),
     )
 }
-# The released files call Dutch "Flemish".
 # How many languages an unknown name is answered with.
 NEAREST = 10
+# The released files call Dutch "Flemish".
 LANGUAGE_ALIASES = {"dutch": "Flemish"}
 
 

@@ -26,7 +26,7 @@ class RowError(DataError):
 
 
 @contextlib.contextmanager
-def skipping_named():
+def name_skip_flag():
     """Context manager: names the flag that leaves a row out where a single row is faulty.
 
     Raises:
@@ -50,6 +50,7 @@ def describe_faults(faults: list[str], where: str) -> str:
 
 
 def preview(value: object) -> str:
+    """Returns a value as Python writes it, in at most 60 characters: a fault is one line, whatever the file holds."""
     try:
         text = repr(value)
     except RecursionError:
@@ -100,6 +101,7 @@ def refuse_lfs_pointer(path: Path, start: bytes) -> None:
 
 
 def _refuse_utf16(path: Path, start: bytes) -> None:
+    # Without a mark at its start, UTF-16 shows by the one NUL in the two bytes of a Latin letter or a bracket.
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:2].count(0) == 1:
         raise DataError(f"{path}:1: UTF-16 text (a UTF-16 mark or NUL bytes at its start): convert the file to UTF-8")
 
@@ -232,6 +234,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, object]]:
         raise DataError(f"{path}:{raw.count(10, 0, error.start) + 1}: not UTF-8") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    # Value by value and not by json.loads, which would tell the line of no row.
     cursor = _JsonCursor(path, text)
     if not cursor.peek():
         return

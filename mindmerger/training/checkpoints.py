@@ -54,7 +54,7 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
         write_json_atomic(temporary / STATE, state)
         files = {name: describe_file(temporary / name) for name in (TENSORS, STATE)}
         write_json_atomic(temporary / MANIFEST, {"files": files})
-        sync_folder(temporary)
+        sync_folder(temporary)  # its names too: the rename could reach the disk before them
         # Before the rename: a kill after it would leave two courses, of which the next start took the abandoned one.
         for abandoned in later_checkpoints(output_dir, step):
             remove_atomically(abandoned)
@@ -92,6 +92,7 @@ def remove_atomically(folder: Path) -> None:
 
 def prune(output_dir, keep: int | None) -> None:
     """Removes the oldest checkpoints beyond the newest `keep` valid ones; damaged ones in between go too."""
+    # Damaged ones do not count: else they could push out the last one that works.
     valid = 0
     for folder in list_checkpoints(output_dir) if keep else []:
         if valid >= keep:
@@ -215,7 +216,7 @@ def check_state(folder, state) -> None:
     """
 
     def is_count(value) -> bool:
-        return type(value) is int and 0 <= value < 2**53
+        return type(value) is int and 0 <= value < 2**53  # isinstance would take True for 1
 
     fields = {
         "step": is_count,
@@ -246,6 +247,7 @@ def check_tensors(folder, tensors: dict, shapes: dict) -> None:
     """
     import torch
 
+    # Before any weight loads: torch would say the same after minutes, in many lines.
     expected = {f"{kind}.{name}": tuple(s) for kind in ("mapping", *MOMENTS) for name, s in shapes.items()}
     if tensors.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())

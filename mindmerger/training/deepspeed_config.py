@@ -279,7 +279,7 @@ def gradient_clipping(config: dict, flag: float | None) -> float:
         UserError: when the two contradict each other.
     """
     given = config.get("gradient_clipping", "auto")
-    if given == "auto":
+    if given == "auto":  # 1.0 is the published runs' value
         return 1.0 if flag is None else flag
     if flag not in (None, given):
         raise UserError(f"DeepSpeed config says gradient_clipping {given}, the command line {flag} (--max_grad_norm)")
@@ -293,6 +293,7 @@ def effective_config(config: dict, batch_size: int, micro_batch_size: int, accum
     Raises:
         UserError: when the user's numbers contradict the command line, naming both.
     """
+    # The loop counts by itself, but DeepSpeed refuses a config in which these do not multiply.
     ours = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -306,7 +307,7 @@ def effective_config(config: dict, batch_size: int, micro_batch_size: int, accum
     merged.setdefault("zero_optimization", {"stage": 0})
     merged["gradient_clipping"] = clip
     merged.setdefault("steps_per_print", 1_000_000_000)  # the loop prints its own progress
-    merged["zero_allow_untested_optimizer"] = True
+    merged["zero_allow_untested_optimizer"] = True  # torch's own AdamW, which needs no compiler at start
     merged["zero_force_ds_cpu_optimizer"] = False  # offload works with torch's AdamW and needs no compiler then
     return merged
 

@@ -92,6 +92,7 @@ def make_engine(model, config: dict, lr: float):
     os.environ.setdefault("LOCAL_RANK", "0")  # as above
     parameters = list(model.trained_parameters().values())
     on_cuda = parameters[0].device.type == "cuda" and not config["zero_optimization"].get("offload_optimizer")
+    # The published runs' constants. Given as an object: from JSON, DeepSpeed would compile an AdamW of its own.
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7, fused=True if on_cuda else None
     )
@@ -112,7 +113,7 @@ def make_engine(model, config: dict, lr: float):
 
 
 @contextmanager
-def gathered(engine):
+def gather_parameters(engine):
     """Context manager: the mapping's parameters are whole on every rank, also at ZeRO-3."""
     import deepspeed
 
@@ -123,7 +124,7 @@ def gathered(engine):
 
 def mapping_state(engine) -> dict:
     """Returns the mapping's fp32 parameters as whole CPU tensors; a collective call at ZeRO-3."""
-    with gathered(engine):
+    with gather_parameters(engine):
         return {name: p.detach().cpu().clone() for name, p in engine.module.trained_parameters().items()}
 
 
@@ -132,6 +133,7 @@ def optimizer_state(engine) -> dict:
     state = {}
     for name, parameter in engine.module.trained_parameters().items():
         for key in ("exp_avg", "exp_avg_sq"):
+            # At ZeRO 1 to 3 each rank holds a part, and DeepSpeed alone knows how the whole was divided.
             if zero_stage(engine.config) == 0:
                 value = engine.basic_optimizer.state[parameter][key]
             else:
@@ -174,7 +176,7 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
     for entry in engine.basic_optimizer.state.values():
-        entry["step"].fill_(step)
+        entry["step"].fill_(step)  # Adam's bias correction depends on it; the zero step has counted as one
 
 
 def _share_of_rank(parameter, value):

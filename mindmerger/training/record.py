@@ -6,7 +6,7 @@ import math
 import sys
 from pathlib import Path
 
-from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.errors import UserError, first_line
 from mindmerger.runtime.files import unfollowed, write_bytes_atomic, write_text_atomic
 from mindmerger.runtime.processes import is_main, log, warn
 
@@ -16,7 +16,7 @@ WANDB_FILE = "wandb_run_id"
 
 def perplexity(loss: float) -> float:
     """Returns exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(loss) if loss < 700 else math.inf  # a double overflows at exp(709.8)
 
 
 def peak_memory_gb(device) -> float:
@@ -27,6 +27,7 @@ def peak_memory_gb(device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
 
+    # Linux counts in kB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -72,9 +73,8 @@ class WandB:
         try:
             self.run = wandb.init(project=args.save_name, config=vars(args), dir=str(output_dir), **same)
         except wandb.Error as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"--report_to wandb: {reason}: log in with 'wandb login', or set WANDB_MODE=offline"
+                f"--report_to wandb: {first_line(error)}: log in with 'wandb login', or set WANDB_MODE=offline"
             ) from error
         write_text_atomic(file, self.run.id + "\n")
         self.run.define_metric("step")
@@ -122,6 +122,7 @@ class Recorder:
             return
         kept = []
         if step and self.path.is_file():
+            # Behind the last line end stands what a kill cut short.
             for line in self.path.read_bytes().split(b"\n")[:-1]:
                 try:
                     values = json.loads(line.decode("utf-8"))
@@ -133,6 +134,7 @@ class Recorder:
         write_bytes_atomic(self.path, b"".join(kept))
         if self.args.report_to in TARGETS:
             self.target = TARGETS[self.args.report_to](self.args, self.path.parent, step)
+            # TensorBoard hides the step itself along with all later ones.
             for values in map(json.loads, kept):
                 if values["step"] == step:
                     self.target.add(values)

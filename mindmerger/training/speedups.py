@@ -7,7 +7,7 @@ are read.
 import inspect
 from importlib import metadata
 
-from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.errors import UserError, first_line
 
 LIGER_WRITTEN_FOR = "0.8.5"
 # What of Liger is taken. Its cross entropies stay out: our output head sees target positions only, through a hook that
@@ -52,8 +52,9 @@ def check_compiler() -> None:
         torch.compile(lambda x: 2 * x + 1, dynamic=True)(torch.ones(4, device=device))
     except RuntimeError as error:
         needed = {"cpu": "a C++ compiler such as g++", "cuda": "triton and a C compiler such as gcc"}[device]
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--compile needs {needed} here: install it, or leave --compile out ({said})") from error
+        raise UserError(
+            f"--compile needs {needed} here: install it, or leave --compile out ({first_line(error)})"
+        ) from error
 
 
 def compile_layers(model) -> None:
