@@ -203,6 +203,82 @@ def test_notations_of_any_script_and_of_latex_are_read_as_a_reader_would(text, v
     assert corrected_number(text) == value
 
 
+LARGE = [
+    ("3万", 30000),
+    ("答えは3万5千円です", 35000),
+    ("1万2000円", 12000),
+    ("1万500円", 10500),
+    ("1.5万元", 15000),
+    ("１，２００万人", 12000000),
+    ("2千万", 20000000),
+    ("三个人，每人5 萬元", 50000),
+    ("1亿2345万", 123450000),
+    ("1億", 100000000),
+    ("1億2,500万ポンド", 125000000),
+    ("1億2千万ポンド", 120000000),
+    ("22億5000万人", 2250000000),
+    ("3万5,000円", 35000),
+    ("3万亿", 3000000000000),
+    ("-3万", -30000),
+    ("从3万增加到5万。", 50000),
+    ("5 million", 5000000),
+    ("It costs $1.2 million.", 1200000),
+    ("**3** million people", 3000000),
+    ("2 thousand", 2000),
+    ("The answer is 3 billion", 3000000000),
+    ("2 миллиона", 2000000),
+    ("The answer is minus 5", -5),
+    ("Minus 5", -5),
+    ("It is negative $3.50.", -3.5),
+    ("Die Antwort ist minus 5.", -5),
+    ("x = minus 5", -5),
+    ("5 and 1/2", 5.5),
+    ("She walks 5 and \\frac{1}{2} hours", 5.5),
+    ("2 und 1/2 Stunden", 2.5),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), LARGE)
+def test_large_units_the_word_minus_and_mixed_numbers_in_words_are_read_as_a_reader_would(text, value):
+    assert corrected_number(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3万5", 5),  # 35,000 as one says it, or 30,005
+        ("3万5千克", 5),
+        ("5千克", 5),
+        ("5万一千", 5),
+        ("3万分之1", 1),
+        ("2万能", 2),
+        ("1亿5000", 5000),
+        ("3万5千2百万", 2),
+        ("5 millionaires", 5),
+        ("5 million-dollar houses", 5),
+        ("2 thousand dollar bills", 2),
+        ("5 thousandths", 5),
+        ("10 minus 5", 5),
+        ("the total minus 5", 5),
+        ("x minus 5", 5),
+        ("You earn 20 dollars every day at work and afterwards you have left minus 5", 5),
+        ("between 5 and 1/2", 0.5),
+        ("The solutions are 5 and 1/2", 0.5),
+        ("1, 2 and 1/2", 0.5),
+        ("He took 5 and 1/2 of the rest", 0.5),
+        ("5 and 3/2", 1.5),
+        ("the product of 5 and 1/2", 0.5),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_read_as_before(text, value):
+    assert corrected_number(text) == value
+
+
+def test_a_billion_is_a_thousand_millions_in_english_alone():
+    assert corrected_number("3 billion", "fr") == 3 and corrected_number("3 billion") == 3e9
+    assert corrected_number("so she has 3 billion and that makes 3 billion", "fr") == 3e9
+
+
 @pytest.mark.parametrize(
     ("text", "language", "value"),
     [

@@ -171,6 +171,34 @@ _DIVISOR = re.compile(r" ?/ ?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)(?![\d/
 _PLUS_FRACTION = re.compile(
     rf"(?:[ \u00a0]{{0,2}}{_PLUS}|[ \u00a0\u53c8\u3068])(\d{{1,9}})/(\d{{1,9}})(?![\d/]|[.,]\d)"
 )
+# "5 and 1/2" is five and a half, unless the text counts up several numbers.
+_AND_FRACTION = re.compile(rf"[ \u00a0](?:and|und|et|y)[ \u00a0]{_PLUS}?(\d{{1,9}})/(\d{{1,9}})(?![\d/]|[.,]\d| of\b)")
+_SEVERAL = re.compile(
+    r"\b(?:between|both|either|from|are|were|values|numbers|roots|solutions|answers|fractions|sum|product|difference|"
+    r"ratio|zwischen|sind|summe|entre|sont|somme|son|suma)\b|[,;\d]\s*$",
+    re.IGNORECASE,
+)
+_MILLIONS = re.compile(
+    r"(?:[ \u00a0*_$]|\}|\\text\s?\{)*"
+    r"(?:(thousand)|(million(?:s|en)?|mill(?:\u00f3n|ones)|\u043c\u0438\u043b\u043b\u0438\u043e\u043d(?:\u0430|\u043e\u0432)?|"
+    r"\u043c\u043b\u043d)|(billion)|(trillion))(?![\w-]|\s(?:dollar|pound|euro)\s)",
+    re.IGNORECASE,
+)
+# The units of Chinese and Japanese, by which digits are written too: 3 U+4E07 is 30,000.
+_MYRIADS = {"\u4e07": 4, "\u842c": 4, "\u4ebf": 8, "\u5104": 8}
+_TENS = {"": 0, "\u5341": 1, "\u767e": 2, "\u5343": 3, "\u4e07": 4, "\u842c": 4}
+_MYRIAD = re.compile(
+    r"[ \u00a0]?(?:([\u5341\u767e\u5343\u4e07\u842c]?)([\u4ebf\u5104])|([\u5341\u767e\u5343]?)([\u4e07\u842c]))"
+)
+_UNITS = {*_MYRIADS, *_TENS} - {""}
+_BELOW_YI = re.compile(r"(\d{1,4}|\d,\d{3})([\u5341\u767e\u5343]?)[\u4e07\u842c]")
+# Behind U+4E07: 5 U+5343, but not 5 U+5343 U+514B, which is a weight; or two to four digits: one may mean thousands.
+_BELOW_WAN = re.compile(r"(?:(\d)\u5343(?![\u514b\u7c73\u74e6\u5361])|(\d,\d{3}|\d{2,4})(?![\d.,]))")
+# What continues a number in a way that is not read here, or makes another word of a unit.
+_NOT_READ = re.compile(
+    r"\d|[\u3007\u96f6\u4e00\u4e8c\u4e24\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u4e07\u842c\u4ebf\u5104\u5146"
+    r"\u5206\u80fd\u5723\u8056]"
+)
 # Digits that belong to a unit or a variable: m^2, x^{2}, and the 2 of m2 behind a number.
 _RAISED = re.compile(r"(?:[^\W\d_]|[)}\]])\s?\^\s?\{?\s?-?$")
 _UNIT = re.compile(r"\d\s?(?:[kcdm]?m|ft|in|yd|mi|[\u043a\u0441\u0434\u043c]?\u043c)$")
@@ -197,6 +225,12 @@ def _numbers(text: str, code: str, in_english: bool) -> Iterator[_Number]:
         if is_unit or _RAISED.search(tail):
             continue
         value, end = _with_what_follows(text, number, start, end)
+        if (
+            end == match.end()
+            and not listed
+            and (larger := _in_larger_units(text, number, start, end, code == "en" or in_english))
+        ):
+            value, end = larger
         yield _Number(start, end, value, listed, doubtful)
 
 
@@ -213,9 +247,41 @@ def _with_what_follows(text: str, number: str, start: int, end: int) -> tuple[fl
     if (plus := _PLUS_FRACTION.match(text, end)) and "." not in number and int(plus[1]) < int(plus[2]):
         # One rounding, so that 1 2/3 equals 5/3.
         return (value * int(plus[2]) + int(plus[1])) / int(plus[2]), plus.end()
+    plus = _AND_FRACTION.match(text, end) if number.isdecimal() else None
+    if plus and 0 < int(plus[1]) < int(plus[2]) and not _SEVERAL.search(text[max(0, start - 60) : start]):
+        return (value * int(plus[2]) + int(plus[1])) / int(plus[2]), plus.end()
     if (divisor := _DIVISOR.match(text, end)) and (below := float(divisor[1].replace(",", ""))):
         return value / below, divisor.end()
     return value, end
+
+
+def _in_larger_units(text: str, number: str, start: int, end: int, in_english: bool) -> tuple[float, int] | None:
+    """Returns a number's value with the words or the characters for large units behind it, and where they end.
+
+    Args:
+        in_english: whether "billion" is a thousand millions, as it is in English alone.
+
+    Returns:
+        None where there are none, or what stands behind them leaves the value open.
+    """
+    if found := _MILLIONS.match(text, end):
+        thousand, million, *_ = found.groups()
+        if not (thousand or million or in_english):
+            return None
+        exponent = next(e for e, word in zip((3, 6, 9, 12), found.groups(), strict=True) if word)
+        return float(f"{number}e{exponent}"), found.end()
+    found = _MYRIAD.match(text, end)
+    if not found or text[start - 1 : start] in _UNITS:  # the rest of a number that is not read as one
+        return None
+    tens, myriad = (found[1], found[2]) if found[2] else (found[3], found[4])
+    exponent, end = _TENS[tens] + _MYRIADS[myriad], found.end()
+    value, may_continue = float(f"{number}e{exponent}"), not tens
+    if exponent == 8 and may_continue and (below := _BELOW_YI.match(text, end)):
+        value += int(below[1].replace(",", "")) * 10 ** (4 + _TENS[below[2]])
+        end, exponent, may_continue = below.end(), 4, not below[2]
+    if exponent == 4 and may_continue and (below := _BELOW_WAN.match(text, end)):
+        value, end = value + (int(below[1]) * 1000 if below[1] else int(below[2].replace(",", ""))), below.end()
+    return None if _NOT_READ.match(text, end) else (value, end)
 
 
 # Between a sign and its number: blanks, a currency (-$5, -R$ 5, -kr 5, -USD 5), and what LaTeX and Markdown put there.
@@ -231,9 +297,20 @@ _OPENING = re.compile(
 )
 
 
+# The word for the sign, where no number or quantity stands before it that would be lessened.
+_MINUS = re.compile(
+    r"(?:^|[=:]|\b(?:is|was|be|equals|equal to|drops to|falls to|ist|war|betr\u00e4gt|gleich|auf))[\s*_$]*"
+    r"\b(?:minus|negative)[\s*_]+\$?$",
+    re.IGNORECASE,
+)
+
+
 def _is_negative(text: str, number: _Number) -> bool:
     """Says whether the sign before a number makes it negative, as no operator, range, dash, hyphen or bullet does."""
     tail = text[max(0, number.start - 60) : number.start]
+    # The letter stands for what is cut off, so that the word is not taken for the text's first.
+    if _MINUS.search(tail if number.start <= 60 else f"x{tail}"):
+        return True
     sign = _SIGN.search(tail)
     if not sign:
         return False
@@ -256,9 +333,10 @@ def read_number(text: str, code: str = "en") -> float | None:
     """Returns the last number of a text as a reader of a language would take it, None where there is none.
 
     It reads digits of any script, LaTeX and Markdown, groups of thousands (1,234  1.234.567  1 234  1'234  1,00,000),
-    a sign before the number or its currency, powers of ten (1e5, 3 × 10^5) and fractions (1/2, 2½, 3 1/2). Where a
-    single comma or point before three digits leaves two readings the language decides: 1.234 is 1234 in German. But in
-    a text that writes English, as models often do in answer to any language, a comma there groups thousands.
+    a sign or the word minus before the number or its currency, powers of ten (1e5, 3 × 10^5), large units (5 million,
+    3 U+4E07) and fractions (1/2, 2½, 3 1/2, 3 and 1/2). Where a single comma or point before three digits leaves two
+    readings the language decides: 1.234 is 1234 in German. But in a text that writes English, as models often do in
+    answer to any language, a comma there groups thousands.
     What is not a grouping stays apart, as in lists (3,5,8), dates and times, and a hyphen there is not a sign.
 
     Args:

@@ -32,7 +32,7 @@ class Score:
 
 
 # Raised when the same output may get another score: results folders of an older scorer are then evaluated anew.
-NUMBER_SCORER_VERSION = 2
+NUMBER_SCORER_VERSION = 3
 
 
 def score_number(output: str, target: str, language: Language | str | None = None) -> Score:
