@@ -22,7 +22,7 @@ from mindmerger.runtime import command as runtime_command
 from mindmerger.runtime import files, processes
 from mindmerger.runtime import place as runtime_place
 from mindmerger.runtime import watch as runtime_watch
-from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.errors import UserError, first_line
 from mindmerger.training import checkpoints
 from mindmerger.training.record import Recorder
 
@@ -499,3 +499,10 @@ def test_json_keeps_a_path_that_is_not_utf_8(tmp_path):
     files.write_json_atomic(tmp_path / folder / "args.json", {folder: "é中"})
     written = (tmp_path / folder / "args.json").read_bytes()
     assert json.loads(written.decode("utf-8")) == {folder: "é中"} and "é中".encode() in written
+
+
+def test_the_first_line_of_an_error_is_bounded_and_names_the_type_of_one_without_a_message():
+    """The first line of no message is none: asking for it would hide the error behind an IndexError."""
+    assert first_line(RuntimeError("\nconnection lost\nframe #0: c10::Error")) == "connection lost"
+    assert first_line(EOFError()) == "EOFError"
+    assert len(first_line(ValueError("long " * 1000))) == 160

@@ -14,5 +14,6 @@ class StartError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Returns the first line of an error's message, at most 160 characters; its type where it has no message."""
+    # torch appends its C++ stack to a message, dozens of lines of it, and some libraries raise errors without any.
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

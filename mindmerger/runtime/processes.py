@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-from mindmerger.runtime.errors import ReportedError, StartError, UserError
+from mindmerger.runtime.errors import ReportedError, StartError, UserError, first_line
 from mindmerger.runtime.messages import _Lines, say, say_error
 from mindmerger.runtime.place import LAUNCHER_VARIABLES, Place, _place_or_alone, find_place
 from mindmerger.runtime.watch import LEAVING_WAIT_S, _Watch, kill_children
@@ -156,7 +156,7 @@ def _meet(place: Place):
 
         _wait_until(lambda: missing() <= 0, waiting_for, end, quiet=place.rank > 0)
     except distributed.DistError as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = first_line(error)
         raise StartError(f"rank {place.rank}: the ranks cannot meet at {where}, {hint} ({reason})") from error
     return store
 
@@ -314,17 +314,17 @@ def _fail(message: str, code: int) -> None:
 
 
 def _fail_by_fault(error: Exception) -> None:
-    first_line = (str(error).splitlines() or [""])[0][:160]
+    reason = first_line(error)
     if isinstance(error, RuntimeError) and is_lost_peer(error):
         # The process group is broken: leave without the clean-up that would wait for the peer again.
         leave_at_once(
-            f"rank {rank()}: lost contact with another rank ({first_line}); start the same command again to continue "
+            f"rank {rank()}: lost contact with another rank ({reason}); start the same command again to continue "
             "from what is saved"
         )
     import traceback
 
     traceback.print_exc()
-    _fail(f"{type(error).__name__}: {first_line} (its traceback is above, or in that rank's output)", 1)
+    _fail(f"{type(error).__name__}: {reason} (its traceback is above, or in that rank's output)", 1)
 
 
 def leave_together() -> None:
