@@ -932,20 +932,30 @@ def test_comparisons_name_the_probe_and_both_gold_losses(evaluate, tmp_path, cap
     assert read_row("Soft, shuffled prefix", folders[1]).label == "Soft, shuffled prefix"
 
 
-def test_another_bridge_is_named_and_gets_its_options_its_form_and_no_published_numbers(evaluate, tmp_path, world):
-    """A table of LangBridge was titled MindMerger-Soft, with MindMerger's published numbers beside it."""
+@pytest.mark.parametrize(
+    ("bridge", "options", "suffix", "title"),
+    [
+        ("langbridge", {"mapper": "latent"}, "-hard", "langbridge (prefix only)"),
+        ("xbridge", {}, "", "xbridge (prefix and prompt)"),
+    ],
+)
+def test_another_bridge_is_named_and_gets_its_options_its_form_and_no_published_numbers(
+    evaluate, tmp_path, world, bridge, options, suffix, title
+):
+    """Its table was titled MindMerger-Soft, with MindMerger's published numbers beside it."""
     llm, encoder = tmp_path / "MetaMath-7B-V1.0", tmp_path / "mt5-xl"
     shutil.copytree(world.llm, llm)
     shutil.copytree(world.encoder, encoder)
-    model = MindMerger.from_models(str(encoder), str(llm), torch.float32, None, "langbridge", {"mapper": "latent"})
-    model.save_pretrained(tmp_path / "latent")
-    out, _ = evaluate(*FEW[:2], "--limit", 1, "--max_new_tokens", 2, checkpoint=tmp_path / "latent")
-    results = json.loads((tmp_path / "results/MindMerger/math_mgsm-hard/results.json").read_text())
-    assert results["bridge"] == "langbridge" and results["published"] is None
-    assert "math_mgsm, langbridge (prefix only): accuracy" in out and "MindMerger-" not in out
-    rows = read_lines(tmp_path / "results/MindMerger/math_mgsm-hard/predictions/Thai.jsonl")
-    loaded = MindMerger.from_pretrained(str(tmp_path / "latent"), dtype=torch.float32)
-    assert answer(loaded, [rows[0]["source"]], languages="Thai", max_new_tokens=2) == [rows[0]["output"]]
+    model = MindMerger.from_models(str(encoder), str(llm), torch.float32, None, bridge, options)
+    model.save_pretrained(tmp_path / "saved")
+    out, _ = evaluate(*FEW[:2], "--limit", 1, "--max_new_tokens", 2, checkpoint=tmp_path / "saved")
+    folder = tmp_path / f"results/MindMerger/math_mgsm{suffix}"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["bridge"] == bridge and results["published"] is None
+    assert f"math_mgsm, {title}: accuracy" in out and "MindMerger-" not in out
+    row = read_lines(folder / "predictions/Thai.jsonl")[0]
+    loaded = MindMerger.from_pretrained(str(tmp_path / "saved"), dtype=torch.float32)
+    assert answer(loaded, [row["source"]], languages="Thai", max_new_tokens=2) == [row["output"]]
 
 
 # -- wrong inputs
