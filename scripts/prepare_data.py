@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from mindmerger.runtime.command import CommandParser, run_main
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import open_new, write_text_atomic
+from mindmerger.runtime.files import ENDLESS, open_new, what_is, write_text_atomic
 from mindmerger.runtime.processes import log
 from mindmerger.tasks import find_task
 from mindmerger.tasks.languages import LANGUAGES
@@ -385,6 +385,8 @@ def arrange(archive: Path, data_root: Path, overwrite: bool) -> None:
     """
     if not archive.exists():
         raise UserError(f"--archive {archive}: no such file or folder")
+    if (found := what_is(archive)) in ENDLESS:
+        raise UserError(f"--archive {archive} is {found}: neither a file nor a folder")
     try:
         if archive.is_dir():
             copy_members(folder_members(archive), archive, data_root, overwrite)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -738,6 +739,23 @@ def test_a_model_that_an_offline_cache_lacks_is_told_how_to_fetch_it():
     for load in (load_config, load_tokenizer):
         with pytest.raises(UserError, match="HF_HUB_OFFLINE is set and the cache .* lacks it: .*'hf download org/llm'"):
             load("org/llm")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_in_a_model_folder_is_refused_and_never_waited_for(llm, name):
+    """The libraries open it, and wait for its writer forever."""
+
+    def give_up(*_):
+        raise TimeoutError
+
+    (llm / name).unlink(missing_ok=True)
+    os.mkfifo(llm / name)
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(20)
+    try:
+        assert refusal(load_config, str(llm)) == f"{llm / name} is a pipe: a file is expected there"
+    finally:
+        signal.alarm(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

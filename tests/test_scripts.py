@@ -798,7 +798,7 @@ def test_a_link_in_the_archive_is_refused(tmp_path, kind):
     assert not (tmp_path / "root").exists()
 
 
-@pytest.mark.parametrize("fault", ["cut", "flipped", "no archive", "no data", "absent"])
+@pytest.mark.parametrize("fault", ["cut", "flipped", "no archive", "no data", "absent", "pipe"])
 def test_an_archive_that_cannot_be_used_is_one_line_and_leaves_no_partial_file(tmp_path, fault):
     path = make_archive(tmp_path, "zip", {"datas/query_translation/math.json": "x" * 100})
     content = path.read_bytes()
@@ -808,6 +808,9 @@ def test_an_archive_that_cannot_be_used_is_one_line_and_leaves_no_partial_file(t
         path.write_bytes(content.replace(b"x" * 100, b"x" * 99 + b"y"))
     elif fault == "no archive":
         path.write_text("<html>please log in</html>")
+    elif fault == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     elif fault == "no data":
         path = make_archive(tmp_path, "folder", {"paper/main.tex": "x"})
     else:

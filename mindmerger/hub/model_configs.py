@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import is_kernels_available, logging
 
-from mindmerger.hub.model_files import ModelError, hub_advice, is_folder, one_line, read_json_object
-from mindmerger.runtime.files import model_path
+from mindmerger.hub.model_files import ModelError, hub_advice, is_folder, one_line, read_json_object, refuse_unreadable
+from mindmerger.runtime.files import find_endless, model_path
 
 # Names of a language model's weights inside a multimodal one, as its files have had them, to those of its own class.
 TEXT_WEIGHTS = {
@@ -23,6 +23,8 @@ TEXT_WEIGHTS = {
     r"^language_model\.model\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
 }
+# Of the files that the libraries read in a model folder.
+READ_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt")
 # Methods that have a backward pass in some of the supported versions of transformers only.
 INFERENCE_ONLY = ("fp8", "mxfp8")
 
@@ -36,6 +38,8 @@ def load_config(path: str):
     path = model_path(path)
     if path.startswith((".", "/", "~")) and not is_folder(path):
         raise ModelError(f"no model folder {path}: pass an existing folder or a Hugging Face hub name")
+    if (endless := find_endless(path, READ_SUFFIXES)) is not None:
+        refuse_unreadable(endless)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the configs' own validation raises nearly every type

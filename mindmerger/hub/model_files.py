@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import model_path
+from mindmerger.runtime.files import ENDLESS, model_path, what_is
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -67,6 +67,8 @@ def refuse_unreadable(file) -> None:
         ModelError: naming the file and the cause.
     """
     try:
+        if (found := what_is(file)) in ENDLESS:
+            raise ModelError(f"{file} is {found}: a file is expected there")
         with open(file, "rb") as content:
             start = content.read(len(LFS_START))
     except OSError as error:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from mindmerger.runtime.errors import UserError
@@ -26,6 +27,9 @@ def model_path(path: str | None) -> str | None:
     return str(path).rstrip("/") or "/" if path is not None else None
 
 
+ENDLESS = ("a pipe", "a socket", "a device")  # what `what_is` calls that from which a reader may wait forever
+
+
 def what_is(path) -> str:
     """Says what stands where a file is expected, in words: reading a pipe would wait for its writer forever."""
     try:
@@ -34,6 +38,15 @@ def what_is(path) -> str:
         return f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "missing"
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def find_endless(folder, suffixes: Sequence[str]) -> Path | None:
+    """Returns the first of what `ENDLESS` names with one of the suffixes in a folder, None where there is none."""
+    with contextlib.suppress(OSError):  # why a folder cannot be listed is for its reader to say
+        for path in sorted(Path(folder).iterdir()):
+            if path.suffix in suffixes and what_is(path) in ENDLESS:
+                return path
+    return None
 
 
 def open_new(path):
