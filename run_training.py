@@ -115,10 +115,12 @@ def train(run: Run, progress: Progress) -> int:
     Raises:
         UserError: as `train_step` and `evaluate_and_save` do, and when the disk refuses what is written.
     """
+    # A run that was stopped between a step and its evaluation makes up for it first: the best mapping depends on it.
     if progress.evaluation_due and (code := evaluate_and_save(run, progress)):
         return code
     code, left = 0, run.total_steps - progress.step
     batches = itertools.islice(run.loader.starting_at(progress.epoch, progress.batch), left)
+    # The bar is closed after an error too, whose line would else begin behind it.
     with progress_bar(total=run.total_steps, initial=progress.step, desc=run.args.stage_name, unit="step") as bar:
         for batch in batches:
             line, code = train_step(run, progress.step, batch)
@@ -135,6 +137,7 @@ def train(run: Run, progress: Progress) -> int:
             elif progress.step % run.eval_steps == 0 or progress.batch == 0 or last:
                 progress.evaluation_due = True  # in the checkpoint of a run that is stopped before it
                 code = code or evaluate_and_save(run, progress)
+            # After the evaluation, so that the checkpoint knows its outcome and the resumed run does not repeat it.
             if progress.step % run.save_steps == 0 or last or code or run.signals.save_agreed:
                 run.record.flush()
                 save_checkpoint(run, progress)
@@ -168,7 +171,7 @@ def train_step(run: Run, step: int, batch: "GlobalBatch") -> tuple[dict, int]:
             # DeepSpeed averages gradients over processes, hence the factor. Without rows, a rank passes with weight 0.
             loss = run.engine(**inputs.tensors).loss_sum * (micro.weight * world_size() / batch.target_tokens)
             run.engine.backward(loss, scale_wrt_gas=False)  # it would divide by the number of micro-batches
-        losses.append(loss.detach())
+        losses.append(loss.detach())  # read together with the norm: `.item()` here would wait once a micro-batch
         run.signals.alive()
     with explain_step_out_of_memory(inputs, UPDATE_MEMORY_FLAGS, f"in the update of step {step + 1}, "):
         norm, loss, code = apply_gradient(run, step, batch, losses)  # the step's only wait for the GPU

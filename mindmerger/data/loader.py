@@ -132,11 +132,12 @@ class BatchLoader:
 
     def _one_ahead(self, batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
         """Yields the batches with their micro-batches being loaded; the next one is begun before one is handed out."""
-        if self.args.num_workers == 0:
+        if self.args.num_workers == 0:  # for a debugger, or where threads are not wanted
             for batch in batches:
                 yield replace(batch, micro_batches=[self._lazily(micro) for micro in batch.micro_batches])
             return
         with ThreadPoolExecutor(self.args.num_workers, thread_name_prefix="collate") as pool:
+            # A whole global batch ahead costs little memory: 128 rows of 1,000 ids are 1 MB.
             begun = None
             for batch in batches:
                 following = replace(batch, micro_batches=[self._begin(pool, micro) for micro in batch.micro_batches])

@@ -40,6 +40,7 @@ def locked(output_dir: Path, start_over: bool):
         UserError: when another run holds the folder, or something cannot be removed.
     """
     with contextlib.ExitStack() as stack:
+        # Rank 0's alone: it writes everything, and on another node the folder may be another disk's.
         lock = on_all_ranks(lambda: FolderLock(output_dir) if is_main() else None)
         if lock is not None:
             stack.callback(lock.release)
@@ -54,7 +55,7 @@ def save_mapping(run: Run, folder: Path) -> None:
     from mindmerger.model.mapping_files import RELEASED_FILE, save_released
     from mindmerger.training.deepspeed_engine import mapping_state
 
-    state = mapping_state(run.engine)
+    state = mapping_state(run.engine)  # on every rank: at ZeRO 3 each holds a part, and gathering is collective
 
     def write():
         if is_main():
@@ -103,11 +104,8 @@ def identity(settings: Settings, data) -> dict:
         "data": data.fingerprint,
     }
     # Not the initial mapping's path: another file may stand there, and the same one elsewhere.
-    return (
-        fixed
-        | {name: getattr(args, name) for name in sorted(CHANGEABLE_ON_RESUME)}
-        | {"init_checkpoint": settings.init_hash}
-    )
+    changeable = {name: getattr(args, name) for name in sorted(CHANGEABLE_ON_RESUME)}
+    return fixed | changeable | {"init_checkpoint": settings.init_hash}
 
 
 def clear_outputs(output_dir: Path) -> None:
@@ -118,16 +116,9 @@ def clear_outputs(output_dir: Path) -> None:
     """
     if not is_main():
         return
-    files = (
-        "pytorch_model.bin",
-        "mapping.safetensors",
-        "config.json",
-        "README.md",
-        "log.jsonl",
-        "loss.png",
-        FAULTS_FILE,
-    )
-    others = ("last", *files, FAULTS_FILE, TENSORBOARD_FOLDER, WANDB_FILE)
+    # By name, not the whole folder: it may hold what is not ours.
+    others = ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png", "last")
+    others += (FAULTS_FILE, TENSORBOARD_FOLDER, WANDB_FILE)
     for path in (*list_checkpoints(output_dir), *(output_dir / name for name in others)):
         remove(path)
         if os.path.lexists(path):
@@ -135,7 +126,7 @@ def clear_outputs(output_dir: Path) -> None:
 
 
 def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
-    """The checkpoint to continue from as (folder, tensors, state), or three times None. Rank 0 reads it.
+    """Returns the checkpoint to resume from as (folder, tensors, state), or three times None. Rank 0 reads it.
 
     Raises:
         UserError: when it belongs to another run, naming the first difference, or a named one is damaged, or its

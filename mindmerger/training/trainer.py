@@ -21,7 +21,7 @@ DEFAULT_EVAL_MICRO_BATCHES = 2000
 
 
 def load_model(settings: Settings, device):
-    """Frozen towers in the run's dtype, and the mapping in fp32 with its starting weights."""
+    """Loads the frozen towers in the run's dtype and puts the bridge between them, in fp32 with its first weights."""
     import torch
 
     from mindmerger.model.mindmerger import MindMerger
@@ -40,7 +40,7 @@ def load_model(settings: Settings, device):
     model.config.stage, model.config.task = args.stage_name, settings.task.training_name
     model.config.augmentation = settings.with_prompt
     if settings.init_file is not None:
-        if is_main():
+        if is_main():  # `build` gives it to the other ranks: their nodes may not have the file
             model.load_mapping(settings.init_file)
         log(f"mapping: starts from {settings.init_file}")
     else:
@@ -170,6 +170,7 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
     if folder is not None:
         load_optimizer_state(engine, tensors, state["step"], loader.load(data.train[:1]).tensors)
         progress = Progress.from_state(state, args.train_batch_size)
+    # From where the run stands: with another batch size the epochs left have another number of steps.
     left = (args.epoch_num - progress.epoch) * loader.steps_per_epoch - progress.batch
     total_steps = min(args.max_steps or math.inf, progress.step + max(0, left))
     log(f"{describe(settings.config)}; {loader.steps_per_epoch} steps per epoch, {total_steps} in all")
