@@ -657,17 +657,17 @@ def test_a_resume_from_an_output_folder_takes_its_newest_valid_checkpoint(flags,
     kinds = ("mapping", "exp_avg", "exp_avg_sq")
     tensors = {f"{kind}.{name}": torch.zeros(p.shape) for name, p in shapes.items() for kind in kinds}
     state = {"epoch": 0, "examples_in_epoch": 8, "best_dev_loss": None, "evaluation_due": False}
-    state["identity"] = training_outputs.identity(args, settings, data)
+    state["identity"] = training_outputs.identity(settings, data)
     for step in (1, 2, 3):
         write_checkpoint(folder, step, tensors, state | {"step": step}, None)
     (folder / "checkpoint-000003" / "state.json").write_text("{}")
-    found, _, state = training_outputs.find_checkpoint_to_resume(args, settings, data)
+    found, _, state = training_outputs.find_checkpoint_to_resume(settings, data)
     assert (found.name, state["step"]) == ("checkpoint-000002", 2)
     assert "skipped checkpoint-000003" in capsys.readouterr().err
     for step in (1, 2):
         (folder / f"checkpoint-00000{step}" / "state.json").unlink()
     with pytest.raises(UserError, match="no checkpoint in .*stage is whole"):
-        training_outputs.find_checkpoint_to_resume(args, settings, data)
+        training_outputs.find_checkpoint_to_resume(settings, data)
 
 
 def test_dry_run_reports_and_writes_nothing(run, flags, tmp_path):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, clean_environment, free_port, make_tiny_encoder, make_tiny_llm
+from conftest import ROOT, clean_environment, free_port, make_tiny_encoder, make_tiny_llm, run_prepared
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -598,20 +598,14 @@ def test_kill_9_at_any_point_of_the_merge_loses_no_answer_and_leaves_no_litter(
         patch.setattr(run_evaluation, "summarise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         evaluate(*FEW, "--results_dir", "generated")
     monkeypatch.setattr(run_evaluation, "load_model", None)
+    (tmp_path / "killed_merge.py").write_text(KILLED_MERGE)
     # Each of the five written files removes what may stand in its temporary one's place: the sixth is .partial's.
     for point in (("replace", 2), ("replace", 5), ("unlink", 6), ("rmdir", 1)):
         parts = f"parts-{point[0]}-{point[1]}"
         shutil.copytree(tmp_path / "generated", tmp_path / parts)
         flags = [*FEW, "--init_checkpoint", world.folder, "--data_root", datas, "--results_dir", parts]
-        killed = subprocess.run(
-            [sys.executable, "-c", KILLED_MERGE, *map(str, point), *flags],
-            cwd=tmp_path,
-            env=clean_environment(tmp_path) | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr[-2000:])
+        codes, printed = run_prepared(tmp_path / "killed_merge.py", *point, *flags, cwd=tmp_path)
+        assert codes == [-signal.SIGKILL], (point, printed)
         folder = tmp_path / parts / "MindMerger/math_mgsm"
         assert (folder / ".partial").is_dir()
         assert (folder / "results.json").is_file() == (point[0] != "replace")
