@@ -10,6 +10,7 @@ import torch
 from conftest import DATA, make_tiny_encoder, make_tiny_llm
 from safetensors.torch import save_file
 
+from mindmerger.analysis.embeddings import load_mappings
 from mindmerger.model.mapping_files import check_mapping, config_of_models, read_config
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
@@ -136,3 +137,15 @@ def test_towers_in_released_weights_are_not_read_into_memory(tmp_path, name):
     before = memory("VmRSS")
     found = check_mapping(str(tmp_path), config)
     assert found.keys() == {"enc_eos", "linear.weight", "linear.bias"} and memory("VmHWM") - before < 30_000
+
+
+def test_embeddings_are_compared_of_bridges_that_map_token_by_token_alone(tmp_path):
+    args = SimpleNamespace(mt_path=None, llm_path=None, seed=0, before=None, names=["after"], init_checkpoint=[])
+    for bridge in ("xbridge", "layer_fusion"):
+        MindMerger.from_models(*MODELS, torch.float32, bridge=bridge).save_pretrained(tmp_path / bridge)
+        args.init_checkpoint = [str(tmp_path / bridge)]
+        if bridge == "xbridge":
+            mappings, _ = load_mappings(args)
+            assert {type(mapping).__name__ for mapping in mappings.values()} == {"XBridge"}
+        else:
+            assert "holds the bridge layer_fusion: only of bridges" in refusal(load_mappings, args)

@@ -1,11 +1,19 @@
 """Every bridge in the training loop: two ranks, each ZeRO stage, an exact resume, and what is refused."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROOT, read_log, run_many
 from safetensors.torch import load_file
 
 from mindmerger.bridges import BRIDGES
+from mindmerger.data.tokenising import load_tokenizers
+from mindmerger.data.training_set import open_or_build
+from mindmerger.tasks import find_task
+from mindmerger.tasks.examples import StageData
+from mindmerger.training.settings import find_stage, settle_languages
 
 # MindMerger's has tests of its own; of the others the form with most to go wrong.
 OPTIONS = {"langbridge": ["train_lm_head=true"], "layer_fusion": ["mix=token", "feed_forward=24"]}
@@ -86,3 +94,19 @@ def test_a_resume_with_other_options_is_refused_by_name(launch):
         outcome = launch[1][bridge, "other options"]
         assert outcome["code"] == 2 and "was trained with another bridge_options" in outcome["error"]
         assert option in outcome["error"] and "\n" not in outcome["error"]
+
+
+def test_langbridge_is_trained_on_english_rows_whose_prompt_its_encoder_reads(tiny_llm, tiny_encoder, datas, tmp_path):
+    stage = find_stage("langbridge", "task")
+    english = settle_languages(SimpleNamespace(languages=None), stage)
+    tokenizers = load_tokenizers(tiny_encoder, tiny_llm)
+    plain = StageData(find_task("math"), "augmentation", datas, english)
+    limits = {"max_seq_len": 500, "max_gen_len": 500, "with_prompt": stage.with_prompt, "cache_dir": tmp_path}
+    asked = replace(plain, encoder_text=stage.encoder_text)
+    data, plain_data = (open_or_build(one, tokenizers, **limits) for one in (asked, plain))
+    examples = list(plain.examples())
+    assert data.dataset["language"][:] == ["English"] * len(examples) and len(examples) == 4
+    assert data.dataset["encoder_ids"][:] == [tokenizers.encoder(one.prompt)["input_ids"] for one in examples]
+    assert not any(data.dataset["prompt_ids"][:])
+    assert plain_data.dataset["encoder_ids"][:] == [tokenizers.encoder(one.source)["input_ids"] for one in examples]
+    assert data.fingerprint != plain_data.fingerprint

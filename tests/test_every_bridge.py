@@ -113,6 +113,8 @@ def test_padding_side_company_and_split_into_micro_batches_change_nothing(model)
 
 
 def test_only_the_bridge_learns_and_both_towers_stay_as_they_are(model):
+    for stage in model.mapping.stages_with(model.mapping.options).values():
+        assert stage.trains == (("bridge", "lm_head") if hasattr(model.mapping, "lm_head") else ("bridge",))
     mine = {f"mapping.{name}" for name, _ in model.mapping.named_parameters()}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == mine
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -219,7 +219,7 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
     """
     import torch
 
-    from mindmerger.model.mapping_files import build_bridge, check_mapping, config_of_models, read_config
+    from mindmerger.model.mapping_files import build_bridge, check_mapping, config_of_models, empty_bridge, read_config
 
     recorded = read_config(args.init_checkpoint[0])
     paths = {}
@@ -227,7 +227,14 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
         paths[flag] = getattr(args, flag) or getattr(recorded, flag, None)
         if paths[flag] is None:
             raise EmbeddingError(f"{args.init_checkpoint[0]} has no config.json that names its models: pass --{flag}")
-    config = config_of_models(paths["mt_path"], paths["llm_path"])
+    between = (recorded.bridge, recorded.bridge_options) if recorded is not None else ()
+    config = config_of_models(paths["mt_path"], paths["llm_path"], *between)
+    bridge = empty_bridge(config)
+    if bridge.encoder_layers != (-1,) or bridge.prefix_length(1) != 2:
+        raise EmbeddingError(
+            f"{args.init_checkpoint[0]} holds the bridge {config.bridge}: only of bridges that map the encoder's last "
+            "states token by token there is a picture"
+        )
 
     def load(path: str | None):
         mapping = build_bridge(config)

@@ -20,6 +20,8 @@ class LayAlign(Mapping):
     of layers, and maps them to the LLM's width; keys and values of layer i come from the mixtures 2i and 2i + 1.
     """
 
+    paper = """Ruan et al., "LayAlign: Enhancing Multilingual Reasoning in Large Language Models via Layer-Wise Adaptive
+Fusion and Alignment Strategy", Findings of NAACL 2025, arXiv 2502.11405."""
     choices = {"structure": Option("linear", ("linear", "mlp"))}
     stages = {
         "translation": Stage(data="pairs", with_prompt=False),

@@ -56,6 +56,8 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
         sum(p.numel() for model in models for p in model.parameters())
         for models in ((llm, encoder), (settings.bridge,))
     )
+    if hasattr(settings.bridge, "lm_head"):  # in the place of the LLM's own, which is let go
+        frozen -= settings.bridge.lm_head.weight.numel()
     stage, size = zero_stage(settings.config), world_size()
     shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
     frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
