@@ -190,6 +190,14 @@ def test_a_label_that_no_font_can_draw_and_one_with_dollars_are_drawn_as_text(th
     assert (tmp_path / "out/table.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_row_whose_name_begins_with_an_underscore_stands_in_the_legend(three):
+    """The drawing library leaves such names out."""
+    rows = [read_row(name, str(folder)) for name, folder in zip(("_a", "b"), three, strict=False)]
+    keep_common(rows)
+    legend = make_figure("math_mgsm", build_cells(rows, rows[0], 0)).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [" _a", "b"]
+
+
 def test_the_mean_s_interval_takes_questions_together(tmp_path):
     """Three languages that get the same questions right tell as much of the mean as one of them."""
     folder = write_results(tmp_path / "a", dict.fromkeys(("Swahili", "Thai", "German"), "1" * 15 + "0" * 15))

@@ -163,14 +163,14 @@ def draw_scatter(stages: dict, codes: list[str], axis_names: dict, path) -> None
 
 def draw_retrieval(scores: dict, chance: float, path) -> None:
     """Draws grouped bars: retrieval per language, one colour per mapping. scores: {title: {code: percent}}."""
-    from mindmerger.evaluation.plots import colour, new_figure, save_figure
+    from mindmerger.evaluation.plots import colour, legend_label, new_figure, save_figure
 
     codes = list(next(iter(scores.values())))
     figure, axes = new_figure(max(5, 0.6 * len(codes) * len(scores) / 2 + 3), 4)
     width = 0.8 / len(scores)
     for i, (title, values) in enumerate(scores.items()):
         places = [at - 0.4 + width * (i + 0.5) for at in range(len(codes))]
-        axes.bar(places, [values[code] for code in codes], width, color=colour(i), label=title)
+        axes.bar(places, [values[code] for code in codes], width, color=colour(i), label=legend_label(title))
     axes.axhline(chance, color="grey", linestyle="--", linewidth=1, label=f"chance: {chance:.1f} %")
     axes.set_xticks(range(len(codes)), codes)
     axes.set(xlabel="language", ylabel="own English sentence is nearest, %", ylim=(0, 105))

@@ -199,12 +199,12 @@ def peak_neurons(counts, share: float) -> list[tuple[int, int, int]]:
 
 def draw_active_share(runs: list[Counts], path) -> None:
     """Draws one line per run: active share of each layer."""
-    from mindmerger.evaluation.plots import line, new_figure, save_figure
+    from mindmerger.evaluation.plots import legend_label, line, new_figure, save_figure
 
     figure, axes = new_figure(7.5, 4.5)
     for i, run in enumerate(runs):
         shares = 100 * run.shares()
-        label = f"{run.name} (all layers: {shares.mean():.1f} %)"
+        label = f"{legend_label(run.name)} (all layers: {shares.mean():.1f} %)"
         axes.plot(range(len(shares)), shares, label=label, **line(i))
     axes.set(xlabel="layer (0 = first)", ylabel="active neurons, % of the layer's (mean over tokens)")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -251,13 +251,15 @@ def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path
     """Draws the rank-count curve of all neurons, and how many of the kept ones each layer has."""
     import numpy as np
 
-    from mindmerger.evaluation.plots import LINE_STYLES, colour, line, new_figure, save_figure
+    from mindmerger.evaluation.plots import LINE_STYLES, colour, legend_label, line, new_figure, save_figure
 
     figure, axes = new_figure(7.5, 4.5)
     for i, run in enumerate(runs):
         ranked = 100 * np.sort(run.counts["all"].reshape(-1))[::-1] / run.tokens["all"]
         style = LINE_STYLES[i % len(LINE_STYLES)]
-        axes.plot(np.linspace(0, 100, len(ranked)), ranked, color=colour(i), linestyle=style, label=run.name)
+        axes.plot(
+            np.linspace(0, 100, len(ranked)), ranked, color=colour(i), linestyle=style, label=legend_label(run.name)
+        )
     axes.axvline(100 * share, color="grey", linestyle="--", linewidth=1, label=f"kept: first {100 * share:g} %")
     axes.set(xlabel="rank of the neuron, % of all neurons", ylabel="active, % of tokens")
     axes.grid(alpha=0.3)
@@ -266,7 +268,7 @@ def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path
     figure, axes = new_figure(7.5, 4.5)
     for i, (run, kept) in enumerate(zip(runs, peaks, strict=True)):
         per_layer = np.bincount([layer for layer, *_ in kept], minlength=len(run.counts["all"]))
-        axes.plot(range(len(per_layer)), per_layer, label=run.name, **line(i))
+        axes.plot(range(len(per_layer)), per_layer, label=legend_label(run.name), **line(i))
     axes.set(xlabel="layer (0 = first)", ylabel=f"neurons among the {100 * share:g} % most active")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

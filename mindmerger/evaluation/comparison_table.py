@@ -128,7 +128,7 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
 
 def make_figure(task: str, table: dict):
     """Draws grouped bars: a group per language and one for the mean, a bar per row, with intervals."""
-    from mindmerger.evaluation.plots import colour, hatch, new_figure
+    from mindmerger.evaluation.plots import colour, hatch, legend_label, new_figure
 
     languages = list(next(iter(table.values()))[0])
     groups = [find_language(language).code for language in languages] + ["avg"]
@@ -151,7 +151,7 @@ def make_figure(task: str, table: dict):
             hatch=hatch(i),
             edgecolor="white",
             linewidth=0.3,
-            label=label,
+            label=legend_label(label),
         )
     axes.axvline(len(languages) - 0.5, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(groups)), groups)

@@ -46,6 +46,11 @@ def line(i: int) -> dict:
     }
 
 
+def legend_label(name: str) -> str:
+    """Returns a user's name as it can stand in a legend, from which names that begin with "_" are left out."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def save_figure(figure, path) -> None:
     """Writes a PNG, whole or not at all, with every text as it is.
 
