@@ -26,6 +26,7 @@ from mindmerger.runtime.processes import (
     log,
     on_all_ranks,
     progress_bar,
+    rank,
     warn,
     world_size,
 )
@@ -162,6 +163,7 @@ def train_step(run: Run, step: int, batch: "GlobalBatch") -> tuple[dict, int]:
         UserError: on every rank, before the update, when loss or gradient is not finite, or memory ran out.
     """
     started, losses = time.perf_counter(), []
+    seed_step(run.args.seed, step)
     # ----------------------------------------------------------------------------------------------------- one step
     rate = set_learning_rate(run, step)
     for micro in batch.micro_batches:
@@ -177,6 +179,15 @@ def train_step(run: Run, step: int, batch: "GlobalBatch") -> tuple[dict, int]:
         norm, loss, code = apply_gradient(run, step, batch, losses)  # the step's only wait for the GPU
     # --------------------------------------------------------------------------------------------------------------
     return {"loss": loss, "lr": rate, "grad_norm": norm, **throughput(run, batch, time.perf_counter() - started)}, code
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Makes dropout in a step a function of seed, step and rank, whatever was computed before: a resumed run draws what
+    an uninterrupted one would have drawn."""
+    import numpy as np
+    import torch
+
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]))
 
 
 def apply_gradient(run: Run, step: int, batch: "GlobalBatch", losses: list) -> tuple[float, float, int]:
@@ -255,7 +266,9 @@ def evaluate_and_save(run: Run, progress: Progress) -> int:
     Raises:
         UserError: on every rank, when the dev loss is not finite.
     """
+    run.engine.eval()  # without dropout
     loss, code = dev_loss(run)
+    run.engine.train()
     if math.isnan(loss) and code:
         return code
     if not math.isfinite(loss):  # all ranks have the same

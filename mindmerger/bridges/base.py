@@ -64,8 +64,9 @@ class Stage(NamedTuple):
 
     data: "pairs" (sentences, X → English), "task" (the task's queries) or "english_task" (the English ones alone).
     with_prompt: whether the LLM reads the prompt after the prefix. encoder_text: what the encoder reads, the "source"
-    or the templated "prompt". trains: the parts that get gradients, "bridge" and perhaps "lm_head". starts_from: the
-    stage whose best result this one continues. Other values of `data`, `encoder_text` and `trains` are refused.
+    or the templated "prompt". trains: the parts that get gradients, "bridge" and perhaps "lm_head", or "adapter" alone.
+    starts_from: the stage whose best result this one continues. Other values of `data`, `encoder_text` and `trains` are
+    refused.
     """
 
     data: str
@@ -153,6 +154,19 @@ class Bridge(nn.Module):
             start = max((one for one in self.released if name.startswith(one)), key=len)
             names[self.released[start] + name.removeprefix(start)] = name
         return names
+
+
+class NoBridge(Bridge):
+    """The place of a bridge where an LLM is trained without one: no parameters and no positions."""
+
+    encoder_layers = ()
+
+    def __init__(self):
+        super().__init__(0, 0)
+
+    def prefix_length(self, encoder_tokens):
+        """Returns none."""
+        return 0 * encoder_tokens
 
 
 def with_end(mapped_BSD: torch.Tensor, mask_BS: torch.Tensor, end_D: torch.Tensor) -> BridgeOutput:

@@ -114,6 +114,8 @@ def open_or_build(
     from filelock import FileLock
 
     limits = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "with_prompt": with_prompt}
+    if tokenizers.encoder is None:  # the LLM alone is trained, which reads no source
+        limits["with_source"] = False
     faults: list[str] | None = [] if stage.skip_faulty_rows else None
     empty: dict[str, tuple[int, int]] = {}
     examples = stage.examples(faults, empty)  # arguments and files are checked here, before the files are hashed

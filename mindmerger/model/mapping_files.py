@@ -28,6 +28,7 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import is_utf8, model_path, sha256_of_file, write_bytes_atomic
 
 FORMAT_VERSION = 1
+ADAPTER_STAGE = "adapter"
 MAPPING_FILE = "mapping.safetensors"
 RELEASED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
@@ -56,6 +57,7 @@ class MindMergerConfig:
     vocabulary: int | None = None
     encoder_layers: list | None = None  # the hidden states that the bridge reads
     memory_key_norm: bool | None = None  # whether the keys of a memory pass the LLM's norm of keys; None: no memory
+    adapter: dict | None = None  # what the adapter in the folder beside is, by the names of its flags; None: none there
 
     @property
     def towers(self) -> Towers:
@@ -74,9 +76,19 @@ def find_bridge(name: str) -> type[Bridge]:
     return BRIDGES[name]
 
 
+def stages_of(bridge: str, options: dict[str, str]) -> dict[str, Stage]:
+    """Returns a bridge's own stages in their order, and then the adapter stage, which every bridge has.
+
+    An adapter is trained on what the bridge's last task stage is trained on, which it starts from.
+    """
+    own = find_bridge(bridge).stages_with(options)
+    last = [name for name, stage in own.items() if "task" in stage.data][-1:] or list(own)[-1:]
+    return own | {ADAPTER_STAGE: own[last[0]]._replace(trains=("adapter",), starts_from=last[0])}
+
+
 def stage_of(config: MindMergerConfig) -> Stage:
     """Returns the stage that a mapping was trained in, the bridge's last one where `config` does not say."""
-    stages = find_bridge(config.bridge).stages_with(config.bridge_options)
+    stages = stages_of(config.bridge, config.bridge_options)
     return stages.get(config.stage, list(stages.values())[-1])
 
 
@@ -344,7 +356,7 @@ def _by_own_names(path: str, config: MindMergerConfig, bridge: Bridge, expected)
         fits = [name for name in BRIDGES if name != config.bridge and _released_fits(every, config, name)]
         instead = f": these are weights of the bridge {fits[0]}, pass --bridge {fits[0]}" if fits else ""
         raise ModelError(
-            f"{path} is not a mapping of the bridge {config.bridge}{_shown_options(config)}: missing "
+            f"{path} is not a mapping of the bridge {config.bridge}{shown_options(config)}: missing "
             f"{missing or 'nothing'}, unknown {extra[:20] or 'nothing'}{instead}"
         )
     return {released[key]: value for key, value in found.items()}
@@ -361,7 +373,7 @@ def _released_fits(found: dict, config: MindMergerConfig, name: str) -> bool:
     return names <= found.keys() or own == found.keys()
 
 
-def _shown_options(config: MindMergerConfig) -> str:
+def shown_options(config: MindMergerConfig) -> str:
     shown = ", ".join(f"{name}={value}" for name, value in config.bridge_options.items())
     return f" ({shown})" if shown else ""
 
@@ -388,35 +400,3 @@ def save_released(path: str, state: dict[str, torch.Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     torch.save({"model_state_dict": tensors}, buffer, _use_new_zipfile_serialization=False)
     write_bytes_atomic(path, buffer.getvalue())
-
-
-def _model_card(config: MindMergerConfig, tensors: dict[str, torch.Tensor]) -> str:
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    form = {True: "Soft (mapped source and prompt)", False: "Hard (mapped source only)", None: "not recorded"}
-    head = ", with the LLM's output head, which is in the file too" if "lm_head.weight" in tensors else ""
-    return f"""---
-library_name: mindmerger
-tags: [mindmerger, multilingual]
----
-
-# MindMerger mapping
-
-A mapping of {parameters:,} parameters from the states of the multilingual encoder `{config.mt_path}` (width
-{config.encoder_width}) into the input embeddings of the LLM `{config.llm_path}` (width {config.llm_width}).
-Both models stay as they are; only this mapping was trained{head}.
-
-| | |
-|---|---|
-| bridge | {config.bridge}{_shown_options(config)} |
-| task | {config.task or "not recorded"} |
-| stage | {config.stage or "not recorded"} |
-| form | {form[config.augmentation]} |
-
-```python
-from modeling_mindmerger import MindMerger
-
-model = MindMerger.from_pretrained("this/folder")
-```
-
-Method: {find_bridge(config.bridge).paper}
-"""

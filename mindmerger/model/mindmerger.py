@@ -24,6 +24,14 @@ from transformers.utils import ModelOutput
 from mindmerger.bridges import Towers
 from mindmerger.hub.model_files import ModelError
 from mindmerger.hub.tokenizer_files import end_token_ids, special_token_ids
+from mindmerger.model.adapters import (
+    ADAPTER_FOLDER,
+    adapter_parameters,
+    check_adapter,
+    load_adapter,
+    save_adapter,
+    set_mode,
+)
 from mindmerger.model.attention_memory import (
     attention_memory,
     check_attention_function,
@@ -37,12 +45,12 @@ from mindmerger.model.mapping_files import (
     CONFIG_FILE,
     MAPPING_FILE,
     MindMergerConfig,
-    _model_card,
     build_bridge,
     check_mapping,
     new_config,
     read_config,
 )
+from mindmerger.model.model_card import model_card
 from mindmerger.model.packing import plan_packing, take_rows
 from mindmerger.model.towers import CHECK_WEIGHTS, _is_decoder_only, _pad_token_id, load_encoder, load_llm
 from mindmerger.model.trained_head import hand_over_head
@@ -62,7 +70,8 @@ class MindMerger(nn.Module):
     """Frozen encoder, trained mapping, frozen LLM.
 
     Build it with `from_models` (fresh mapping) or `from_pretrained` (saved one). The towers are always frozen and in
-    eval mode, so `train()` changes nothing in them; only `mapping` has trainable parameters, in fp32.
+    eval mode, so `train()` changes nothing in them; only `mapping` has trainable parameters, in fp32, until
+    `add_adapter` freezes it too.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class MindMerger(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.adapter: dict | None = None  # what PEFT knows of it
         self.encoder = encoder
         self.llm = llm
         for tower in (encoder, llm):
@@ -174,7 +184,11 @@ class MindMerger(nn.Module):
             )
         paths = mt_path or config.mt_path, llm_path or config.llm_path
         model = cls.from_models(*paths, dtype, attn_implementation, config.bridge, config.bridge_options)
-        model.load_mapping(folder)
+        if model.mapping is not None:
+            model.load_mapping(folder)
+        if config.adapter is not None:
+            place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+            load_adapter(model, check_adapter(str(place / ADAPTER_FOLDER), model.config.llm_path))
         model.config.stage, model.config.task, model.config.augmentation = (
             config.stage,
             config.task,
@@ -193,23 +207,40 @@ class MindMerger(nn.Module):
         state = check_mapping(path, self.config)
         self.mapping.load_state_dict(self.mapping.state_dict() | state, strict=True)
 
-    def save_pretrained(self, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes `mapping.safetensors`, `config.json` and a model card `README.md`, each file whole or not at all.
+    def save_pretrained(
+        self,
+        folder: str,
+        state: dict[str, torch.Tensor] | None = None,
+        adapter_state: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Writes `mapping.safetensors`, `config.json` and a model card `README.md`, each file whole or not at all; an
+        adapter in the PEFT folder `adapter/`.
 
         Args:
             folder: created when missing.
             state: the mapping's parameters when they live elsewhere (sharded by ZeRO-3); default the module's own.
+            adapter_state: the adapter's, by the names of its file; as for `state`.
         """
-        folder = Path(folder)
-        state = self.mapping.state_dict() if state is None else state
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        write_bytes_atomic(folder / MAPPING_FILE, save(tensors, metadata={"format": "pt"}))
+        folder, tensors = Path(folder), {}
+        if self.mapping is not None:
+            state = self.mapping.state_dict() if state is None else state
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            write_bytes_atomic(folder / MAPPING_FILE, save(tensors, metadata={"format": "pt"}))
+        if self.adapter is not None:
+            save_adapter(folder / ADAPTER_FOLDER, self.adapter, adapter_state or self.trained_parameters())
         write_json_atomic(folder / CONFIG_FILE, dataclasses.asdict(self.config))
-        write_text_atomic(folder / "README.md", _model_card(self.config, tensors))
+        write_text_atomic(folder / "README.md", model_card(self.config, tensors))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Returns what gets gradients, by the names that a checkpoint holds it under."""
-        return dict(self.mapping.named_parameters())
+        """Returns what is trained, by the names that a checkpoint holds it under: the bridge, or the adapter if any."""
+        return dict(self.mapping.named_parameters()) if self.adapter is None else adapter_parameters(self.llm)
+
+    def load_trained(self, state: dict[str, torch.Tensor]) -> None:
+        """Fills what is trained with the tensors of a checkpoint, which were checked."""
+        own = self.trained_parameters()
+        with torch.no_grad():
+            for name, tensor in state.items():
+                own[name].copy_(tensor)
 
     def released_names(self) -> dict[str, str]:
         """Returns the keys of the bridge's released weights: key → name of the bridge's parameter."""
@@ -223,11 +254,13 @@ class MindMerger(nn.Module):
         return next(self.llm.parameters()).device
 
     def train(self, mode: bool = True) -> "MindMerger":
-        """Sets the mapping's mode; the frozen towers stay in eval mode (no dropout) whatever is asked."""
+        """Sets the mode of what is trained; what is frozen stays in eval mode (no dropout) whatever is asked."""
         super().train(mode)
-        for tower in (self.encoder, self.llm):
-            if tower is not None:
-                tower.eval()
+        for frozen in (self.encoder, self.llm, self.mapping if self.adapter is not None else None):
+            if frozen is not None:
+                frozen.eval()
+        if self.adapter is not None:
+            set_mode(self.llm, mode)
         return self
 
     def gradient_checkpointing_enable(self) -> None:
@@ -243,17 +276,17 @@ class MindMerger(nn.Module):
 
     def forward(
         self,
-        encoder_input_ids: torch.Tensor,
-        encoder_attention_mask: torch.Tensor,
-        target_ids: torch.Tensor,
-        target_mask: torch.Tensor,
+        encoder_input_ids: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        target_mask: torch.Tensor | None = None,
         prompt_ids: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
     ) -> MindMergerOutput:
         """Next-token loss on the target tokens of `<bos> mapped-source boundary [prompt] target` (paper, section 3.2).
 
         Args:
-            encoder_input_ids, encoder_attention_mask: (B, S), any padding side.
+            encoder_input_ids, encoder_attention_mask: (B, S), any padding side; None for the LLM alone.
             target_ids, target_mask: (B, T), ending in EOS where they should.
             prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
             Masks may stay on the CPU while ids are on the model's device: packing then costs no synchronisation.

@@ -1,9 +1,9 @@
 """Training checkpoints that can be trusted: written whole or not at all, verified before they are read, no pickle.
 
-A checkpoint is a folder `checkpoint-000500/` with `training.safetensors` (fp32 mapping, Adam's moments), `state.json`
-(step, best dev loss, what the run is) and `manifest.json` (bytes and sha256 of every other file, written last). It is
-written to `checkpoint-000500.tmp`, flushed to disk and then renamed, so a name without `.tmp` is a promise that the
-manifest then proves.
+A checkpoint is a folder `checkpoint-000500/` with `training.safetensors` (what is trained in fp32, Adam's moments),
+`state.json` (step, best dev loss, what the run is) and `manifest.json` (bytes and sha256 of every other file, written
+last). It is written to `checkpoint-000500.tmp`, flushed to disk and then renamed, so a name without `.tmp` is a promise
+that the manifest then proves.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def remove_leftovers(output_dir) -> None:
     """Removes what a killed writer left half-done. Call it under the output folder's lock."""
     for entry in Path(output_dir).glob("checkpoint-*.tmp"):
         remove(entry)
-    for folder in (Path(output_dir), Path(output_dir) / "last"):
+    for folder in (Path(output_dir) / part for part in ("", "last", "adapter", "last/adapter")):
         for entry in folder.glob(".*.tmp"):
             remove(entry)
 
@@ -236,11 +236,12 @@ def check_state(folder, state) -> None:
             )
 
 
-def check_tensors(folder, tensors: dict, shapes: dict) -> None:
-    """Makes sure that a checkpoint holds the fp32 mapping and Adam's two moments, and nothing else.
+def check_tensors(folder, tensors: dict, shapes: dict, trains: str = "mapping") -> None:
+    """Makes sure that a checkpoint holds what is trained, in fp32, and Adam's two moments, and nothing else.
 
     Args:
-        shapes: name to shape of the mapping's parameters.
+        shapes: name to shape of what is trained.
+        trains: the mapping or the adapter.
 
     Raises:
         UserError: naming the tensors that are missing or too many, or the first of another shape or dtype.
@@ -248,7 +249,7 @@ def check_tensors(folder, tensors: dict, shapes: dict) -> None:
     import torch
 
     # Before any weight loads: torch would say the same after minutes, in many lines.
-    expected = {f"{kind}.{name}": tuple(s) for kind in ("mapping", *MOMENTS) for name, s in shapes.items()}
+    expected = {f"{kind}.{name}": tuple(s) for kind in (trains, *MOMENTS) for name, s in shapes.items()}
     if tensors.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise UserError(

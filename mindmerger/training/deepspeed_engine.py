@@ -112,20 +112,22 @@ def make_engine(model, config: dict, lr: float):
     return engine
 
 
-@contextmanager
-def gather_parameters(engine):
-    """Context manager: the mapping's parameters are whole on every rank, also at ZeRO-3."""
+def trained_state(engine) -> dict:
+    """Returns what the stage trains as whole fp32 CPU tensors; a collective call at ZeRO-3."""
+    return _whole_state(engine, engine.module.trained_parameters())
+
+
+def frozen_bridge_state(engine) -> dict | None:
+    """Returns a bridge under an adapter as whole CPU tensors, None without a bridge; a collective call at ZeRO-3."""
+    bridge = engine.module.mapping
+    return None if bridge is None else _whole_state(engine, dict(bridge.named_parameters()))
+
+
+def _whole_state(engine, parameters: dict) -> dict:
     import deepspeed
 
-    parameters = list(engine.module.trained_parameters().values())
-    with deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage(engine.config) == 3):
-        yield
-
-
-def mapping_state(engine) -> dict:
-    """Returns the mapping's fp32 parameters as whole CPU tensors; a collective call at ZeRO-3."""
-    with gather_parameters(engine):
-        return {name: p.detach().cpu().clone() for name, p in engine.module.trained_parameters().items()}
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=zero_stage(engine.config) == 3):
+        return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
 def optimizer_state(engine) -> dict:

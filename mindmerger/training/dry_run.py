@@ -23,12 +23,14 @@ def training_flop(args, data, merged, rows, llm, encoder) -> float:
     Args:
         merged: positions of every merged row of the data set.
         rows: (n,) row numbers.
-        llm, encoder: the models, which may be without storage.
+        llm, encoder: the models, which may be without storage; None without an encoder.
     """
     head = llm.get_output_embeddings().weight
     tables = {id(table): table.numel() for table in (llm.get_input_embeddings().weight, head)}
     layers = sum(p.numel() for p in llm.parameters()) - sum(tables.values())
-    encoding = sum(p.numel() for p in encoder.parameters()) - encoder.get_input_embeddings().weight.numel()
+    encoding = 0
+    if encoder is not None:
+        encoding = sum(p.numel() for p in encoder.parameters()) - encoder.get_input_embeddings().weight.numel()
     positions, targets, sources = (
         int(lengths[rows].sum(dtype="int64")) for lengths in (merged, data.target_lengths, data.encoder_lengths)
     )
@@ -50,20 +52,21 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
     args = settings.args
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config(args.llm_path)[0], trust_remote_code=False)
-        encoder = AutoModel.from_config(load_config(args.mt_path), trust_remote_code=False)
-        encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
-    frozen, trained = (
-        sum(p.numel() for model in models for p in model.parameters())
-        for models in ((llm, encoder), (settings.bridge,))
-    )
+        encoder = None
+        if args.mt_path is not None:
+            encoder = AutoModel.from_config(load_config(args.mt_path), trust_remote_code=False)
+            encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
+    trained = sum(math.prod(shape) for shape in settings.shapes.values())
+    bridge = settings.bridge if settings.adapter is not None else None  # frozen under an adapter
+    frozen = sum(p.numel() for model in (llm, encoder, bridge) if model is not None for p in model.parameters())
     if hasattr(settings.bridge, "lm_head"):  # in the place of the LLM's own, which is let go
         frozen -= settings.bridge.lm_head.weight.numel()
     stage, size = zero_stage(settings.config), world_size()
     shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
     frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
-    parts_gb = {"frozen weights": frozen_gb, "mapping": trained * 4 / shards["weights"] / 1e9}
+    parts_gb = {"frozen weights": frozen_gb, settings.trains: trained * 4 / shards["weights"] / 1e9}
     parts_gb |= {"gradient": trained * 4 / shards["gradient"] / 1e9, "Adam": trained * 8 / shards["Adam"] / 1e9}
-    moved = {"offload_param": ("frozen weights", "mapping"), "offload_optimizer": ("Adam",)}
+    moved = {"offload_param": ("frozen weights", settings.trains), "offload_optimizer": ("Adam",)}
     host_gb = {name: parts_gb.pop(name) for key in offloaded(settings.config) for name in moved[key]}
     print(json.dumps({"arguments": vars(args), "deepspeed": settings.config}, indent=2, default=str))
     print(f"output folder: {settings.output_dir}")

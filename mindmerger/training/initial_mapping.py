@@ -43,6 +43,11 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
     from mindmerger.tasks import find_task
 
     given = args.init_checkpoint
+    if given and given.lower() == "none" and "adapter" in stage.trains:
+        raise UserError(
+            "--init_checkpoint none leaves the adapter a bridge that nobody trained: train one first, or pass "
+            "--llm_only for an adapter without a bridge"
+        )
     if given and given.lower() == "none" or stage.starts_from is None and not given:
         return None
     folder = given or str(output_dir.parent / stage.starts_from)
@@ -56,6 +61,8 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
             "for a fresh one)"
         )
     file, recorded = find_mapping_file(folder), read_config(folder)
+    if recorded is not None and recorded.adapter is not None:
+        warn(f"the adapter beside {file} is not read: this run starts from the mapping alone")
     if recorded is not None and recorded.bridge != args.bridge:
         raise UserError(f"{file} holds the bridge {recorded.bridge}, this run trains --bridge {args.bridge}")
     for name, value in options.items():

@@ -51,16 +51,20 @@ def locked(output_dir: Path, start_over: bool):
 
 
 def save_mapping(run: Run, folder: Path) -> None:
-    """Writes the mapping in the safe and in the released format; all ranks gather, rank 0 writes."""
+    """Writes the mapping in the safe and in the released format, an adapter beside the mapping in the safe one alone:
+    the released code would run it without the adapter. All ranks gather, rank 0 writes."""
     from mindmerger.model.mapping_files import RELEASED_FILE, save_released
-    from mindmerger.training.deepspeed_engine import mapping_state
+    from mindmerger.training.deepspeed_engine import frozen_bridge_state, trained_state
 
-    state = mapping_state(run.engine)  # on every rank: at ZeRO 3 each holds a part, and gathering is collective
+    # On every rank: at ZeRO 3 each holds a part, and gathering is collective.
+    state = trained_state(run.engine)
+    bridge = state if run.settings.adapter is None else frozen_bridge_state(run.engine)
 
     def write():
         if is_main():
-            run.engine.module.save_pretrained(folder, state)
-            save_released(folder / RELEASED_FILE, state)
+            run.engine.module.save_pretrained(folder, bridge, None if bridge is state else state)
+            if bridge is state:
+                save_released(folder / RELEASED_FILE, state)
 
     with run.signals.saving():
         on_all_ranks(write)
@@ -68,9 +72,10 @@ def save_mapping(run: Run, folder: Path) -> None:
 
 def save_checkpoint(run: Run, progress: Progress) -> None:
     """Writes the complete training state; all ranks gather, rank 0 writes."""
-    from mindmerger.training.deepspeed_engine import mapping_state, optimizer_state
+    from mindmerger.training.deepspeed_engine import optimizer_state, trained_state
 
-    tensors = {f"mapping.{k}": v for k, v in mapping_state(run.engine).items()} | optimizer_state(run.engine)
+    trained = {f"{run.settings.trains}.{name}": tensor for name, tensor in trained_state(run.engine).items()}
+    tensors = trained | optimizer_state(run.engine)
     state = progress.state(run.args.train_batch_size) | {"identity": identity(run.settings, run.data)}
 
     def write():
@@ -87,8 +92,9 @@ def identity(settings: Settings, data) -> dict:
     fixed = {
         "task": settings.task.training_name,
         "stage_name": args.stage_name,
-        "bridge": args.bridge,
+        "bridge": None if args.llm_only else args.bridge,
         "bridge_options": settings.bridge.options,
+        **adapter_identity(settings),
         "augmentation": settings.with_prompt,
         "seed": args.seed,
         "llm": settings.models[0],
@@ -108,6 +114,15 @@ def identity(settings: Settings, data) -> dict:
     return fixed | changeable | {"init_checkpoint": settings.init_hash}
 
 
+def adapter_identity(settings: Settings) -> dict:
+    """Returns what an adapter is and the hash of the mapping that it stands on, nothing in another stage."""
+    from mindmerger.model.adapters import describe_adapter
+
+    if settings.adapter is None:
+        return {}
+    return describe_adapter(settings.adapter) | {"mapping under the adapter": settings.init_hash}
+
+
 def clear_outputs(output_dir: Path) -> None:
     """Removes what an earlier run left in the output folder, on rank 0.
 
@@ -118,7 +133,7 @@ def clear_outputs(output_dir: Path) -> None:
         return
     # By name, not the whole folder: it may hold what is not ours.
     others = ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png", "last")
-    others += (FAULTS_FILE, TENSORBOARD_FOLDER, WANDB_FILE)
+    others += ("adapter", FAULTS_FILE, TENSORBOARD_FOLDER, WANDB_FILE)
     for path in (*list_checkpoints(output_dir), *(output_dir / name for name in others)):
         remove(path)
         if os.path.lexists(path):
@@ -163,7 +178,7 @@ def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
                 f"--allow_changed {name} to continue with the new value, or --overwrite_output_dir to start over"
             )
         log(f"--{name} was {before}, from here on {value}")
-    check_tensors(folder, tensors, {name: p.shape for name, p in settings.bridge.named_parameters()})
+    check_tensors(folder, tensors, settings.shapes, settings.trains)
     later = later_checkpoints(settings.output_dir, state["step"])
     if later:
         names = ", ".join(entry.name for entry in later)

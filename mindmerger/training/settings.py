@@ -16,6 +16,7 @@ from mindmerger.runtime.command import (
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import is_main, warn, world_size
+from mindmerger.training import adapter_stage
 from mindmerger.training.initial_mapping import settle_start
 
 FAULTS_FILE = "faulty_rows.txt"  # in the output folder
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--task", default="translation", help="math, x-csqa, xnli or translation")
     add("--stage_name", help="which stage of the bridge to train, for mindmerger mapping or augmentation (default: its "
-        "first)")  # fmt: skip
+        "first), or adapter, which every bridge has")  # fmt: skip
     add("--data_root", default="./datas", help="folder in the released layout")
     add("--languages", help="only these, by name or code, separated by commas (default: the task's)")
     add("--train_num", type=at_least(1), default=100000, help="examples per language")
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_workers", type=at_least(0), default=2, help="threads that collate batches ahead; "
         "0 collates between the steps")  # fmt: skip
 
+    adapter_stage.add_arguments(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=_positive, default=2e-5, help="learning rate of AdamW")
     add("--lr_scheduler", choices=("constant", "cosine", "linear"), default="constant", help="decay after warm-up")
@@ -151,7 +153,7 @@ class Settings:
 
     args: argparse.Namespace
     task: object
-    bridge: object  # without storage: asked for names, shapes, lengths and options
+    bridge: object  # without storage: asked for lengths and options; a `NoBridge` where the LLM is trained alone
     stage: object
     languages: list | None
     with_prompt: bool
@@ -160,7 +162,14 @@ class Settings:
     output_dir: Path
     init_file: str | None
     init_hash: str | None
-    models: tuple[str, str]  # fingerprints of the LLM and the encoder
+    models: tuple[str, str | None]  # fingerprints of the LLM and the encoder
+    adapter: dict | None  # what PEFT needs to know of it, in the adapter stage
+    shapes: dict  # of what is trained, by the names that a checkpoint holds it under
+
+    @property
+    def trains(self) -> str:
+        """What is trained, in a word that checkpoints and messages have: the mapping or the adapter."""
+        return "mapping" if self.adapter is None else "adapter"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -178,8 +187,7 @@ def settle(args) -> Settings:
     Raises:
         UserError: for the first thing that cannot be.
     """
-    from mindmerger.model.attention_memory import check_attention_function
-    from mindmerger.model.mapping_files import config_of_models, empty_bridge, find_bridge
+    from mindmerger.model.adapters import adapter_shapes
     from mindmerger.tasks import find_task
 
     warn_of_unused(args)
@@ -189,21 +197,21 @@ def settle(args) -> Settings:
     task = find_task(args.task)
     options = settle_options(args.bridge, args.bridge_option)
     stage = settle_stage(args, options)
+    adapter = adapter_stage.settle_adapter(args, stage)
     if stage.data != "pairs":
         task.check_augmentation()
     languages = settle_languages(args, stage)
     with_prompt = settle_prompt(args, stage)
     config, accumulation = settle_batch(args)
     models = settle_models(args, config)
-    mapping_config = config_of_models(args.mt_path, args.llm_path, args.bridge, options)
-    if find_bridge(args.bridge).uses_memory:
-        check_attention_function(args.attn_implementation)
-    output_dir = Path(args.output_dir) / args.save_name / task.training_name / args.stage_name
-    init_file, init_hash = settle_start(args, stage, mapping_config, output_dir)
+    folder = adapter_stage.ALONE_FOLDER if args.llm_only else args.stage_name
+    output_dir = Path(args.output_dir) / args.save_name / task.training_name / folder
+    bridge, (init_file, init_hash) = settle_bridge(args, stage, options, output_dir)
+    shapes = {name: tuple(parameter.shape) for name, parameter in bridge.named_parameters()}
     return Settings(
         args=args,
         task=task,
-        bridge=empty_bridge(mapping_config),
+        bridge=bridge,
         stage=stage,
         languages=languages,
         with_prompt=with_prompt,
@@ -213,7 +221,27 @@ def settle(args) -> Settings:
         init_file=init_file,
         init_hash=init_hash,
         models=models,
+        adapter=adapter,
+        shapes=shapes if adapter is None else adapter_shapes(args.llm_path, adapter),
     )
+
+
+def settle_bridge(args, stage, options: dict[str, str], output_dir: Path) -> tuple:
+    """Returns the bridge without storage, and where its weights start from, as `settle_start` says.
+
+    Raises:
+        UserError: where it cannot stand between the two models, and for weights that do not fit.
+    """
+    from mindmerger.bridges.base import NoBridge
+    from mindmerger.model.attention_memory import check_attention_function
+    from mindmerger.model.mapping_files import config_of_models, empty_bridge, find_bridge
+
+    if args.llm_only:
+        return NoBridge(), (None, None)
+    config = config_of_models(args.mt_path, args.llm_path, args.bridge, options)
+    if find_bridge(args.bridge).uses_memory:
+        check_attention_function(args.attn_implementation)
+    return empty_bridge(config), settle_start(args, stage, config, output_dir)
 
 
 def settle_prompt(args, stage) -> bool:
@@ -246,14 +274,14 @@ def settle_batch(args) -> tuple[dict, int]:
     return effective_config(config, *sizes, args.max_grad_norm), accumulation
 
 
-def settle_models(args, config: dict) -> tuple[str, str]:
+def settle_models(args, config: dict) -> tuple[str, str | None]:
     """Checks both model folders, and what `--compile` and `--liger` need, before weights load.
 
     Args:
         config: DeepSpeed's.
 
     Returns:
-        the fingerprints of the LLM and the encoder.
+        the fingerprints of the LLM and the encoder, None where there is no encoder.
 
     Raises:
         UserError: for the first thing that cannot be used.
@@ -265,7 +293,7 @@ def settle_models(args, config: dict) -> tuple[str, str]:
     check_roles(args.llm_path, args.mt_path)
     check_models(args.mt_path, args.llm_path, backward=True, must_exist=not args.dry_run)
     check_speed_options(args, zero_stage(config))
-    return model_fingerprint(args.llm_path), model_fingerprint(args.mt_path)
+    return model_fingerprint(args.llm_path), model_fingerprint(args.mt_path) if args.mt_path else None
 
 
 def settle_options(bridge: str, texts: list[str]) -> dict[str, str]:
@@ -286,7 +314,8 @@ def settle_stage(args, options: dict[str, str]):
 
     if args.stage_name is None:
         args.stage_name = next(iter(find_bridge(args.bridge).stages_with(options)))
-    return find_stage(args.bridge, args.stage_name, options)
+    stage = find_stage(args.bridge, args.stage_name, options)
+    return adapter_stage.settle_alone(args, stage) if args.llm_only else stage
 
 
 def find_stage(bridge: str, name: str, options: dict[str, str] | None = None):
@@ -297,9 +326,9 @@ def find_stage(bridge: str, name: str, options: dict[str, str] | None = None):
             this loop does.
     """
     from mindmerger.bridges.base import nearest
-    from mindmerger.model.mapping_files import find_bridge
+    from mindmerger.model.mapping_files import stages_of
 
-    stages = find_bridge(bridge).stages_with(options or {})
+    stages = stages_of(bridge, options or {})
     if name not in stages:
         raise UserError(
             f"--stage_name {name!r} is not a stage of --bridge {bridge}: choose {' or '.join(stages)}"
@@ -307,7 +336,7 @@ def find_stage(bridge: str, name: str, options: dict[str, str] | None = None):
         )
     stage = stages[name]
     known = {"data": ("pairs", "task", "english_task"), "encoder_text": ("source", "prompt")}
-    known["trains"] = (("bridge",), ("bridge", "lm_head"))
+    known["trains"] = (("bridge",), ("bridge", "lm_head"), ("adapter",))
     for field, values in known.items():
         if getattr(stage, field) not in values:
             raise UserError(
@@ -391,7 +420,8 @@ def check_lengths(settings: Settings, data) -> None:
 
     longest, source = int(data.merged_lengths(settings.bridge.prefix_length).max()), int(data.encoder_lengths.max())
     check_positions(settings.args.llm_path, longest, "the longest row", "--max_gen_len or --max_seq_len")
-    check_positions(settings.args.mt_path, source, "the longest source", "--max_seq_len")
+    if settings.args.mt_path is not None:
+        check_positions(settings.args.mt_path, source, "the longest source", "--max_seq_len")
 
 
 def check_tokens(settings: Settings, tokenizers, data) -> None:
@@ -407,5 +437,6 @@ def check_tokens(settings: Settings, tokenizers, data) -> None:
         -1 if tokenizers.bos_id is None else tokenizers.bos_id,
     ]
     check_rows(tokenizers.llm, settings.args.llm_path, ids, embedding_rows(llm_config(settings.args.llm_path)[0]))
-    ids = [data.largest_id("encoder_ids")]
-    check_rows(tokenizers.encoder, settings.args.mt_path, ids, embedding_rows(load_config(settings.args.mt_path)))
+    if settings.args.mt_path is not None:
+        ids = [data.largest_id("encoder_ids")]
+        check_rows(tokenizers.encoder, settings.args.mt_path, ids, embedding_rows(load_config(settings.args.mt_path)))

@@ -21,9 +21,11 @@ DEFAULT_EVAL_MICRO_BATCHES = 2000
 
 
 def load_model(settings: Settings, device):
-    """Loads the frozen towers in the run's dtype and puts the bridge between them, in fp32 with its first weights."""
+    """Loads the frozen towers in the run's dtype and puts the bridge between them, in fp32 with its first weights, and
+    in its stage an adapter on the LLM."""
     import torch
 
+    from mindmerger.model.adapters import add_adapter
     from mindmerger.model.mindmerger import MindMerger
     from mindmerger.model.towers import load_encoder, load_llm
     from mindmerger.training.deepspeed_engine import sharded_loading
@@ -34,7 +36,7 @@ def load_model(settings: Settings, device):
     dtype = torch.bfloat16 if bf16 else torch.float32
     with explain_placing_out_of_memory(device), sharded_loading(settings.config, bf16):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation)
-        encoder = load_encoder(args.mt_path, dtype, args.attn_implementation)
+        encoder = load_encoder(args.mt_path, dtype, args.attn_implementation) if args.mt_path is not None else None
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
     model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, settings.bridge.options)
     model.config.stage, model.config.task = args.stage_name, settings.task.training_name
@@ -43,8 +45,11 @@ def load_model(settings: Settings, device):
         if is_main():  # `build` gives it to the other ranks: their nodes may not have the file
             model.load_mapping(settings.init_file)
         log(f"mapping: starts from {settings.init_file}")
-    else:
+    elif not args.llm_only:
         log("mapping: starts fresh")
+    if settings.adapter is not None:
+        with sharded_loading(settings.config, bf16):  # DoRA starts from the norms of sharded weights
+            add_adapter(model, settings.adapter)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if args.compile:
@@ -52,7 +57,7 @@ def load_model(settings: Settings, device):
     if args.liger:
         apply_liger(llm)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(f"trainable parameters: {trainable:,} (mapping only)")
+    log(f"trainable parameters: {trainable:,} ({settings.trains} only)")
     with explain_placing_out_of_memory(device):
         return model.to(device)
 
@@ -162,8 +167,8 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
     if settings.init_file is not None:
         broadcast_weights(model.mapping)
     if folder is not None:
-        mapping = {name.removeprefix("mapping."): t for name, t in tensors.items() if name.startswith("mapping.")}
-        model.mapping.load_state_dict(mapping, strict=True)
+        start = f"{settings.trains}."
+        model.load_trained({name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)})
     with explain_placing_out_of_memory(device):
         engine = make_engine(model, settings.config, args.lr)
     loader, progress = BatchLoader(args, data, settings.bridge.prefix_length, device), Progress()

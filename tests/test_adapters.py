@@ -1,0 +1,252 @@
+"""The adapter stage: LoRA and DoRA on the LLM over any frozen bridge, or over none."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, read_log, run_many
+from safetensors.torch import load_file
+from test_every_bridge import batch, rows
+
+from mindmerger.bridges import BRIDGES
+from mindmerger.model.adapters import adapter_shapes, adapter_values, add_adapter
+from mindmerger.model.mapping_files import read_config
+from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime.errors import UserError
+from mindmerger.training.settings import find_stage, parse, settle
+
+ADAPTER = ["--stage_name", "adapter", "--adapter_rank", "4", "--max_gen_len", "300", "--max_steps", "4"]
+ADAPTER += ["--eval_steps", "2"]
+BRIDGE = ["--stage_name", "augmentation", "--init_checkpoint", "none", "--max_gen_len", "300", "--max_steps", "2"]
+TRAINED = "outputs/MindMerger/math/augmentation"
+
+
+def stage_flags(llm, encoder, datas):
+    """Flags of short runs in fp32."""
+    return [
+        *("--deepspeed", "--llm_path", llm, "--mt_path", encoder, "--data_root", datas, "--task", "math"),
+        *("--precision", "fp32", "--dev_size", "5", "--train_batch_size", "8", "--train_micro_batch_size_per_gpu", "2"),
+        *("--max_seq_len", "60", "--lr", "1e-2", "--num_workers", "1"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llm, tiny_encoder, datas, tmp_path_factory):
+    """The folder in which several runs took place, and their outcomes by name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    half = [*ADAPTER, "--save_name", "half", "--init_checkpoint", TRAINED]
+    dora = ["--adapter", "dora", "--adapter_targets", "q_proj, down_proj", "--gradient_checkpointing"]
+    ways = {
+        "bridge": BRIDGE,
+        "whole": ADAPTER,
+        "half": [*half, "--max_steps", "2"],
+        "resumed": [*half, "--allow_changed", "max_steps"],
+        "other rank": [*half, "--adapter_rank", "8"],
+        "other dropout": [*half, "--adapter_dropout", "0"],
+        "other mapping": [*half, "--init_checkpoint", f"{TRAINED}/last/pytorch_model.bin"],
+        "dora": [*ADAPTER, *dora, "--save_name", "dora", "--init_checkpoint", TRAINED],
+        "alone": [*ADAPTER, "--llm_only"],
+        "dry": [*ADAPTER, "--dry_run", "--save_name", "nothing"],
+        "dry alone": [*ADAPTER, "--llm_only", "--dry_run"],
+        "no bridge": [*ADAPTER, "--init_checkpoint", "none"],
+        "no such layer": [*ADAPTER, "--adapter_targets", "q_proj,v_prj"],
+        "another stage": [*BRIDGE, "--adapter_rank", "4"],
+        "alone without adapter": ["--llm_only"],
+    }
+    flags = stage_flags(tiny_llm, tiny_encoder, datas)
+    outcomes = run_many(folder, [[*flags, *one] for one in ways.values()])
+    return folder, dict(zip(ways, outcomes, strict=True))
+
+
+@pytest.mark.slow
+def test_an_adapter_trains_and_its_resume_is_exact_in_spite_of_dropout(runs):
+    folder, outcomes = runs
+    for name in ("bridge", "whole", "half", "resumed", "dora"):
+        assert outcomes[name]["code"] == 0, outcomes[name]
+    assert "trainable parameters: 896 (adapter only)" in outcomes["whole"]["printed"]
+    whole, half, dora = (folder / f"outputs/{name}/math/adapter" for name in ("MindMerger", "half", "dora"))
+    losses = read_log(whole)
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert read_log(half) == losses and read_log(whole, "dev_loss") == read_log(half, "dev_loss")
+    expected, found = (load_file(one / "last/adapter/adapter_model.safetensors") for one in (whole, half))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert read_log(dora)[-1] < read_log(dora)[0] and read_log(dora)[0] == losses[0]
+
+
+@pytest.mark.slow
+def test_an_adapter_folder_holds_the_frozen_bridge_and_what_the_run_is(runs):
+    folder, _ = runs
+    trained, out = folder / TRAINED, folder / "outputs/dora/math/adapter"
+    assert (trained / "mapping.safetensors").read_bytes() == (out / "mapping.safetensors").read_bytes()
+    assert not (out / "pytorch_model.bin").exists()
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if "checkpoint-" not in str(path)}
+    best = {"mapping.safetensors", "config.json", "README.md"}
+    best |= {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    others = {"args.json", "ds_config.json", "log.jsonl", "loss.png", "last", "adapter", "last/adapter"}
+    assert files == best | {f"last/{name}" for name in best} | others
+    expected = {"adapter": "dora", "adapter_rank": 4, "adapter_alpha": 32.0, "adapter_dropout": 0.05}
+    assert read_config(str(out)).adapter == expected | {"adapter_targets": ["down_proj", "q_proj"]}
+    assert (
+        "| adapter | DoRA, rank 4, alpha 32.0, dropout 0.05, on down_proj, q_proj |" in (out / "README.md").read_text()
+    )
+    state = json.loads((out / "checkpoint-000004/state.json").read_text())["identity"]
+    assert state.items() >= expected.items() and len(state["mapping under the adapter"]) == 16
+    tensors = load_file(out / "checkpoint-000004/training.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {"adapter", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.slow
+def test_a_resume_with_another_adapter_or_another_mapping_under_it_is_refused_by_name(runs):
+    _, outcomes = runs
+    assert "was trained with another adapter_rank (4, this run has 8)" in outcomes["other rank"]["error"]
+    assert "was trained with another adapter_dropout (0.05, this run has 0.0)" in outcomes["other dropout"]["error"]
+    assert "was trained with another mapping under the adapter ('" in outcomes["other mapping"]["error"]
+
+
+@pytest.mark.slow
+def test_flags_of_an_adapter_that_do_not_fit_are_one_line(runs):
+    _, outcomes = runs
+    errors = {name: one["error"] for name, one in outcomes.items() if one["error"]}
+    assert errors.pop("no bridge").startswith("--init_checkpoint none leaves the adapter a bridge that nobody trained")
+    assert "has no linear layer of this name (did you mean v_proj?): it has down_proj, " in errors.pop("no such layer")
+    refused = "--adapter_rank counts in --stage_name adapter, this is the augmentation stage: leave it out"
+    assert errors.pop("another stage") == refused
+    assert errors.pop("alone without adapter").endswith("pass --stage_name adapter too")
+    assert all(name.startswith("other ") for name in errors)
+
+
+@pytest.mark.slow
+def test_the_llm_alone_trains_an_adapter_on_the_same_rows_without_an_encoder(runs):
+    folder, outcomes = runs
+    assert [outcomes[name]["code"] for name in ("alone", "dry", "dry alone")] == [0, 0, 0], outcomes["dry alone"]
+    out = folder / "outputs/MindMerger/math/llm_adapter"
+    assert len(read_log(out)) == 4 and read_log(out)[-1] < read_log(out)[0]
+    assert not (out / "mapping.safetensors").exists()
+    counts = [json.loads((one / "args.json").read_text())["data"]["counts"] for one in (out, out.parent / "adapter")]
+    assert counts[0]["rows"] == counts[1]["rows"]
+    assert read_log(out, "target_tokens") == read_log(out.parent / "adapter", "target_tokens")
+    config = read_config(str(out))
+    assert (config.mt_path, config.stage, config.augmentation) == (None, "adapter", True)
+    model = MindMerger.from_pretrained(str(out), dtype=torch.float32)
+    assert model.encoder is None and model.mapping is None and model.adapter["r"] == 4
+    assert "| bridge | none |" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_zero_0_to_3_train_the_same_adapter_on_two_ranks(tiny_llm, tiny_encoder, datas, tmp_path):
+    """At ZeRO 3 without a threshold below which parameters stay whole: DoRA reads weights of other modules."""
+    sharded = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (tmp_path / "sharded.json").write_text(json.dumps(sharded))
+    configs = {name: str(ROOT / f"scripts/ds_{name}.json") for name in ("zero0", "zero1", "zero2", "zero3_offload")}
+    configs["zero3"] = str(tmp_path / "sharded.json")
+    flags = stage_flags(tiny_llm, tiny_encoder, datas)
+    dora = [*flags, *ADAPTER, "--adapter", "dora", "--init_checkpoint", TRAINED]
+    ways = [[*flags, *BRIDGE]]
+    ways += [[*dora, "--deepspeed_config", config, "--save_name", name] for name, config in configs.items()]
+    half = [*dora, "--deepspeed_config", configs["zero3"], "--save_name", "half"]
+    ways += [[*half, "--max_steps", "2"], [*half, "--allow_changed", "max_steps"]]
+    outcomes = run_many(tmp_path, ways, ranks=2)
+    assert [one["code"] for one in outcomes] == [0] * len(ways), [one["printed"][-800:] for one in outcomes]
+    folders = {name: tmp_path / "outputs" / name / "math/adapter" for name in (*configs, "half")}
+    expected = load_file(folders["zero0"] / "last/adapter/adapter_model.safetensors")
+    mapping = (tmp_path / TRAINED / "mapping.safetensors").read_bytes()
+    for name, folder in folders.items():
+        assert (folder / "last/mapping.safetensors").read_bytes() == mapping, name
+        found = load_file(folder / "last/adapter/adapter_model.safetensors")
+        for key in expected:
+            assert (found[key] - expected[key]).abs().max() <= 1e-5, (name, key)
+        assert read_log(folder) == pytest.approx(read_log(folders["zero0"]), abs=1e-5), name
+    assert read_log(folders["half"]) == read_log(folders["zero3"])
+
+
+@pytest.fixture(params=["lora", "dora"])
+def kind(request):
+    """Both kinds of adapter."""
+    return request.param
+
+
+def with_adapter(encoder, llm, kind, dtype=torch.float32, **more):
+    """A model with a new adapter."""
+    torch.manual_seed(0)
+    model = MindMerger.from_models(encoder, llm, dtype, **more)
+    add_adapter(model, adapter_values(kind, 4, 8.0, 0.1, ["q_proj", "v_proj"], llm))
+    return model
+
+
+def train(model, steps=5):
+    """Some steps, with dropout."""
+    tensors = batch(rows(True))
+    optimizer = torch.optim.AdamW(model.trained_parameters().values(), lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**tensors).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("bridge", ["mindmerger", "layalign"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_new_adapter_leaves_the_loss_equal_to_the_bit_and_learns_alone(tiny_encoder, tiny_llm, kind, dtype, bridge):
+    tensors = batch(rows(True))
+    torch.manual_seed(0)
+    plain = MindMerger.from_models(tiny_encoder, tiny_llm, dtype, bridge=bridge)
+    model = with_adapter(tiny_encoder, tiny_llm, kind, dtype, bridge=bridge)
+    assert torch.equal(model(**tensors).loss_sum, plain(**tensors).loss_sum)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert changed == {name for name in before if ".lora_" in name}
+    assert changed == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {parameter.dtype for parameter in model.trained_parameters().values()} == {torch.float32}
+    assert not torch.equal(model(**tensors).loss_sum, plain(**tensors).loss_sum)
+
+
+def test_dropout_of_an_adapter_is_active_in_training_alone(tiny_encoder, tiny_llm, kind):
+    model, tensors = train(with_adapter(tiny_encoder, tiny_llm, kind)), batch(rows(True))
+    assert torch.equal(model(**tensors).loss_sum, model(**tensors).loss_sum)
+    model.train()
+    assert not torch.equal(model(**tensors).loss_sum, model(**tensors).loss_sum)
+    inner = [module for module in model.modules() if module.training and not any(module.children())]
+    linear = {id(layer.base_layer) for layer in model.modules() if hasattr(layer, "base_layer")}
+    assert inner and not linear & set(map(id, inner)) and not model.mapping.training
+
+
+def test_plain_peft_loads_a_saved_adapter_and_so_do_we(tiny_encoder, tiny_llm, kind, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, tensors = train(with_adapter(tiny_encoder, tiny_llm, kind)), batch(rows(True))
+    model.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llm, dtype=torch.float32)
+    ids = tensors["prompt_ids"]
+    plain = base(ids).logits
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(ids).logits
+    assert torch.equal(loaded, model.llm(ids).logits) and not torch.equal(loaded, plain)
+    again = MindMerger.from_pretrained(str(tmp_path), dtype=torch.float32)
+    assert torch.equal(again(**tensors).loss_sum, model(**tensors).loss_sum)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_names_and_shapes_are_known_from_the_config_alone(tiny_encoder, tiny_llm, kind):
+    model = with_adapter(tiny_encoder, tiny_llm, kind)
+    found = {name: tuple(parameter.shape) for name, parameter in model.trained_parameters().items()}
+    assert found == adapter_shapes(tiny_llm, model.adapter)
+    number = 2 * 4 * (32 + 32 + 32 + 16)  # q and v of two layers; two of four heads are of keys and values
+    assert sum(p.numel() for p in model.trained_parameters().values()) == number + (kind == "dora") * 2 * (32 + 16)
+
+
+@pytest.mark.parametrize("bridge", sorted(BRIDGES))
+def test_every_bridge_has_an_adapter_stage_on_what_its_last_stage_trains_on(bridge):
+    own = BRIDGES[bridge].stages
+    last, stage = list(own)[-1], find_stage(bridge, "adapter")
+    assert stage == own[last]._replace(trains=("adapter",), starts_from=last)
+
+
+def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch, flags):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
+    with pytest.raises(UserError, match=r'adapters need the package peft: pip install "mindmerger\[adapters\]"'):
+        settle(parse([*flags, "--stage_name", "adapter"]))
