@@ -97,8 +97,8 @@ def test_a_released_file_without_an_output_head_leaves_the_llms_own():
 
 def test_an_unknown_stage_lists_those_of_the_bridge_and_the_nearest():
     assert refusal(find_stage, "xbridge", "translaton") == (
-        "--stage_name 'translaton' is not a stage of --bridge xbridge: choose translation or task (did you mean "
-        "translation?)"
+        "--stage_name 'translaton' is not a stage of --bridge xbridge: choose translation or task or adapter (did you "
+        "mean translation?)"
     )
     assert find_stage("langbridge", "task", {"train_lm_head": "true"}).trains == ("bridge", "lm_head")
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mindmerger.bridges import BRIDGES
 from mindmerger.data.tokenising import load_tokenizers
 from mindmerger.data.training_set import open_or_build
+from mindmerger.model.mindmerger import MindMerger
 from mindmerger.tasks import find_task
 from mindmerger.tasks.examples import StageData
 from mindmerger.training.settings import find_stage, settle_languages
@@ -76,6 +77,18 @@ def test_a_resumed_bridge_equals_an_uninterrupted_one_to_the_bit(launch, bridge)
     names = ("mapping.safetensors", "checkpoint-000002/training.safetensors")
     for expected, found in ((load_file(whole / name), load_file(again / name)) for name in names):
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bridge", TRAINED)
+def test_a_run_also_writes_the_bridge_by_its_released_names(launch, bridge):
+    folder = trained(launch, bridge, "3")
+    model = MindMerger.from_pretrained(str(folder), dtype=torch.float32)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)["model_state_dict"]
+    assert state.keys() == model.released_names().keys()
+    expected = load_file(folder / "mapping.safetensors")
+    assert all(torch.equal(tensor, expected[model.released_names()[key]]) for key, tensor in state.items())
+    model.load_mapping(str(folder / "pytorch_model.bin"))
 
 
 @pytest.mark.slow

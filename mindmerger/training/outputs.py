@@ -62,9 +62,11 @@ def save_mapping(run: Run, folder: Path) -> None:
 
     def write():
         if is_main():
-            run.engine.module.save_pretrained(folder, bridge, None if bridge is state else state)
+            model = run.engine.module
+            model.save_pretrained(folder, bridge, None if bridge is state else state)
             if bridge is state:
-                save_released(folder / RELEASED_FILE, state)
+                released = {key: state[name] for key, name in model.released_names().items()}
+                save_released(folder / RELEASED_FILE, released)
 
     with run.signals.saving():
         on_all_ranks(write)

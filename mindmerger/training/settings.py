@@ -249,7 +249,8 @@ def settle_prompt(args, stage) -> bool:
     with_prompt = stage.with_prompt if args.augmentation is None else args.augmentation
     where = f"--augmentation {with_prompt} in the {args.stage_name} stage"
     if with_prompt and not stage.with_prompt:
-        warn(f"{where}: trains with the translation prompt after the mapped source")
+        prompt = "translation" if stage.data == "pairs" else "task's"
+        warn(f"{where}: trains with the {prompt} prompt after the mapped source")
     if stage.with_prompt and not with_prompt:
         warn(f"{where}: trains MindMerger-Hard, no prompt after the mapped source")
     return with_prompt
