@@ -136,10 +136,13 @@ def evaluate(settings: Settings, device, finished: dict[int, dict]) -> dict | No
 
 
 def load(settings: Settings, device) -> tuple:
-    """Loads the model on every rank, with rank 0's mapping, and starts what decodes where the model does not."""
+    """Loads the model on every rank, with rank 0's mapping and adapter, and starts what decodes where it does not."""
     model = on_all_ranks(load_model, settings, device)
     if settings.mapping_file is not None:
         broadcast_weights(model.mapping)
+    if settings.adapter is not None:
+        own = {name: tensor.detach().cpu() for name, tensor in model.trained_parameters().items()}
+        model.load_trained(broadcast_object(own if is_main() else None))
     return model, on_all_ranks(start_engine, settings)
 
 

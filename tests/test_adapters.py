@@ -1,15 +1,19 @@
 """The adapter stage: LoRA and DoRA on the LLM over any frozen bridge, or over none."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import ROOT, read_log, run_many
-from safetensors.torch import load_file
+from conftest import ROOT, make_tiny_llm, read_log, run_many
+from safetensors.torch import load_file, save_file
 from test_every_bridge import batch, rows
 
+import run_evaluation
 from mindmerger.bridges import BRIDGES
-from mindmerger.model.adapters import adapter_shapes, adapter_values, add_adapter
+from mindmerger.evaluation.models import Models, check_adapter_fits
+from mindmerger.generation.answers import answer
+from mindmerger.model.adapters import adapter_shapes, adapter_values, add_adapter, check_adapter
 from mindmerger.model.mapping_files import read_config
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
@@ -132,6 +136,50 @@ def test_the_llm_alone_trains_an_adapter_on_the_same_rows_without_an_encoder(run
     assert "| bridge | none |" in (out / "README.md").read_text()
 
 
+def evaluate(results, datas, *flags):
+    """Evaluates six questions and returns the results."""
+    common = ["--data_root", datas, "--task", "math_mgsm", "--languages", "sw,de", "--limit", "3", "--score_gold"]
+    common += ["--max_new_tokens", "4", "--results_dir", str(results)]
+    assert run_evaluation.main([*common, *flags]) == 0
+    return {path.parent.name: json.loads(path.read_text()) for path in results.glob("MindMerger/*/results.json")}
+
+
+@pytest.mark.slow
+def test_an_evaluation_takes_the_adapter_beside_the_mapping_and_says_so(runs, datas, tmp_path, capsys):
+    trained = str(runs[0] / "outputs/MindMerger/math/adapter")
+    evaluate(tmp_path, datas, "--init_checkpoint", trained)
+    assert "MindMerger-Soft (mapped source and prompt), LoRA adapter on the LLM" in capsys.readouterr().out
+    results = evaluate(tmp_path, datas, "--init_checkpoint", trained, "--adapter_path", "none")
+    assert results.keys() == {"math_mgsm-adapter", "math_mgsm"} and "adapter" not in results["math_mgsm"]
+    with_it, without = results["math_mgsm-adapter"], results["math_mgsm"]
+    assert with_it["adapter"]["path"] == f"{trained}/adapter" and with_it["adapter"]["adapter_rank"] == 4
+    assert abs(with_it["gold"]["gold_loss"] - without["gold"]["gold_loss"]) > 0.01
+    assert with_it["identity"]["--adapter_path (sha256)"] and without["identity"]["--adapter_path (sha256)"] is None
+    line = (tmp_path / "MindMerger/math_mgsm-adapter/predictions/Swahili.jsonl").read_text().split("\n")[0]
+    model = MindMerger.from_pretrained(trained, dtype=torch.float32)
+    assert answer(model, [json.loads(line)["source"]], languages="sw", max_new_tokens=4) == [json.loads(line)["output"]]
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_llm_alone_evaluates_without_an_encoder(runs, datas, tiny_llm, tmp_path, capsys):
+    trained = str(runs[0] / "outputs/MindMerger/math/llm_adapter")
+    first = evaluate(tmp_path, datas, "--llm_only", "--init_checkpoint", trained)
+    said = capsys.readouterr()
+    assert "LLM alone (prompt only), LoRA adapter on the LLM" in said.out and "no use of" not in said.err
+    again = evaluate(tmp_path, datas, "--llm_only", "--llm_path", tiny_llm, "--adapter_path", f"{trained}/adapter")
+    assert "holds this evaluation already" in capsys.readouterr().err and again == first
+    plain = evaluate(tmp_path, datas, "--llm_only", "--llm_path", tiny_llm)
+    losses = [plain[name]["gold"]["gold_loss"] for name in ("math_mgsm-llm_only-adapter", "math_mgsm-llm_only")]
+    assert abs(losses[0] - losses[1]) > 0.01
+    # The adapter over a mapping is no part of the LLM alone.
+    over = str(runs[0] / "outputs/MindMerger/math/adapter")
+    assert evaluate(tmp_path, datas, "--llm_only", "--init_checkpoint", over).keys() == plain.keys()
+    with pytest.raises(
+        UserError, match="adapter that was trained on the LLM alone, without a mapping: pass --llm_only"
+    ):
+        evaluate(tmp_path, datas, "--init_checkpoint", trained)
+
+
 @pytest.mark.slow
 def test_zero_0_to_3_train_the_same_adapter_on_two_ranks(tiny_llm, tiny_encoder, datas, tmp_path):
     """At ZeRO 3 without a threshold below which parameters stay whole: DoRA reads weights of other modules."""
@@ -250,3 +298,68 @@ def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch, flags):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
     with pytest.raises(UserError, match=r'adapters need the package peft: pip install "mindmerger\[adapters\]"'):
         settle(parse([*flags, "--stage_name", "adapter"]))
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_encoder, tiny_llm, tmp_path_factory):
+    """An adapter folder."""
+    folder = tmp_path_factory.mktemp("saved")
+    with_adapter(tiny_encoder, tiny_llm, "dora").save_pretrained(folder)
+    return folder / "adapter"
+
+
+def change_config(folder, **changes):
+    """Changes entries of an adapter's config."""
+    values = json.loads((folder / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+
+
+def change_tensors(folder, change):
+    """Changes an adapter's tensors in place."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+DAMAGES = {
+    "no adapter folder": lambda folder: shutil.rmtree(folder),
+    "holds no adapter_config.json": lambda folder: (folder / "adapter_config.json").unlink(),
+    "lacks adapter_model.safetensors": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "cannot be read, it may be cut short": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"),
+    "adapter_config.json": lambda folder: (folder / "adapter_config.json").write_text("{"),
+    "peft_type is 'IA3', only LORA": lambda folder: change_config(folder, peft_type="IA3"),
+    "PEFT refuses this adapter": lambda folder: change_config(folder, r=-1),
+    "was trained on the LLM /elsewhere/other, not": lambda folder: change_config(
+        folder, base_model_name_or_path="/elsewhere/other"
+    ),
+    "has no linear layer of this name": lambda folder: change_config(folder, target_modules=["c_attn"]),
+    "has shape (4, 32), the LLM": lambda folder: change_config(folder, r=8),
+    "does not fit the LLM": lambda folder: change_tensors(folder, lambda tensors: tensors.pop(FIRST)),
+    "values that are not finite numbers": lambda folder: change_tensors(
+        folder, lambda tensors: tensors[FIRST].fill_(float("nan"))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES, ids=lambda message: message.replace(" ", "_"))
+def test_an_adapter_that_cannot_be_used_is_one_line_before_any_weight_loads(message, saved, tiny_llm, tmp_path, datas):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    DAMAGES[message](folder)
+    with pytest.raises(UserError) as error:
+        evaluate(tmp_path, datas, "--llm_only", "--llm_path", tiny_llm, "--adapter_path", str(folder))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_adapter_is_told_from_one_of_another_llm_by_its_content_where_both_are_there(saved, tiny_llm, tmp_path):
+    other = make_tiny_llm(tmp_path / "other", seed=5)  # of the same shapes
+    with pytest.raises(UserError, match="was trained on the LLM .*, not .*other: pass that one"):
+        check_adapter(str(saved), other)
+    shutil.copytree(tiny_llm, tmp_path / "copy")
+    assert check_adapter(str(saved), str(tmp_path / "copy")).values["use_dora"] is True
+
+
+def test_vllm_takes_no_adapter(saved, tiny_llm):
+    with pytest.raises(UserError, match="--engine vllm takes no adapter: merge it first"):
+        check_adapter_fits(Models(None, None, tiny_llm, None, str(saved)), "vllm")

@@ -124,6 +124,12 @@ def _add_models(group) -> None:
     group.add_argument(
         "--mt_path", type=model_path, help=f"the encoder; default: as for --llm_path, else {DEFAULT_ENCODER}"
     )
+    group.add_argument(
+        "--adapter_path",
+        type=model_path,
+        help="folder of an adapter of the LLM, as the adapter stage or PEFT writes it, also with --llm_only; none "
+        "leaves it out (default: the one beside the mapping, where its config.json names one)",
+    )
     group.add_argument("--bridge", help="its bridge (default: what its config.json names, else mindmerger)")
     group.add_argument(
         "--bridge_option",
@@ -209,7 +215,16 @@ def warn_of_unused(args: argparse.Namespace) -> None:
     if args.engine == "vllm" and args.attn_implementation is not None:
         warn("--attn_implementation reaches the encoder alone: vLLM has attention kernels of its own")
     names = ("init_checkpoint", "bridge", "bridge_option", "augmentation", "mt_path")
+    if args.llm_only and args.init_checkpoint is not None and _is_without_mapping(args.init_checkpoint):
+        names = names[1:]  # its adapter is read
     unused = [f"--{name}" for name in names if args.llm_only and getattr(args, name) not in (None, [])]
     if unused:
         named = ", of which only the name of its LLM is taken" if args.init_checkpoint and not args.llm_path else ""
         warn(f"--llm_only evaluates without encoder and mapping: no use of {', '.join(unused)}{named}")
+
+
+def _is_without_mapping(path: str) -> bool:
+    from mindmerger.model.mapping_files import read_config
+
+    recorded = read_config(path)
+    return recorded is not None and recorded.mt_path is None

@@ -16,12 +16,14 @@ class Models(NamedTuple):
     """The models that are evaluated, those of the LLM alone without `mapping_file`, `encoder` and `config`.
 
     config: of the mapping, with MindMerger's bridge where it has no config.json, as the released ones have none.
+    adapter: a folder, not looked into yet.
     """
 
     mapping_file: str | None
     encoder: str | None
     llm: str
     config: object | None
+    adapter: str | None = None
 
 
 def find_models_on_rank_0(args: argparse.Namespace, task) -> Models:
@@ -41,14 +43,52 @@ def find_models(args: argparse.Namespace, task) -> Models:
     if given is None and not args.llm_only:
         given = trained_mapping(args.save_name, task, args.bridge or DEFAULT_BRIDGE)
     recorded = read_config(given) if given is not None else None
-    mapping_file = str(find_mapping_file(given)) if given is not None else None
+    without_mapping = recorded is not None and recorded.mt_path is None
+    if without_mapping and not args.llm_only:
+        raise UserError(
+            f"{given} holds an adapter that was trained on the LLM alone, without a mapping: pass --llm_only"
+        )
+    mapping_file = str(find_mapping_file(given)) if given is not None and not without_mapping else None
+    adapter = choose_adapter(args, given, recorded)
     llm = choose_path(args, recorded, "llm_path", DEFAULT_LLM)
     if args.llm_only:
-        return Models(None, None, llm, None)
+        return Models(None, None, llm, None, adapter)
     encoder = choose_path(args, recorded, "mt_path", DEFAULT_ENCODER)
     bridge, options = choose_bridge(args, recorded, mapping_file)
     config = recorded or MindMergerConfig(encoder, llm, None, 0, bridge=bridge, bridge_options=options)
-    return Models(mapping_file, encoder, llm, config)
+    return Models(mapping_file, encoder, llm, config, adapter)
+
+
+def choose_adapter(args: argparse.Namespace, given: str | None, recorded) -> str | None:
+    """Returns the folder of the adapter that is evaluated with the LLM: as given, else the one that was trained over
+    the mapping, or, with --llm_only, over none."""
+    from mindmerger.model.adapters import ADAPTER_FOLDER
+
+    if args.adapter_path is not None:
+        return None if args.adapter_path.lower() == "none" else args.adapter_path
+    if recorded is None or recorded.adapter is None or (args.llm_only and recorded.mt_path is not None):
+        return None
+    folder = Path(given) if Path(given).is_dir() else Path(given).parent
+    log(f"--adapter_path not given: taking {folder / ADAPTER_FOLDER}, named by the config.json beside it")
+    return str(folder / ADAPTER_FOLDER)
+
+
+def check_adapter_fits(models: Models, engine: str):
+    """Returns the adapter as `check_adapter` does, on every rank what rank 0 finds; None without one.
+
+    Raises:
+        UserError: for one that is damaged or of another LLM, and an engine that takes none.
+    """
+    from mindmerger.model.adapters import check_adapter
+
+    if models.adapter is None:
+        return None
+    if engine != "hf":
+        raise UserError(
+            f"--engine {engine} takes no adapter: merge it first (python -m mindmerger.baselines.merge_adapter), and "
+            "pass the merged LLM with --adapter_path none"
+        )
+    return broadcast_object(on_all_ranks(lambda: check_adapter(models.adapter, models.llm) if is_main() else None))
 
 
 def choose_bridge(args: argparse.Namespace, recorded, mapping_file: str) -> tuple[str, dict[str, str]]:

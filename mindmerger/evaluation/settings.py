@@ -14,6 +14,7 @@ from mindmerger.evaluation.flags import check_flags
 from mindmerger.evaluation.models import (
     DEFAULT_BRIDGE,
     Models,
+    check_adapter_fits,
     check_models_fit,
     find_models_on_rank_0,
     warn_of_other_training,
@@ -63,6 +64,7 @@ class Settings:
     bridge_name: str
     bridge: object | None  # without storage: asked for the prefix's length
     mapping_file: str | None
+    adapter: object | None  # a `SavedAdapter`
     precision: str
     attn_implementation: str | None
     engine: str
@@ -104,13 +106,15 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     if form != "llm_only":
         warn_of_other_training(models.config, task, form)
     bridge = check_models_fit(models, args.engine)
+    adapter = check_adapter_fits(models, args.engine)
     if bridge is not None and bridge.uses_memory:
         check_attention_function(args.attn_implementation, args.engine)
     items = read_items(args, task, languages)
     tokenizers = load_tokenizers(models.encoder, models.llm)
     columns = tokenise_items(args, tokenizers, items.examples, form, models.config)
     columns, probe, partner = apply_probe(args.probe_prefix, items.examples, columns, args.seed)
-    suffix = (items.suffix or FORM_SUFFIX[form]) + (f"-prefix_{args.probe_prefix}" if args.probe_prefix else "")
+    suffix = (items.suffix or FORM_SUFFIX[form]) + ("-adapter" if adapter is not None else "")
+    suffix += f"-prefix_{args.probe_prefix}" if args.probe_prefix else ""
     settings = Settings(
         task=task,
         form=form,
@@ -122,6 +126,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         bridge_name=models.config.bridge if models.config is not None else DEFAULT_BRIDGE,
         bridge=bridge,
         mapping_file=models.mapping_file,
+        adapter=adapter,
         precision=args.precision or ("bf16" if on_gpu else "fp32"),
         attn_implementation=args.attn_implementation,
         engine=args.engine,
@@ -277,7 +282,8 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         # Its kernels round otherwise. None for transformers: folders without the entry are its.
         "--engine": None if args.engine == "hf" else args.engine,
         "--seed": args.seed,
-        # None without: folders that are older than these two flags lack the entries.
+        # None without: folders that are older than these flags lack the entries.
+        "--adapter_path (sha256)": settings.adapter.sha256 if settings.adapter is not None else None,
         "--probe_prefix": args.probe_prefix,
         "--score_gold": args.score_gold or None,
         SCORER: settings.task.scorer_version,

@@ -169,7 +169,8 @@ def find_published(settings: Settings, languages: dict[str, dict]) -> dict | Non
     from mindmerger.evaluation.tables import published_scores
 
     # The published rows have none of these: they would be taken for this run's.
-    if settings.parallel_input or settings.probe_prefix or settings.bridge_name != DEFAULT_BRIDGE:
+    others = settings.parallel_input or settings.probe_prefix or settings.adapter
+    if others or settings.bridge_name != DEFAULT_BRIDGE:
         return None
     rows = {name: one["n"] for name, one in languages.items()}
     return published_scores(settings.task, settings.form, settings.llm_path, settings.mt_path, rows)
@@ -177,6 +178,10 @@ def find_published(settings: Settings, languages: dict[str, dict]) -> dict | Non
 
 def describe_run(settings: Settings) -> dict:
     """Returns the entries of results.json by which the evaluation can be run again."""
+    from mindmerger.model.adapters import describe_adapter
+
+    adapter = settings.adapter
+    described = {"path": adapter.folder, **describe_adapter(adapter.values)} if adapter is not None else None
     return {
         "max_new_tokens": settings.max_new_tokens,
         "engine": settings.engine if settings.engine == "hf" else f"vllm {metadata.version('vllm')}",
@@ -185,6 +190,7 @@ def describe_run(settings: Settings) -> dict:
         "bridge_options": settings.bridge.options if settings.bridge is not None else None,
         "llm_path": settings.llm_path,
         "mt_path": settings.mt_path,
+        **({"adapter": described} if described else {}),
         "identity": settings.identity,
         "arguments": settings.arguments,
         "command": sys.argv,

@@ -19,6 +19,9 @@ def form_title(results: dict) -> str:
     title, bridge = FORM_TITLES.get(results["form"], results["form"]), results.get("bridge")
     if bridge not in (None, DEFAULT_BRIDGE):
         title = f"{bridge} ({'prefix and prompt' if results['form'] == 'soft' else 'prefix only'})"
+    if results.get("adapter") is not None:
+        kind = {"lora": "LoRA", "dora": "DoRA"}[results["adapter"]["adapter"]]
+        title = f"{title}, {kind} adapter on the LLM"
     parallel, probe = results.get("parallel_input"), results.get("probe_prefix")
     if probe is not None:
         return f"{title}, {PROBE_TITLES[probe['kind']]}"

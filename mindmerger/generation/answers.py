@@ -194,7 +194,8 @@ def answer_batches(model, engine, settings, batches: list[list[int]]):
 def load_model(settings, device):
     """Loads both towers and what stands between them on this rank's device; with vLLM without the LLM's layers.
 
-    Rank 0 alone reads the mapping, since its node alone may have the file: the caller gives it to the other ranks.
+    Rank 0 alone reads mapping and adapter, since its node alone may have the files: the caller gives them to the other
+    ranks.
 
     Raises:
         UserError: out of memory, or for a model that cannot be loaded.
@@ -202,6 +203,7 @@ def load_model(settings, device):
     import torch
 
     from mindmerger.generation.vllm_engine import keep_input_side
+    from mindmerger.model.adapters import load_adapter
     from mindmerger.model.mindmerger import MindMerger
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
@@ -212,6 +214,8 @@ def load_model(settings, device):
         model = MindMerger.from_models(*paths, dtype, settings.attn_implementation, *between)
         if settings.mapping_file is not None and is_main():
             model.load_mapping(settings.mapping_file)
+        if settings.adapter is not None:
+            load_adapter(model, settings.adapter, read=is_main())
         if settings.engine == "vllm":  # which loads the LLM itself: twice would not fit
             keep_input_side(model)
         if settings.probe_prefix is not None and settings.probe_prefix["kind"] == "zero":
