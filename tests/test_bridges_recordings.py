@@ -38,6 +38,7 @@ CASES = [
     Case("xbridge-enc-mt5-llama", "xbridge", {}, "", "losses"),
     Case("fus-global-mt5-llama", "layer_fusion", {}, "released.", "lr1e-3.losses"),
     Case("fus-global-mt5-llama", "layer_fusion", {}, "released.", "lr3e-5.losses", lr=3e-5),
+    Case("fus-global-nllb-llama-gqa", "layer_fusion", {}, "released.", "lr1e-3.losses", encoder="nllb-tiny"),
     Case(
         "fus-token-mt5-llama", "layer_fusion", {"mix": "token", "feed_forward": "64"}, "released.", "lr1e-3.losses"
     )._replace(tolerance=1e-3),  # its gradients are so small that Adam's first steps follow their rounding
