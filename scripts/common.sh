@@ -207,3 +207,29 @@ evaluate() {
     add_variables "" init_checkpoint augmentation "${published[@]%%=*}"
     launch run_evaluation.py "${command_line[@]}" "$@"
 }
+
+# What the two comparisons share. `table` holds the arguments of the table, in its order.
+
+missing() { # LABEL REASON
+    printf '=== %s: missing: %s\n' "$1" "$2"
+    table+=(--missing "$1=$2")
+}
+
+# attempt LABEL LOG COMMAND...: true when it succeeded. A refused input (exit code 2) puts the command's own line into
+# REPLY and is false; anything else ends the script.
+attempt() {
+    local label=$1 file=$2 code=0
+    shift 2
+    printf '=== %s\n    %s\n' "$label" "$*"
+    { "$@" 2>&1 >&3 | tee "$file" >&2; } 3>&1 || code=$?
+    if [[ $code -eq 0 ]]; then return 0; fi
+    if [[ $code -ne 2 ]]; then
+        printf 'error: the command of the row "%s" ended with exit code %d; its messages are in %s\n' "$label" "$code" \
+            "$file" >&2
+        exit "$code"
+    fi
+    REPLY=$(grep -a -m 1 '^error: ' "$file" || true)
+    REPLY=${REPLY#error: }
+    REPLY=${REPLY:-refused, see $file}
+    return 1
+}

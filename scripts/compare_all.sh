@@ -50,30 +50,6 @@ read -r -a experts <<<"$language_experts"
 table=()
 mkdir -p "$results_dir/logs"
 
-missing() { # LABEL REASON
-    printf '=== %s: missing: %s\n' "$1" "$2"
-    table+=(--missing "$1=$2")
-}
-
-# attempt LABEL LOG COMMAND...: true when it succeeded; a refused input (exit code 2) makes the row a missing one, with
-# the command's own line as the reason; anything else stops here.
-attempt() {
-    local label=$1 file=$2 code=0 reason
-    shift 2
-    printf '=== %s\n    %s\n' "$label" "$*"
-    { "$@" 2>&1 >&3 | tee "$file" >&2; } 3>&1 || code=$?
-    if [[ $code -eq 0 ]]; then return 0; fi
-    if [[ $code -ne 2 ]]; then
-        printf 'error: the command of the row "%s" ended with exit code %d; its messages are in %s\n' "$label" "$code" \
-            "$file" >&2
-        exit "$code"
-    fi
-    reason=$(grep -a -m 1 '^error: ' "$file" || true)
-    reason=${reason#error: }
-    missing "$label" "${reason:-refused, see $file}"
-    return 1
-}
-
 # evaluate_row LABEL SLUG FORM ARGUMENT...: FORM is what the results folder's name ends in.
 evaluate_row() {
     local label=$1 slug=$2 form=$3 command_line=() program=(python run_evaluation.py)
@@ -90,6 +66,8 @@ evaluate_row() {
     fi
     if attempt "$label" "$results_dir/logs/$slug.log" "${program[@]}" "${command_line[@]}" "$@" ${extra[@]+"${extra[@]}"}; then
         table+=(--row "$label=$results_dir/compare/$slug/$folder$form")
+    else
+        missing "$label" "$REPLY"
     fi
 }
 
@@ -110,8 +88,11 @@ merge_row() {
         rm -f "$made"
         local again=()
         if [[ -e $output ]]; then again=(--overwrite); fi
-        attempt "$label" "$results_dir/logs/merge-$slug.log" \
-            python -m "mindmerger.baselines.$module" "$@" --output "$output" ${again[@]+"${again[@]}"} || return 0
+        if ! attempt "$label" "$results_dir/logs/merge-$slug.log" \
+            python -m "mindmerger.baselines.$module" "$@" --output "$output" ${again[@]+"${again[@]}"}; then
+            missing "$label" "$REPLY"
+            return 0
+        fi
         printf '%s' "$module $*" >"$made"
     fi
     evaluate_row "$label" "$slug" -llm_only --llm_only --llm_path "$output"

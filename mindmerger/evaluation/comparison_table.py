@@ -38,18 +38,21 @@ from mindmerger.tasks.languages import find_language
 SIGNIFICANT = 0.05
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """Lays rows of cells out as a Markdown table; the first row is its head."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
 
 
-def _with_interval(one: Cell | Mean, p: float | None) -> str:
+def with_interval(one: Cell | Mean, p: float | None) -> str:
+    """Returns an accuracy with its interval, and a star where it differs."""
     star = "*" if p is not None and p < SIGNIFICANT else ""
     return f"{one.accuracy:.1f}{star} [{one.interval[0]:.1f}, {one.interval[1]:.1f}]"
 
 
-def _difference(one: Cell | Mean, base: Cell | Mean, p: float) -> str:
+def in_points(one: Cell | Mean, base: Cell | Mean, p: float) -> str:
+    """Returns a difference in accuracy with its p-value."""
     return f"{one.accuracy - base.accuracy:+.1f} (p {format_p(p)})"
 
 
@@ -70,21 +73,21 @@ def format_markdown(task: str, table: dict, against: str, missing: dict[str, str
             accuracy.append([label, *["missing"] * (len(languages) + 1)])
             continue
         cells, mean = made
-        texts = [_with_interval(cell, cell.p_holm) for cell in cells.values()]
-        accuracy.append([label, *texts, _with_interval(mean, mean.p)])
+        texts = [with_interval(cell, cell.p_holm) for cell in cells.values()]
+        accuracy.append([label, *texts, with_interval(mean, mean.p)])
         if label != against:
-            texts = [_difference(cell, base_cells[name], cell.p_holm) for name, cell in cells.items()]
-            difference.append([label, *texts, _difference(mean, base_mean, mean.p)])
+            texts = [in_points(cell, base_cells[name], cell.p_holm) for name, cell in cells.items()]
+            difference.append([label, *texts, in_points(mean, base_mean, mean.p)])
     items = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     parts = [
         f"# {task}: accuracy in percent on the same items",
         f"{items} items per language; in brackets 95 % bootstrap intervals; \\*: differs from **{against}** at "
         f"{SIGNIFICANT} (exact McNemar test, Holm correction over the {len(languages)} languages; avg: sign-flip test "
         "over questions).",
-        _markdown(accuracy),
+        markdown_table(accuracy),
     ]
     if len(difference) > 1:
-        parts += [f"## Difference to {against}, in points (p of languages after Holm)", _markdown(difference)]
+        parts += [f"## Difference to {against}, in points (p of languages after Holm)", markdown_table(difference)]
     if missing:
         parts += ["## Missing rows", "\n".join(f"- {label}: {reason}" for label, reason in missing.items())]
     if notes:
@@ -164,7 +167,8 @@ def make_figure(task: str, table: dict):
     return figure
 
 
-def _named(text: str) -> tuple[str, str]:
+def named(text: str) -> tuple[str, str]:
+    """Reads LABEL=VALUE, as a flag's type."""
     label, separator, value = text.partition("=")
     if not separator or not label.strip() or not value.strip():
         raise argparse.ArgumentTypeError(f"expected LABEL=VALUE, got {text!r}")
@@ -182,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--row",
         action="append",
         dest="entries",
-        type=lambda text: ("row", *_named(text)),
+        type=lambda text: ("row", *named(text)),
         required=True,
         metavar="LABEL=FOLDER",
         help="a finished results folder; once per row, in the table's order",
@@ -191,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--missing",
         action="append",
         dest="entries",
-        type=lambda text: ("missing", *_named(text)),
+        type=lambda text: ("missing", *named(text)),
         metavar="LABEL=REASON",
         help="a row that could not be made: listed as missing, with the reason",
     )

@@ -1,0 +1,273 @@
+"""Plans a comparison of bridges: how many steps each stage takes, so that all bridges read equally many target tokens.
+
+    python -m scripts.bridge_plan plan --output plan.json --target_tokens 200000 --pairs=--task --pairs=math …
+
+Every bridge gets the same number of target tokens. One with stages on sentence pairs and on the task's rows spends
+`--pairs_share` of them on the pairs, in equal parts where it has several such stages, and the rest on the task's rows;
+one with a single kind spends all of them there. A stage ends at the step whose sum of target tokens is nearest to its
+share, in the very order of examples that the seed decides, so plan and training agree to the token.
+
+`choose` picks the learning rate with the lowest dev loss among finished trainings.
+
+FLOP of the training are counted from the real lengths, without padding and the LLM's attention scores: 4 for each
+weight of the LLM's layers and position (forward, and backward to the inputs alone), the same for its output head and
+target tokens, 2 for each weight of the encoder and source token, 3 times what torch counts in the bridge's forward
+pass, and 4 for each weight of the LLM's key and value projections and source token where the bridge gives a memory.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from mindmerger.runtime import command, files
+from mindmerger.runtime.command import CommandParser, at_least
+from mindmerger.runtime.errors import UserError
+
+KINDS = ("pairs", "task", "english_task")  # what a stage reads: `Stage.data`
+REFERENCE = "mindmerger"  # whose published epochs give the target tokens where --target_tokens does not
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    return [at_least(0)(name) for name in _names(text)]
+
+
+def _share(text: str) -> float:
+    from argparse import ArgumentTypeError
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise ArgumentTypeError(f"expected a number above 0 and below 1, got {text[:40]!r}")
+    return value
+
+
+def build_parser():
+    """The flags."""
+    parser = CommandParser(prog="python -m scripts.bridge_plan", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="write the plan and print a line for each stage to train")
+    add = plan.add_argument
+    add("--output", type=Path, required=True, help="JSON file for the plan and the costs")
+    add("--bridges", type=_names, default=[], help="names of mindmerger.bridges.BRIDGES, with commas (default: all)")
+    add("--seeds", type=_seeds, default=[0], help="of the trainings, with commas (default 0)")
+    add("--target_tokens", type=at_least(1), help="of each bridge over all its stages (default: what mindmerger's "
+        "stages read in the passes that the flags give them)")  # fmt: skip
+    add("--search_tokens", type=at_least(1), help="of each training that searches a learning rate (default: as "
+        "--target_tokens, and the best one counts as the first seed's training)")  # fmt: skip
+    add("--pairs_share", type=_share, help="share of the target tokens for stages on sentence pairs, of a bridge that "
+        "has both kinds (default: as mindmerger's stages share them, 0.5 with --target_tokens)")  # fmt: skip
+    for kind in KINDS:
+        add(f"--{kind}", action="append", default=[], metavar="WORD", help=f"a word of run_training.py's command line "
+            f"for stages on {kind}, written --{kind}=WORD; once per word")  # fmt: skip
+    choose = commands.add_parser("choose", help="print the candidate with the lowest dev loss")
+    choose.add_argument("--output", type=Path, required=True, help="JSON file for the dev losses and the choice")
+    choose.add_argument("candidates", nargs="+", metavar="LR=FOLDER", help="output folder of the last stage")
+    return parser
+
+
+class StageRows:
+    """One stage of one bridge on its data: what each step would read."""
+
+    def __init__(self, bridge: str, name: str, stage, words: list[str]):
+        import run_training
+        from mindmerger.training import settings as training_settings
+
+        flags = [*words, "--bridge", bridge, "--stage_name", name, "--init_checkpoint", "none", "--dry_run"]
+        self.bridge, self.name, self.stage = bridge, name, stage
+        self.settings, data = run_training.prepare(training_settings.parse(flags))
+        self.args, self.examples = self.settings.args, data.examples
+        self.positions = data.examples.merged_lengths(self.settings.bridge.prefix_length)
+
+    def train_rows(self, seed: int):
+        """Row numbers that a seed leaves beside its dev split."""
+        from mindmerger.data.batches import split_dev
+
+        return split_dev(len(self.positions), self.args.dev_size, seed)[1]
+
+    def passes(self) -> int:
+        """Target tokens of the passes that --epoch_num asks for, with the seed of the flags."""
+        rows = self.train_rows(self.args.seed)
+        return self.args.epoch_num * int(self.examples.target_lengths[rows].sum(dtype="int64"))
+
+    def take(self, tokens: int, seed: int) -> tuple[dict, list]:
+        """Returns the steps whose target tokens come nearest to `tokens`, at least one, and the rows of each."""
+        from mindmerger.data.batches import epoch_batches
+
+        rows, taken, total, epoch = self.train_rows(seed), [], 0, 0
+        while True:
+            for indices in epoch_batches(rows, self.args.train_batch_size, seed, epoch):
+                more = int(self.examples.target_lengths[indices].sum(dtype="int64"))
+                if taken and abs(total + more - tokens) > abs(total - tokens):
+                    return self.line(taken, total, seed, len(rows)), taken
+                taken.append(indices)
+                total += more
+            epoch += 1
+
+    def line(self, taken: list, total: int, seed: int, rows: int) -> dict:
+        """Returns what the plan says of one training of this stage."""
+        per_epoch = -(-rows // self.args.train_batch_size)
+        return {
+            "bridge": self.bridge,
+            "stage": self.name,
+            "data": self.stage.data,
+            "seed": seed,
+            "steps": len(taken),
+            "epochs": -(-len(taken) // per_epoch),
+            "target_tokens": total,
+            "prompt": self.stage.with_prompt,
+        }
+
+    def flop(self, taken: list, llm, encoder) -> float:
+        """Returns the FLOP of the steps, as the module's docstring counts them."""
+        import numpy as np
+
+        from mindmerger.training.dry_run import training_flop
+
+        rows, bridge = np.concatenate(taken), self.settings.bridge
+        sources = int(self.examples.encoder_lengths[rows].sum(dtype="int64"))
+        total = training_flop(self.args, self.examples, self.positions, rows, llm, encoder)
+        mean = max(1, round(sources / len(rows)))
+        total += 3 * bridge_flop(bridge, mean) / mean * sources
+        if bridge.uses_memory:
+            attentions = [layer.self_attn for layer in llm.get_decoder().layers]
+            total += 4 * sources * sum(a.k_proj.weight.numel() + a.v_proj.weight.numel() for a in attentions)
+        return total
+
+
+def bridge_flop(bridge, tokens: int) -> int:
+    """Returns the FLOP of a bridge's forward pass over one row of that many encoder tokens; it needs no storage."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad():
+        states = [torch.empty(1, tokens, bridge.towers.encoder_width) for _ in bridge.encoder_layers]
+        mask = torch.ones(1, tokens, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            bridge(states, mask)
+    return counter.get_total_flops()
+
+
+def towers_without_storage(args):
+    """Returns LLM and encoder on the meta device."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from mindmerger.hub.model_configs import llm_config, load_config
+
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(llm_config(args.llm_path)[0], trust_remote_code=False)
+        encoder = AutoModel.from_config(load_config(args.mt_path), trust_remote_code=False)
+    return llm, encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
+
+
+def read_stages(bridge: str, words: dict[str, list[str]]) -> list[StageRows]:
+    """Returns the stages of a bridge, in the order in which they are trained, on their data."""
+    from mindmerger.model.mapping_files import find_bridge
+
+    stages = find_bridge(bridge).stages_with(find_bridge(bridge).settle({}))
+    return [StageRows(bridge, name, stage, words[stage.data]) for name, stage in stages.items()]
+
+
+def settle_budget(args, reference: list[StageRows] | None) -> tuple[int, float]:
+    """Returns the target tokens of each bridge, and the share of them that is for sentence pairs."""
+    if args.target_tokens is not None:
+        return args.target_tokens, args.pairs_share or 0.5
+    tokens = {kind: sum(one.passes() for one in reference if one.stage.data == kind) for kind in ("pairs", "task")}
+    total = sum(tokens.values())
+    return total, args.pairs_share or tokens["pairs"] / total
+
+
+def budgets(stages: list[StageRows], tokens: int, share: float) -> list[int]:
+    """Returns the target tokens of each stage of one bridge."""
+    pairs = [one.stage.data == "pairs" for one in stages]
+    if all(pairs) or not any(pairs):
+        return [round(tokens / len(stages))] * len(stages)
+    return [round(tokens * (share / sum(pairs) if one else (1 - share) / pairs.count(False))) for one in pairs]
+
+
+def make_plan(args) -> dict:
+    """Returns the plan: a line for every stage of every training, and each bridge's costs with the first seed."""
+    from mindmerger.bridges import BRIDGES
+
+    words = {kind: getattr(args, kind) for kind in KINDS}
+    names = args.bridges or list(BRIDGES)
+    bridges = {name: read_stages(name, words) for name in names}
+    reference = None
+    if args.target_tokens is None:
+        reference = bridges.get(REFERENCE) or read_stages(REFERENCE, words)
+    tokens, share = settle_budget(args, reference)
+    plan = {"target_tokens": tokens, "pairs_share": share, "search_tokens": args.search_tokens or tokens, "lines": []}
+    plan["costs"] = {}
+    llm, encoder = towers_without_storage(next(iter(bridges.values()))[0].args)
+    for name, stages in bridges.items():
+        made, flop = [], 0.0
+        for seed in args.seeds:
+            for one, budget in zip(stages, budgets(stages, tokens, share), strict=True):
+                line, taken = one.take(budget, seed)
+                made.append({"phase": "full", **line})
+                flop += one.flop(taken, llm, encoder) if seed == args.seeds[0] else 0
+        read = sum(line["target_tokens"] for line in made if line["seed"] == args.seeds[0])
+        trained = sum(parameter.numel() for parameter in stages[0].settings.bridge.parameters())
+        costs = {"trained_parameters": trained, "target_tokens": read, "flop_per_target_token": flop / read}
+        plan["costs"][name] = costs
+        if args.search_tokens is not None:
+            for one, budget in zip(stages, budgets(stages, args.search_tokens, share), strict=True):
+                made.append({"phase": "search", **one.take(budget, args.seeds[0])[0]})
+        plan["lines"] += made
+    return plan
+
+
+def best_dev_loss(folder: Path) -> float:
+    """Returns the lowest dev loss in the log of a training.
+
+    Raises:
+        UserError: when it holds none.
+    """
+    file = folder / "log.jsonl"
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not the log of a training: {error}") from error
+    losses = [line["dev_loss"] for line in lines if "dev_loss" in line]
+    if not losses:
+        raise UserError(f"{file} holds no dev loss, by which a learning rate is chosen: give --dev_size a number")
+    return min(losses)
+
+
+def choose(args) -> str:
+    """Writes every candidate's dev loss and returns the learning rate with the lowest one, the first of equal ones."""
+    losses = {}
+    for candidate in args.candidates:
+        rate, separator, folder = candidate.partition("=")
+        if not (rate and separator and folder):
+            raise UserError(f"expected LR=FOLDER, got {candidate!r}")
+        losses[rate] = best_dev_loss(Path(folder))
+    chosen = min(losses, key=losses.get)
+    files.write_json_atomic(args.output, {"chosen": chosen, "dev_loss": losses})
+    return chosen
+
+
+def main(argv=None) -> int:
+    """Plans, or chooses."""
+    args = build_parser().parse_args(argv)
+    if args.command == "choose":
+        print(choose(args))
+        return 0
+    if not args.seeds:
+        raise UserError("--seeds names no seed: give at least one")
+    plan = make_plan(args)
+    files.write_json_atomic(args.output, plan)
+    for line in plan["lines"]:
+        columns = ("phase", "bridge", "seed", "stage", "data", "steps", "epochs", "prompt")
+        sys.stdout.write("\t".join(str(line[name]) for name in columns) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run_main(main, alone=True)

@@ -1,0 +1,248 @@
+#!/usr/bin/env bash
+# Every bridge on the same models, data, items, number of target tokens and seeds; one table: bridges.md, .csv, .png.
+#
+#   LLM_PATH=meta-math/MetaMath-7B-V1.0 MT_PATH=google/mt5-xl bash scripts/compare_bridges.sh
+#   bash scripts/compare_bridges.sh        # the quickstart's small world, on a CPU
+#
+# For each bridge of mindmerger.bridges.BRIDGES: its stages in order with each of LRS and the first seed, the learning
+# rate with the lowest dev loss of the last stage, its stages with that rate and every seed, and an evaluation of each
+# seed, also with the prefix of another question (--probe_prefix shuffled) where the LLM reads a prompt beside it. Then
+# the LLM alone, once. Rows: the bridges, the LLM alone, the LLM with an adapter, ST-Merge (not reproduced). What cannot
+# be made is listed as missing with the reason. What is finished is kept: the same command continues.
+#
+# Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced:
+# TARGET_TOKENS=200000 (about a third of the quickstart's), SEARCH_TOKENS=40000, 50 problems per language, its batches
+# and lengths. Its models are a million parameters small: the numbers show the commands at work, not which bridge is
+# better.
+#
+# Environment (as in common.sh, capitals or as the flag is written):
+#   LLM_PATH, MT_PATH     both models; TASK (math_mgsm), BRIDGES (all; names with blanks between them)
+#   SEEDS (0,1,2)         of the trainings
+#   LRS (2e-5 1e-4 6e-4)  the learning rates to choose from, the same for all bridges; LR fixes one for all instead
+#   TARGET_TOKENS         of each bridge, over all its stages (default: what MindMerger's stages read in EPOCH_NUM passes)
+#   SEARCH_TOKENS         of a training that searches a rate (default: as TARGET_TOKENS; the best one then counts)
+#   PAIRS_SHARE           of the target tokens, for bridges with stages on sentence pairs and on the task's rows
+#   RESULTS_DIR (results/bridges), OUTPUT_DIR (outputs), SAVE_NAME (bridges)
+#   QUICKSTART_DIR, QUICKSTART_SEED, QUICKSTART_WORLD_ARGS     of the small world, as in quickstart.sh
+#   any other flag of run_training.py and run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, PRECISION, TRAIN_NUM, ...;
+#   PAIRS_<FLAG>, TASK_<FLAG>, EVALUATION_<FLAG> for stages on sentence pairs, on the task's rows, and for evaluations
+# With NUM_GPUS, HOSTFILE or DEEPSPEED_ARGS set, everything runs under the deepspeed launcher.
+set -euo pipefail
+called_from=$PWD
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+use_environment python
+
+small=""
+setting "" llm_path
+if [[ -z $REPLY ]]; then
+    setting "" mt_path
+    [[ -z $REPLY ]] || fail "MT_PATH is given and LLM_PATH is not: give both, or neither for the small world"
+    small=yes
+    world=${QUICKSTART_DIR:-quickstart}
+    if [[ -n ${QUICKSTART_DIR-} && $world != /* ]]; then world=$called_from/$world; fi
+    export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    # Models this small only wait for more threads.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(min(4, os.cpu_count() or 1))')}
+    LLM_PATH=$world/llm MT_PATH=$world/mt5 DATA_ROOT=$world/datas
+    RESULTS_DIR=${RESULTS_DIR:-$world/bridges} OUTPUT_DIR=${OUTPUT_DIR:-$world/outputs}
+    TARGET_TOKENS=${TARGET_TOKENS:-200000} SEARCH_TOKENS=${SEARCH_TOKENS:-40000} LRS=${LRS:-3e-4 1e-3 3e-3}
+    PRECISION=${PRECISION:-fp32} TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-64} MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0}
+    TRAIN_MICRO_BATCH_SIZE_PER_GPU=${TRAIN_MICRO_BATCH_SIZE_PER_GPU:-32} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}
+    DEV_SIZE=${DEV_SIZE:-256} NUM_WORKERS=${NUM_WORKERS:-0} MAX_SEQ_LEN=${MAX_SEQ_LEN:-200} MAX_GEN_LEN=${MAX_GEN_LEN:-400}
+    LR_SCHEDULER=${LR_SCHEDULER:-cosine} WARMUP_RATIO=${WARMUP_RATIO:-0.05} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-40}
+    LIMIT=${LIMIT:-50}
+    PAIRS_LANGUAGES=${PAIRS_LANGUAGES:-Swahili,German,Spanish,Russian,Chinese}
+    EVALUATION_LANGUAGES=${EVALUATION_LANGUAGES:-English,Swahili,German,Spanish,Russian,Chinese}
+fi
+
+need() {
+    setting "" "$1" "${2-}"
+    printf '%s' "$REPLY"
+}
+task=$(need task math_mgsm)
+results_dir=$(need results_dir results/bridges)
+output_dir=$(need output_dir outputs)
+save_name=$(need save_name bridges)
+seeds=$(need seeds 0,1,2)
+rates=$(need lrs "2e-5 1e-4 6e-4")
+fixed_rate=$(need lr)
+first_seed=${seeds%%,*}
+read -r -a rates <<<"${rates//,/ }"
+trained_task=$(python -c '
+import sys
+from mindmerger.tasks import find_task
+print(find_task(sys.argv[1]).training_name)' "$task" 2>/dev/null) ||
+    fail "TASK is '$task', which is not a task: see python run_evaluation.py --help"
+table=() candidates=()
+plan=$results_dir/plan.tsv
+
+if [[ -n $small && ! -f $LLM_PATH/config.json ]]; then
+    printf '=== Small world\n'
+    # The extra arguments are words on purpose.
+    # shellcheck disable=SC2086
+    python -m scripts.tiny_world --output_dir "$world" --seed "${QUICKSTART_SEED:-0}" ${QUICKSTART_WORLD_ARGS:-}
+    mkdir -p "$world/.finished"
+    : >"$world/.finished/Small-world" # quickstart.sh then takes it as its own
+fi
+mkdir -p "$results_dir/logs" "$results_dir/finished" "$results_dir/lr"
+
+# Given to every stage by this script, so that no variable sets them for all.
+owned="bridge bridge_option stage_name lr seed max_steps epoch_num output_dir save_name init_checkpoint augmentation"
+owned+=" dry_run overwrite_output_dir resume_from_checkpoint allow_changed adapter llm_only"
+
+# stage_flags DATA: puts the flags of a stage that reads it into `command_line`, without the bridge's own.
+stage_flags() {
+    local prefix=TASK also="" published=(train_num=30000 train_micro_batch_size_per_gpu=2 max_seq_len=512 max_gen_len=512)
+    if [[ $1 == pairs ]]; then
+        prefix=PAIRS published=(train_num=100000 train_micro_batch_size_per_gpu=8 max_seq_len=200 max_gen_len=200)
+    fi
+    # Such a stage reads English alone.
+    if [[ $1 == english_task ]]; then also=languages; fi
+    published+=(train_batch_size=128 micro_batch_tokens=4096 dev_size=3000)
+    read_flags mindmerger.training.settings deepspeed task local_rank gpu
+    stages=(PAIRS TASK)
+    refuse_misspelt run_training.py
+    command_line=(--task "$trained_task")
+    add_settings "$prefix" "${published[@]}"
+    # Names with blanks between them are several words on purpose.
+    # shellcheck disable=SC2086
+    add_variables "$prefix" $owned $also "${published[@]%%=*}"
+}
+
+# finish SLUG LABEL MADE COMMAND...: runs it unless the very same command has finished before and left MADE.
+finish() {
+    local stamp=$results_dir/finished/$1 label=$2 made=$3 log=$results_dir/logs/$1.log
+    shift 3
+    if [[ -f $stamp && $(<"$stamp") == "$*" ]] && compgen -G "$made" >/dev/null; then
+        printf '=== %s: finished before\n' "$label"
+        return 0
+    fi
+    attempt "$label" "$log" "$@" || return 1
+    printf '%s' "$*" >"$stamp"
+}
+
+# train_bridge BRIDGE LR SEED PHASE: trains its stages in order. The last one's folder is then in `trained`, and whether
+# it reads a prompt in `prompted`. False, with the reason in REPLY, when a stage is refused.
+train_bridge() {
+    local name=$save_name-$1-lr$2-seed$3 command_line=() program=() phase bridge seed stage data steps epochs prompt
+    if [[ $4 == search ]]; then name+=-search; fi
+    while IFS=$'\t' read -r phase bridge seed stage data steps epochs prompt <&4; do
+        if [[ "$phase $bridge $seed" != "$4 $1 $3" ]]; then continue; fi
+        stage_flags "$data"
+        program=(python run_training.py)
+        if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then program=(launch run_training.py --deepspeed); fi
+        command_line+=(--bridge "$bridge" --stage_name "$stage" --lr "$2" --seed "$seed" --max_steps "$steps")
+        command_line+=(--epoch_num "$epochs" --output_dir "$output_dir" --save_name "$name")
+        trained=$output_dir/$name/$trained_task/$stage prompted=$prompt
+        finish "$name-$stage" "$bridge, seed $seed, learning rate $2: $stage" "$trained/config.json" \
+            "${program[@]}" "${command_line[@]}" || return 1
+    done 4<"$plan"
+}
+
+# choose_rate BRIDGE: puts the learning rate into `rate` and how it was found into `found`; false as train_bridge.
+choose_rate() {
+    local phase=full tried reason=""
+    if [[ -n $fixed_rate ]]; then
+        rate=$fixed_rate found="$fixed_rate, given"
+        return 0
+    fi
+    if grep -q "^search" "$plan"; then phase=search; fi
+    candidates=()
+    for tried in "${rates[@]}"; do
+        if train_bridge "$1" "$tried" "$first_seed" "$phase"; then
+            candidates+=("$tried=$trained")
+        else
+            reason=$REPLY
+            printf '=== %s: learning rate %s is out: %s\n' "$1" "$tried" "$reason"
+        fi
+    done
+    REPLY="no learning rate of ${rates[*]} trains it: $reason"
+    [[ ${#candidates[@]} -gt 0 ]] || return 1
+    rate=$(python -m scripts.bridge_plan choose --output "$results_dir/lr/$1.json" "${candidates[@]}") || exit
+    found="$rate of ${rates[*]}"
+    printf '=== %s: learning rate %s (dev losses in %s)\n' "$1" "$found" "$results_dir/lr/$1.json"
+}
+
+# evaluate_row LABEL SLUG ARGUMENT...
+evaluate_row() {
+    local label=$1 slug=$2 made command_line=() program=(python run_evaluation.py)
+    shift 2
+    command_line=(--task "$task" --results_dir "$results_dir/evaluations" --save_name "$slug")
+    read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
+        train_micro_batch_size_per_gpu
+    stages=(EVALUATION)
+    refuse_misspelt run_evaluation.py
+    add_variables EVALUATION results_dir save_name llm_path mt_path init_checkpoint bridge bridge_option augmentation \
+        llm_only probe_prefix parallel_input translations parallel_languages order adapter_path seed
+    if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
+        program=(launch run_evaluation.py --deepspeed)
+    fi
+    made="$results_dir/evaluations/$slug/*/results.json"
+    if finish "evaluation-$slug" "$label: evaluation" "$made" "${program[@]}" "${command_line[@]}" "$@" \
+        ${extra[@]+"${extra[@]}"}; then
+        made=$(compgen -G "$made" | head -n 1)
+        table+=(--row "$label=${made%/results.json}")
+    else
+        missing "$label, $slug" "$REPLY"
+    fi
+}
+
+extra=("$@")
+setting "" llm_path
+llm=$REPLY
+setting "" mt_path
+encoder=$REPLY
+[[ -n $encoder ]] || fail "MT_PATH is not given: the encoder, which every bridge stands behind"
+
+printf '=== Plan, seeds %s\n' "$seeds"
+plan_words=()
+for data in pairs task english_task; do
+    stage_flags "$data"
+    add_settings "" epoch_num=3
+    for word in "${command_line[@]}" --seed "$first_seed"; do plan_words+=("--$data=$word"); done
+done
+command_line=()
+add_settings "" target_tokens search_tokens pairs_share
+setting "" bridges
+python -m scripts.bridge_plan plan --output "$results_dir/plan.json" --bridges "${REPLY// /,}" --seeds "$seeds" \
+    ${command_line[@]+"${command_line[@]}"} "${plan_words[@]}" >"$plan.unfinished" 2>"$results_dir/logs/plan.log" || {
+    code=$?
+    cat "$results_dir/logs/plan.log" >&2
+    exit "$code"
+}
+mv "$plan.unfinished" "$plan"
+names=()
+while read -r one; do names+=("$one"); done < <(cut -f 2 "$plan" | uniq)
+printf '    %s\n' "${names[*]}"
+
+evaluate_row "LLM alone" llm --llm_only --llm_path "$llm"
+rates_found=()
+for one in "${names[@]}"; do
+    if ! choose_rate "$one"; then
+        missing "$one" "$REPLY"
+        continue
+    fi
+    rates_found+=(--lr "$one=$found")
+    for seed in ${seeds//,/ }; do
+        if ! train_bridge "$one" "$rate" "$seed" full; then
+            missing "$one, seed $seed" "$REPLY"
+            continue
+        fi
+        given=(--llm_path "$llm" --mt_path "$encoder" --init_checkpoint "$trained")
+        evaluate_row "$one" "$one-lr$rate-seed$seed" "${given[@]}"
+        if [[ $prompted == True ]]; then
+            evaluate_row "$one (shuffled prefix)" "$one-lr$rate-seed$seed-shuffled" "${given[@]}" \
+                --probe_prefix shuffled
+        fi
+    done
+    if [[ ${prompted-} == False ]]; then
+        missing "$one (shuffled prefix)" "the LLM reads no prompt beside the prefix, so nothing would be left to answer"
+    fi
+done
+missing "LLM + adapter" "this version trains no adapter"
+missing "st_merge" "not reproduced: its code is not published; docs/bridges.md has the published numbers"
+
+printf '=== Table\n'
+python -m mindmerger.evaluation.bridge_table "${table[@]}" ${rates_found[@]+"${rates_found[@]}"} \
+    --costs "$results_dir/plan.json" --output_dir "$results_dir"

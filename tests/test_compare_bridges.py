@@ -1,0 +1,299 @@
+"""The comparison of bridges: equal target tokens, the choice of a learning rate, the table, and the whole script."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import ROOT, clean_environment
+from test_comparison_table import write_results
+
+from mindmerger.bridges import BRIDGES
+from mindmerger.evaluation import bridge_table
+from mindmerger.evaluation.statistics import bootstrap_intervals, holm, mean_difference_test
+from mindmerger.runtime.errors import UserError
+from scripts import bridge_plan
+
+# -- the table
+
+
+def write_training(folder, init_file=None, rows=10, batch=4, steps=((30, 8.0), (30, 8.0), (20, 4.0))):
+    """What the table reads of a stage: settings, and a log of (target tokens, examples per second)."""
+    folder.mkdir(parents=True)
+    settings = {"arguments": {"train_batch_size": batch, "dev_size": 2}, "init_file": init_file and str(init_file)}
+    (folder / "args.json").write_text(json.dumps(settings | {"data": {"counts": {"rows": {"Swahili": rows + 2}}}}))
+    lines = [{"step": i, "target_tokens": n, "samples_per_s": rate} for i, (n, rate) in enumerate(steps, 1)]
+    lines.insert(2, {"step": 2, "dev_loss": 0.5})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "mapping.safetensors"
+
+
+def evaluation(folder, correct, **more):
+    """A finished evaluation with more entries in its results.json."""
+    write_results(folder, correct)
+    file = folder / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"form": "soft"} | more))
+    return folder
+
+
+TWO = {"Swahili": "1100000000" * 3, "Thai": "1111100000" * 3}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Two seeds of MindMerger, two of another bridge, the LLM alone, and the other one with another prefix."""
+    better = {"Swahili": "1111100000" * 3, "Thai": "1111100000" * 3}
+    folders = {
+        "mindmerger": [evaluation(tmp_path / "m0", TWO), evaluation(tmp_path / "m1", TWO | {"Thai": "1" * 30})],
+        "other": [evaluation(tmp_path / "o0", better), evaluation(tmp_path / "o1", better)],
+        "LLM alone": [evaluation(tmp_path / "l", dict.fromkeys(TWO, "0" * 30))],
+        "other (shuffled prefix)": [evaluation(tmp_path / "p", better, probe_prefix={"kind": "shuffled", "seed": 0})],
+    }
+    return [flag for label, found in folders.items() for one in found for flag in ("--row", f"{label}={one}")]
+
+
+def table_of(tmp_path, *flags):
+    assert bridge_table.main([*map(str, flags), "--output_dir", str(tmp_path / "out")]) == 0
+    rows = csv.DictReader((tmp_path / "out/bridges.csv").read_text().splitlines())
+    return {(row["method"], row["language"]): row for row in rows}
+
+
+def test_rows_of_one_label_are_seeds_of_one_method_with_mean_and_spread(made, tmp_path):
+    found = table_of(tmp_path, *made)
+    thai = found["mindmerger", "th"]
+    assert (thai["seeds"], thai["items"], thai["accuracy"]) == ("2", "30", "75.0")
+    assert (thai["lowest_seed"], thai["highest_seed"]) == ("50.0", "100.0")
+    average = found["mindmerger", "avg"]
+    assert (average["accuracy"], average["lowest_seed"], average["highest_seed"]) == ("47.5", "35.0", "60.0")
+    text = (tmp_path / "out/bridges.md").read_text()
+    assert "| method | seeds | sw | th | avg |" in text and " 75.0 [" in text and "(50.0 to 100.0) |" in text
+    assert (tmp_path / "out/bridges.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interval_draws_questions_with_all_their_seeds(made, tmp_path):
+    """Two seeds that agree on every item tell as much of it as one of them: the interval must not shrink."""
+    found = table_of(tmp_path, *made)
+    width = {label: float(found[label, "sw"]["high"]) - float(found[label, "sw"]["low"]) for label in ("other",)}
+    asked = {"Swahili": [(str(i), "1.0", 0) for i in range(30)]}
+    one = bootstrap_intervals(asked, {"Swahili": [*[1] * 5, *[0] * 5] * 3}, 0)[1]
+    assert abs(width["other"] - (one[1] - one[0])) < 4
+
+
+def test_tests_take_whole_questions_and_are_corrected_over_languages_and_rows(made, tmp_path):
+    found = table_of(tmp_path, *made)
+    asked = [(str(i), "1.0", 0) for i in range(30)]
+    gained = [0, 0, 1, 1, 1, *[0] * 5] * 3
+    lost = [*[0] * 5, *[-0.5] * 5] * 3  # half of MindMerger's seeds had these Thai items
+    p = [mean_difference_test({"x": asked}, {"x": d}, 0) for d in (gained, lost)]
+    row = {code: found["other", code] for code in ("sw", "th", "avg")}
+    assert [float(row[code]["p"]) for code in ("sw", "th")] == pytest.approx(p, abs=2e-4)
+    assert [float(row[code]["p_holm"]) for code in ("sw", "th")] == pytest.approx(holm(p), abs=4e-4)
+    assert (
+        row["sw"]["against"] == "mindmerger"
+        and row["sw"]["difference"] == "30.0"
+        and row["th"]["difference"] == "-25.0"
+    )
+    means = [float(found[label, "avg"]["p"]) for label in ("other", "LLM alone")]
+    assert [float(found[label, "avg"]["p_holm"]) for label in ("other", "LLM alone")] == holm(means)
+    assert found["mindmerger", "sw"]["p"] == ""
+
+
+def test_a_row_with_another_prefix_is_tested_against_its_own_bridge(made, tmp_path):
+    found = table_of(tmp_path, *made)
+    probe = found["other (shuffled prefix)", "avg"]
+    assert (probe["against"], probe["difference"], float(probe["p"])) == ("other", "0.0", 1.0)
+    text = (tmp_path / "out/bridges.md").read_text()
+    main, probes = text.split("## With another prefix")
+    assert "shuffled prefix" not in main and "| other | 50.0 [" in probes and "| shuffled | 50.0 [" in probes
+
+
+def test_costs_come_from_the_training_that_the_results_name_and_from_the_plan(tmp_path):
+    """Its second stage starts from the first, whose costs count too; another run's mapping would not."""
+    import torch
+    from safetensors.torch import save_file
+
+    foreign = write_training(tmp_path / "elsewhere/math/pairs")
+    first = write_training(tmp_path / "run/math/translation", init_file=foreign)
+    last = write_training(tmp_path / "run/math/task", init_file=first)
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, last)
+    timing = {"examples_per_s": 12.5}
+    trained = evaluation(tmp_path / "m", TWO, checkpoint=str(last), timing=timing)
+    resumed = evaluation(tmp_path / "n", TWO, checkpoint=str(tmp_path / "gone.bin"), timing={"examples_per_s": None})
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"costs": {"mindmerger": {"flop_per_target_token": 2.5e9}}}))
+    flags = ["--row", f"mindmerger={trained}", "--row", f"other={resumed}", "--costs", plan]
+    found = table_of(tmp_path, *flags, "--lr", "mindmerger=1e-3 of 3e-4, 1e-3")
+    row = found["mindmerger", "avg"]
+    # Batches of 4, 4 and 2 examples: 0.5 s each, in two stages.
+    assert (row["target_tokens"], float(row["seconds"])) == (
+        "160.0",
+        3.0,
+    )
+    assert (row["trained_parameters"], float(row["flop_per_target_token"])) == ("10", 2.5e9)
+    assert (row["questions_per_s"], row["learning_rate"]) == ("12.5", "1e-3 of 3e-4, 1e-3")
+    text = (tmp_path / "out/bridges.md").read_text()
+    assert "| mindmerger | 1e-3 of 3e-4, 1e-3 | 10 | 160 | 2.5e+09 | 3 | 12.50 |" in text
+    assert "| other | – | – | – | – | – | – |" in text
+
+
+def test_missing_rows_keep_their_place_and_reason(made, tmp_path):
+    found = table_of(tmp_path, *made[:4], "--missing", "st_merge=not reproduced", *made[4:])
+    assert found["st_merge", ""]["missing"] == "not reproduced" and found["st_merge", ""]["accuracy"] == ""
+    text = (tmp_path / "out/bridges.md").read_text()
+    assert "|\n| st_merge | missing | missing | missing | missing |\n| other |" in text
+    assert "- st_merge: not reproduced" in text
+
+
+def test_wrong_input_of_the_table_is_one_line_and_leaves_nothing(made, tmp_path):
+    for flags, message in (
+        ([*made, "--against", "nobody"], "--against 'nobody' is none of the rows: mindmerger, other, LLM alone"),
+        ([*made[:2], *made[:2]], "is given twice"),
+        ([*made, "--missing", "other=gone"], "'other' is given as a row and as missing"),
+        ([*made[-2:]], "all rows have another question's prefix"),
+        ([*made, "--costs", tmp_path / "absent"], "absent is not a plan of scripts.bridge_plan"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bridge_table.main([*map(str, flags), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_mindmerger_the_first_row_is_tested_against(made, tmp_path, capsys):
+    found = table_of(tmp_path, *made[4:])
+    assert found["LLM alone", "avg"]["against"] == "other"
+    assert "no row is called mindmerger: the others are tested against other" in capsys.readouterr().err
+
+
+# -- the plan
+
+
+@pytest.fixture
+def plan_flags(tiny_llm, tiny_encoder, datas):
+    """Words for stages of every kind."""
+    flags = ["--task", "math", "--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas]
+    flags += ["--precision", "fp32", "--train_batch_size", "2", "--dev_size", "1", "--epoch_num", "2"]
+    return [f"--{kind}={word}" for kind in bridge_plan.KINDS for word in flags]
+
+
+def plan_of(tmp_path, *flags):
+    assert bridge_plan.main(["plan", "--output", str(tmp_path / "plan.json"), *map(str, flags)]) == 0
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_every_bridge_is_planned_and_reads_the_same_number_of_target_tokens(plan_flags, tmp_path, capsys):
+    plan = plan_of(tmp_path, *plan_flags, "--seeds", "0,3", "--target_tokens", 3000)
+    assert {line["bridge"] for line in plan["lines"]} == set(plan["costs"]) == set(BRIDGES)
+    for name, bridge in BRIDGES.items():
+        for seed in (0, 3):
+            lines = [line for line in plan["lines"] if (line["bridge"], line["seed"]) == (name, seed)]
+            assert [line["stage"] for line in lines] == list(bridge.stages)
+            # A step is at most a few hundred tokens: each stage is off by half of one.
+            assert abs(sum(line["target_tokens"] for line in lines) - 3000) < 300 * len(lines)
+        assert plan["costs"][name]["trained_parameters"] > 0
+    printed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[:4] for line in printed[:2]] == [
+        ["full", "mindmerger", "0", "mapping"],
+        ["full", "mindmerger", "0", "augmentation"],
+    ]
+    # A memory costs what the others have not.
+    flop = {name: one["flop_per_target_token"] for name, one in plan["costs"].items()}
+    assert flop["layalign"] > flop["mindmerger"] > 0 and flop["xbridge"] > flop["mindmerger"]
+
+
+def test_without_a_number_the_budget_is_what_mindmergers_stages_read_in_their_epochs(plan_flags, tmp_path):
+    plan = plan_of(tmp_path, *plan_flags, "--bridges", "mindmerger,langbridge", "--search_tokens", 100)
+    full = [line for line in plan["lines"] if line["phase"] == "full" and line["bridge"] == "mindmerger"]
+    assert [line["epochs"] for line in full] == [2, 2]
+    assert sum(line["target_tokens"] for line in full) == plan["target_tokens"]
+    assert {line["bridge"] for line in plan["lines"] if line["phase"] == "search"} == {"mindmerger", "langbridge"}
+
+
+def test_the_rate_with_the_lowest_dev_loss_is_chosen_and_kept(tmp_path, capsys):
+    for name, losses in {"a": (0.9, 0.5), "b": (0.4, 0.6), "c": (0.45,)}.items():
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "dev_loss": loss} for i, loss in enumerate(losses)] + [{"step": 9, "loss": 0.1}]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rates = [f"{rate}={tmp_path / name}" for rate, name in (("1e-4", "a"), ("1e-3", "b"), ("1e-2", "c"))]
+    assert bridge_plan.main(["choose", "--output", str(tmp_path / "lr.json"), *rates]) == 0
+    assert capsys.readouterr().out == "1e-3\n"
+    kept = json.loads((tmp_path / "lr.json").read_text())
+    assert kept == {"chosen": "1e-3", "dev_loss": {"1e-4": 0.5, "1e-3": 0.4, "1e-2": 0.45}}
+    (tmp_path / "a/log.jsonl").write_text('{"step": 1, "loss": 0.1}\n')
+    with pytest.raises(UserError, match="holds no dev loss, by which a learning rate is chosen"):
+        bridge_plan.main(["choose", "--output", str(tmp_path / "lr.json"), rates[0]])
+
+
+# -- the script
+
+
+@pytest.fixture
+def script(tmp_path, tiny_llm, tiny_encoder, datas):
+    """Command and environment of the script on the tiniest models, two bridges, one seed and one learning rate."""
+    environment = clean_environment(tmp_path) | {"LLM_PATH": tiny_llm, "MT_PATH": tiny_encoder, "DATA_ROOT": datas}
+    environment |= {"BRIDGES": "mindmerger langbridge", "SEEDS": "0", "LRS": "1e-3", "TARGET_TOKENS": "400"}
+    environment |= {
+        "TRAIN_BATCH_SIZE": "4",
+        "TRAIN_MICRO_BATCH_SIZE_PER_GPU": "2",
+        "DEV_SIZE": "1",
+        "LANGUAGES": "sw,th",
+    }
+    environment |= {"PRECISION": "fp32", "LIMIT": "2", "MAX_NEW_TOKENS": "2", "NUM_WORKERS": "0", "HF_HUB_OFFLINE": "1"}
+    environment |= {"RESULTS_DIR": str(tmp_path / "r"), "OUTPUT_DIR": str(tmp_path / "o")}
+    environment["PATH"] += os.pathsep + os.environ["PATH"]
+    return ["bash", str(ROOT / "scripts/compare_bridges.sh")], environment
+
+
+@pytest.mark.slow
+def test_the_script_trains_chooses_evaluates_and_continues_where_a_kill_left_it(script, tmp_path):
+    """A first call is killed when its first training starts; the second one finishes and repeats nothing."""
+    command, environment = script
+    with open(tmp_path / "first.log", "wb") as log:
+        first = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("r/logs/bridges-mindmerger-*.log")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("r/finished/*")}
+    assert [file.name for file in kept] == ["evaluation-llm"] and not (tmp_path / "r/bridges.csv").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The only rate's trainings in the search are the first seed's: three stages are not trained again either.
+    assert done.stdout.count("finished before") == 1 + 3 and done.stdout.count("    python run_") == 3 + 3
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    found = {
+        (row["method"], row["language"]): row
+        for row in csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines())
+    }
+    assert {name for name, language in found if language == "avg"} == {
+        "LLM alone",
+        "mindmerger",
+        "mindmerger (shuffled prefix)",
+        "langbridge",
+    }
+    missing = {name: row["missing"] for (name, _), row in found.items() if row["missing"]}
+    assert set(missing) == {"langbridge (shuffled prefix)", "LLM + adapter", "st_merge"}
+    plan = json.loads((tmp_path / "r/plan.json").read_text())
+    for name in ("mindmerger", "langbridge"):
+        row, costs = found[name, "avg"], plan["costs"][name]
+        # What was trained is what was planned, to the token.
+        assert float(row["target_tokens"]) == costs["target_tokens"]
+        assert int(row["trained_parameters"]) == costs["trained_parameters"]
+        assert row["learning_rate"].endswith(" of 1e-3") and float(row["questions_per_s"]) > 0
+        chosen = json.loads((tmp_path / f"r/lr/{name}.json").read_text())
+        assert row["learning_rate"].startswith(chosen["chosen"]) and set(chosen["dev_loss"]) == {"1e-3"}
+
+
+def test_the_script_refuses_half_a_pair_of_models_an_unknown_bridge_and_a_misspelt_variable(script, tmp_path):
+    command, environment = script
+    for change, message in (
+        ({"LLM_PATH": ""}, "error: MT_PATH is given and LLM_PATH is not: give both, or neither for the small world"),
+        ({"BRIDGES": "layaling"}, "error: unknown bridge 'layaling': choose one of "),
+        ({"PAIRS_TRAIN_NUMBER": "5"}, "error: PAIRS_TRAIN_NUMBER is in the environment, but no flag --train_number"),
+    ):
+        done = subprocess.run(command, env=environment | change, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(message), done.stderr
+        assert not list(tmp_path.glob("r/finished/*")) and not (tmp_path / "o").exists()
