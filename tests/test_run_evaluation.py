@@ -807,6 +807,16 @@ def test_a_shuffled_prefix_is_that_of_another_question_of_the_language_and_nothi
     assert results["published"] is None and "prefix of another question" in out
 
 
+def test_without_a_prompt_a_shuffled_prefix_brings_the_answer_to_the_other_question(evaluate, tmp_path):
+    evaluate(*PROBED, "--augmentation", "False")
+    evaluate(*PROBED, "--augmentation", "False", "--probe_prefix", "shuffled")
+    own, folder = (tmp_path / f"results/MindMerger/math_mgsm-hard{suffix}" for suffix in ("", "-prefix_shuffled"))
+    answered = outputs_of(own)
+    for name in ("Swahili", "Thai"):
+        for row in read_lines(folder / f"predictions/{name}.jsonl"):
+            assert row["output"] == answered[row["prefix_of"]]
+
+
 def test_a_prefix_of_zeros_is_what_a_mapping_of_zeros_gives(evaluate, tmp_path, world):
     zeros = {name: torch.zeros_like(value) for name, value in world.model.mapping.state_dict().items()}
     save_file(zeros, tmp_path / "zeros.safetensors")
@@ -864,7 +874,6 @@ def test_another_seed_is_another_exchange():
     ("flags", "message"),
     [
         (("--llm_only", "--probe_prefix", "zero"), "--probe_prefix changes the prefix, which --llm_only has none of"),
-        (("--augmentation", "False", "--probe_prefix", "shuffled"), "the Hard form has no prompt: leave"),
         (("--limit", "1", "--probe_prefix", "shuffled"), "within a language, but Telugu has one row"),
         (("--engine", "vllm", "--score_gold"), "--score_gold needs the LLM's logits, which --engine vllm keeps"),
     ],

@@ -1,6 +1,8 @@
 """Probes: does the LLM read the prefix? The same prompt with the prefix of another question, or with one of zeros.
 
-A mapping whose prefix the LLM ignores scores the same with any of them, however well its prompt is answered.
+A mapping whose prefix the LLM ignores scores the same with any of them, however well its prompt is answered. Without a
+prompt, as in the Hard form and with LangBridge, the answers belong to other questions: what is still right then is what
+the answers' frequencies alone give.
 """
 
 import argparse
@@ -16,15 +18,10 @@ def check_probe(args: argparse.Namespace, form: str) -> None:
     """Refuses probes where they say nothing.
 
     Raises:
-        UserError: for the LLM alone, for a form without a prompt, and for gold answers under vLLM.
+        UserError: for the LLM alone, and for gold answers under vLLM.
     """
     if args.probe_prefix is not None and form == "llm_only":
         raise UserError("--probe_prefix changes the prefix, which --llm_only has none of: leave one of them out")
-    if args.probe_prefix is not None and form == "hard":
-        raise UserError(
-            "--probe_prefix asks whether the LLM reads the prefix beside its prompt, and the Hard form has no prompt: "
-            "leave --probe_prefix out, or pass --augmentation True"
-        )
     if args.score_gold and args.engine != "hf":
         raise UserError("--score_gold needs the LLM's logits, which --engine vllm keeps: leave one of them out")
 
