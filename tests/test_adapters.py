@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_every_bridge import batch, rows
 
 import run_evaluation
+from mindmerger.baselines import merge_adapter
 from mindmerger.bridges import BRIDGES
 from mindmerger.evaluation.models import Models, check_adapter_fits
 from mindmerger.generation.answers import answer
@@ -363,3 +364,53 @@ def test_an_adapter_is_told_from_one_of_another_llm_by_its_content_where_both_ar
 def test_vllm_takes_no_adapter(saved, tiny_llm):
     with pytest.raises(UserError, match="--engine vllm takes no adapter: merge it first"):
         check_adapter_fits(Models(None, None, tiny_llm, None, str(saved)), "vllm")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_merged_llm_is_an_ordinary_folder_that_answers_as_with_the_adapter(
+    tiny_encoder, tiny_llm, kind, dtype, tmp_path
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stored = AutoModelForCausalLM.from_pretrained(tiny_llm, dtype=dtype)
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    stored.save_pretrained(tmp_path / "llm")
+    llm, out = str(tmp_path / "llm"), str(tmp_path / "merged")
+    model = train(with_adapter(tiny_encoder, llm, kind, dtype), steps=20)
+    model.save_pretrained(tmp_path / "trained")
+    adapter = str(tmp_path / "trained/adapter")
+    assert merge_adapter.main(["--llm_path", llm, "--adapter_path", adapter, "--output", out]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    by_peft = PeftModel.from_pretrained(stored, adapter).merge_and_unload().state_dict()
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # one step of bf16 at weights of this size
+    for name, tensor in merged.state_dict().items():
+        assert tensor.dtype == dtype and (tensor - by_peft[name]).abs().max() <= tolerance, name
+    assert AutoTokenizer.from_pretrained(out)("a").input_ids == AutoTokenizer.from_pretrained(llm)("a").input_ids
+    record = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert record["plan"]["adapter"] == kind and len(record["plan"]["tensors"]) == 4
+    if dtype == torch.float32:
+        tensors = {name: one for name, one in batch(rows(True)).items() if not name.startswith("target")}
+        alone = MindMerger.from_models(tiny_encoder, out, dtype)
+        alone.mapping.load_state_dict(model.mapping.state_dict())
+        ids = [one.generate(**tensors, max_new_tokens=8) for one in (model, alone)]
+        plain = MindMerger.from_models(tiny_encoder, llm, dtype)
+        plain.mapping.load_state_dict(model.mapping.state_dict())
+        assert torch.equal(*ids) and not torch.equal(ids[0], plain.generate(**tensors, max_new_tokens=8))
+
+
+def test_an_adapter_that_cannot_be_merged_leaves_nothing_behind(saved, tiny_llm, tmp_path):
+    flags = ["--adapter_path", str(saved), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="was trained on the LLM"):
+        merge_adapter.main(["--llm_path", make_tiny_llm(tmp_path / "other", seed=5), *flags])
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    change_config(folder, lora_bias=True)
+    biases = {f"{FIRST.replace('q_proj', one).replace('layers.0', layer).replace('lora_A.weight', 'lora_B.bias')}": size
+              for layer in ("layers.0", "layers.1") for one, size in (("q_proj", 32), ("v_proj", 16))}  # fmt: skip
+    change_config(folder, use_dora=False)
+    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "magnitude" in name])
+    change_tensors(folder, lambda tensors: tensors.update({n: torch.ones(size) for n, size in biases.items()}))
+    with pytest.raises(UserError, match=r"lora_B.bias, which is no part of LoRA's or DoRA's formula"):
+        merge_adapter.main(["--llm_path", tiny_llm, "--adapter_path", str(folder), *flags[2:]])
+    assert not (tmp_path / "out").exists()

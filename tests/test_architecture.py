@@ -102,6 +102,7 @@ def test_no_file_and_no_function_is_too_long_to_hold_in_the_head():
         ["run_evaluation.py"],
         ["-m", "mindmerger.baselines.layer_swap"],
         ["-m", "mindmerger.baselines.maet"],
+        ["-m", "mindmerger.baselines.merge_adapter"],
         ["-m", "mindmerger.baselines.parallel_input"],
         ["-m", "mindmerger.analysis.neurons"],
         ["-m", "mindmerger.analysis.contamination"],

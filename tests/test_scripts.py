@@ -867,6 +867,7 @@ PARSERS = {
     "mindmerger.baselines.layer_swap": ("mindmerger.baselines.layer_swap", "build_parser"),
     "mindmerger.baselines.layer_swap analyse": ("mindmerger.baselines.layer_swap", "build_analyse_parser"),
     "mindmerger.baselines.maet": ("mindmerger.baselines.maet", "build_parser"),
+    "mindmerger.baselines.merge_adapter": ("mindmerger.baselines.merge_adapter", "build_parser"),
     "mindmerger.baselines.parallel_input": ("mindmerger.baselines.parallel_input", "build_parser"),
     "mindmerger.analysis.neurons count": ("mindmerger.analysis.neurons", "build_count_parser"),
     "mindmerger.analysis.neurons analyse": ("mindmerger.analysis.neurons", "build_analyse_parser"),
