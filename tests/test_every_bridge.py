@@ -131,6 +131,19 @@ def test_only_the_bridge_learns_and_both_towers_stay_as_they_are(model):
     assert same == before.keys() - mine
 
 
+def test_towers_in_bf16_leave_the_bridge_in_fp32(model, tiny_encoder, tiny_llm):
+    between = {"bridge": model.config.bridge, "bridge_options": model.config.bridge_options}
+    rounded = MindMerger.from_models(tiny_encoder, tiny_llm, torch.bfloat16, **between)
+    rounded.mapping.load_state_dict(model.mapping.state_dict())
+    tensors = batch(rows_of(model))
+    out = rounded(**tensors)
+    out.loss.backward()
+    assert abs(out.loss - model(**tensors).loss) <= 0.05 * out.loss and out.loss.dtype == torch.float32
+    for name, parameter in rounded.trained_parameters().items():
+        assert parameter.dtype == torch.float32 and parameter.grad.isfinite().all(), name
+    assert rounded.generate(**question(tensors), max_new_tokens=3).shape[0] == 4
+
+
 def test_a_saved_bridge_is_itself_again(model, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = MindMerger.from_pretrained(str(tmp_path / "saved"), dtype=torch.float32)
