@@ -29,6 +29,7 @@ from mindmerger.model.attention_memory import (
     check_attention_memory,
 )
 from mindmerger.model.decoding import ONE_QUERY
+from mindmerger.model.mapping_files import read_config
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.training import speedups
 from mindmerger.training.settings import parse, settle
@@ -209,6 +210,31 @@ def test_sources_of_the_memory_are_not_held_while_the_llm_runs(tmp_path):
     model(**batch(rows(), "right")).loss.backward()
     model.generate(**batch(rows(), "left", with_target=False), max_new_tokens=1)
     assert alive[1::2] == [False, False]
+
+
+@pytest.mark.parametrize("llm", FAMILIES)
+def test_keys_of_the_memory_are_normalised_where_the_llms_are_and_that_is_recorded(tmp_path, llm):
+    model = remembering(tmp_path, llm)
+    normalised = llm in ("qwen3", "gemma3")
+    model.save_pretrained(tmp_path / "saved")
+    assert read_config(str(tmp_path / "saved")).memory_key_norm is normalised
+    attention = model.llm.get_decoder().layers[1].self_attn
+    if normalised:
+        torch.nn.init.normal_(attention.k_norm.weight)
+    inputs = batch(rows(), "right")
+    states, mask = model.encode(inputs["encoder_input_ids"], inputs["encoder_attention_mask"])
+    source = model.mapping(states, mask).memory[1]
+    seen = []
+    handle = model.llm.get_decoder().layers[1].register_forward_pre_hook(lambda *_: seen.append(vars(attention)[KEPT]))
+    model(**inputs)
+    handle.remove()
+    keys = attention.k_proj(source.key_BSD).unflatten(-1, (-1, attention.head_dim))
+    keys = attention.k_norm(keys) if normalised else keys
+    values = -0.8 * attention.v_proj(source.value_BSD).unflatten(-1, (-1, attention.head_dim))
+    assert torch.allclose(seen[0].key_BHSW, keys.transpose(1, 2), atol=1e-6)
+    assert torch.allclose(seen[0].value_BHSW, values.transpose(1, 2), atol=1e-6)
+    hidden = torch.finfo(torch.float32).min
+    assert torch.equal(seen[0].mask_B11S[:, 0, 0] == hidden, mask == 0)
 
 
 @pytest.mark.parametrize("fails", ["layers", "projection"])
