@@ -24,7 +24,7 @@ def _generator(*key: int) -> np.random.RandomState:
 
 
 def automatic_dev_size(number_of_examples: int) -> int:
-    """The published 3000, or a tenth of a data set that is too small for it."""
+    """Returns the published 3000, or a tenth of a data set that is too small for it."""
     return min(3000, number_of_examples // 10)
 
 
@@ -47,7 +47,8 @@ def split_dev(number_of_examples: int, dev_size: int, seed: int) -> tuple[np.nda
 
 
 def epoch_batches(train_indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The global batches of an epoch (from 0), each (≤ batch_size,): an order that (seed, epoch) alone decides."""
+    """Returns the global batches of an epoch (from 0), each (≤ batch_size,): (seed, epoch) decide."""
+    # The 1 keeps epoch 0 apart from the dev split: a seed followed by zeros gives the same stream as the seed alone.
     order = np.asarray(train_indices)[_generator(seed, 1, epoch).permutation(len(train_indices))]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -84,6 +85,7 @@ def split_global_batch(
     if not len(indices):
         return [[] for _ in range(world_size)]
     lengths = np.asarray(lengths)
+    # Stable, so that rows of equal length keep the shuffled order with any version of numpy.
     order = indices[np.argsort(-lengths[indices], kind="stable")]
     longest = lengths[order[::world_size]]  # of each deal of one row to every rank
     if token_budget is None:
@@ -131,7 +133,7 @@ def heaviest_batches(
 
 
 def _starts_by_budget(longest: np.ndarray, token_budget: int) -> list[int]:
-    """Where to cut rows of falling length so that padding and the number of micro-batches together cost least.
+    """Finds where to cut rows of falling length so that padding and the number of micro-batches together cost least.
 
     Every micro-batch costs its rows times its longest row, and a fixed `MICRO_BATCH_COST` of the budget besides:
     filling each one up would pad short rows to the length of long ones only to save a pass. The best cut of the first

@@ -110,11 +110,12 @@ class BatchLoader:
         return self._collated(rows).to(self.device)
 
     def heaviest(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The rows of the micro-batches of training, and of the dev split, that may need most memory: the same on
-        every rank."""
+        """Returns the rows of the micro-batches of training, and of the dev split, that may need most memory: the same
+        on every rank."""
         args, examples = self.args, self.data.examples
         others = (examples.target_lengths, examples.encoder_lengths)
         budget = args.micro_batch_tokens
+        # By budget a rank's whole share of a batch may be one micro-batch.
         most = math.ceil(args.train_batch_size / world_size()) if budget else args.train_micro_batch_size_per_gpu
         training = heaviest_batches(self.data.train, self.lengths, others, most, budget)
         return training, heaviest_batches(self.data.dev, self.lengths, others, args.eval_batch_size)
@@ -124,6 +125,7 @@ class BatchLoader:
 
     def _global_batches(self, epoch: int, first: int) -> Iterator[GlobalBatch]:
         args, targets = self.args, self.data.examples.target_lengths
+        # Without end: the loop counts the steps, since --max_steps and a resumed run have fewer.
         while True:
             for indices in epoch_batches(self.data.train, args.train_batch_size, args.seed, epoch)[first:]:
                 mine = self._split(indices, args.train_micro_batch_size_per_gpu, args.micro_batch_tokens)

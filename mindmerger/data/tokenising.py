@@ -182,6 +182,7 @@ def _shorten_prompt(tokenizer, example: Example, max_gen_len: int) -> list[int]:
 
     best = ids_with(0)
     if len(best) > max_gen_len:
+        # The end, where the template says that an answer follows; the released code cuts that off.
         return best[-max_gen_len:]
     # Searched for, not computed: the tokens of two halves of a text are not those of the whole.
     # Doubling first: a span of megabytes is never tokenised whole.
@@ -239,6 +240,7 @@ def tokenise(
         ids = _ids(tokenizers.llm, [example.target for example in examples], False)
         columns["target_cut"] = [len(row) + 1 > max_gen_len for row in ids]
         columns["target_ids"] = [
+            # By hand: the switches by which the released code asks for an EOS do nothing on most tokenizers.
             row[:max_gen_len] if truncated else [*row, tokenizers.eos_id]
             for row, truncated in zip(ids, columns["target_cut"], strict=True)
         ]

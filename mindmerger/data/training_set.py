@@ -113,6 +113,7 @@ def open_or_build(
     """
     from filelock import FileLock
 
+    # What of the flags decides the ids, and so is part of the cache's key.
     limits = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "with_prompt": with_prompt}
     if tokenizers.encoder is None:  # the LLM alone is trained, which reads no source
         limits["with_source"] = False
@@ -251,6 +252,7 @@ def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> 
     """Streams examples into an Arrow file and counts the rows of each language; memory holds one batch."""
     import pyarrow as pa
 
+    # large: the offsets of a plain string column end at 2 GB a batch, and a row may have megabytes.
     text, number = pa.large_string(), pa.int32()
     schema = pa.schema([(name, number if name.startswith("cut_") else text) for name in _TEXT_COLUMNS])
     rows: Counter[str] = Counter()

@@ -38,9 +38,11 @@ def load_config(path: str):
     path = model_path(path)
     if path.startswith((".", "/", "~")) and not is_folder(path):
         raise ModelError(f"no model folder {path}: pass an existing folder or a Hugging Face hub name")
+    # transformers would open a pipe that stands in a file's place, and wait for its writer for ever.
     if (endless := find_endless(path, READ_SUFFIXES)) is not None:
         refuse_unreadable(endless)
     try:
+        # False and not left out: else transformers asks on standard input, where a script's `yes` counts as consent.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the configs' own validation raises nearly every type
         file = Path(path) / "config.json"
@@ -48,6 +50,7 @@ def load_config(path: str):
             values = read_json_object(file)
             if not isinstance(kind := values.get("model_type"), str | None):
                 raise ModelError(f"{file}: model_type must be a text, not {json.dumps(kind)[:40]}") from error
+            # Only where transformers lacks the class: a folder of a type that it has may name code of its own too.
             refuse_own_code(path, values, kind not in CONFIG_MAPPING)
         if not is_folder(path) and (advice := hub_advice(path, error)) is not None:
             raise ModelError(f"cannot fetch {path} from the Hugging Face hub: {advice}") from error
@@ -93,6 +96,7 @@ def llm_config(path: str) -> tuple[object, dict[str, str] | None]:
     config, classes = load_config(path), AutoModelForCausalLM._model_mapping
     if type(config) not in classes:
         raise ModelError(f"{path} is a {config.model_type} model, not a causal language model: pass another --llm_path")
+    # Before the signatures: such a class may take embeddings, and then silently leaves out what it reads of the ids.
     if any(reads_token_ids(part) for part in (config, getattr(config, "text_config", None))):
         raise ModelError(
             f"{path} is a {config.model_type} model, whose layers look at token ids too, and a mapping's vectors have "
@@ -116,6 +120,7 @@ def llm_config(path: str) -> tuple[object, dict[str, str] | None]:
 
 def takes_embeddings(model_class: type) -> bool:
     """Returns whether a class can generate from embeddings: the signatures that transformers' `generate` looks at."""
+    # Both: without the second, `generate` refuses embeddings at the first question, with the weights loaded.
     methods = (model_class.forward, model_class.prepare_inputs_for_generation) if model_class.can_generate() else ()
     takes = ["inputs_embeds" in inspect.signature(method).parameters for method in methods]
     return model_class.main_input_name == "input_ids" and bool(takes) and all(takes)
@@ -149,6 +154,7 @@ def check_quantisation(path: str, config, backward: bool) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
+        # A copy: the check below turns on dequantising in what it is given where the device lacks the kernels.
         quantiser = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
         quantiser.validate_environment(device_map=None, weights_only=True)
         trainable = bool(quantiser.is_trainable) and method not in INFERENCE_ONLY

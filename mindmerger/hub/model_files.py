@@ -21,6 +21,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# A clone without Git LFS leaves three lines in the place of each large file.
 LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
@@ -45,6 +46,7 @@ def hub_advice(name: str, error: BaseException) -> str | None:
         chain.append(cause)
     statuses = {getattr(getattr(one, "response", None), "status_code", None) for one in chain}
     log_in = "log in with 'hf auth login' or set HF_TOKEN"
+    # First, since a gated model is a kind of model that is not found in the hub's library.
     if any(isinstance(one, errors.GatedRepoError) for one in chain):
         return f"it is gated: accept its licence at https://huggingface.co/{name}, then {log_in}"
     if any(isinstance(one, errors.RepositoryNotFoundError) for one in chain):
@@ -67,6 +69,7 @@ def refuse_unreadable(file) -> None:
         ModelError: naming the file and the cause.
     """
     try:
+        # Before opening: a pipe would be waited for.
         if (found := what_is(file)) in ENDLESS:
             raise ModelError(f"{file} is {found}: a file is expected there")
         with open(file, "rb") as content:
@@ -86,6 +89,7 @@ def read_json_object(file) -> dict:
     refuse_unreadable(file)
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
+    # RecursionError: a hostile file may nest brackets deeper than the parser goes.
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not valid JSON, it may be cut short: {one_line(error)}") from error
     if not isinstance(values, dict):
@@ -113,6 +117,7 @@ def find_file(path: str, name: str) -> Path | None:
     if is_folder(path):
         file = Path(path) / name
         return file if os.path.lexists(file) else None  # a dangling link too: opening it names it
+    # Many folders lack generation_config.json or a tokenizer's config: that is an answer, not an error.
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found is not None else None
 
@@ -175,6 +180,7 @@ def begins_as_zip(file) -> bool:
     """
     with open(file, "rb") as content:
         start = content.read(2)
+    # 0x80 begins a pickle of protocol 2 and later, which torch wrote before version 1.6.
     if start and start != b"PK" and start[0] != 0x80:
         raise ModelError(f"{file} is not a file that torch saved, it begins with {start!r}: fetch it again")
     return start == b"PK"

@@ -35,6 +35,7 @@ def load_tokenizer(path: str):
     except Exception as error:  # the libraries raise nearly every type here, the Rust one bare Exception
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         try:
+            # Only once loading has failed, since the check parses every file a second time.
             _check_tokenizer_files(path)
         except ModelError as cause:
             reason = str(cause)
@@ -91,6 +92,7 @@ def special_token_ids(llm_path: str, config) -> tuple[int | None, int | None]:
 def _end_tokens(where, ids) -> list[int]:
     """Returns an `eos_token_id` as a list; `where` is the file or the folder that an error names."""
     found = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    # True is an int in Python, and would end a text at id 1.
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in found):
         raise ModelError(f"{where}: eos_token_id must be a number or a list of numbers, not {str(ids)[:80]}")
     return list(found)
@@ -107,6 +109,7 @@ def end_token_ids(path: str, configured: list, tokenizer_eos: int | None) -> lis
         ModelError: when there is none, or one is not a number.
     """
     found = list(dict.fromkeys(one for ids in (*configured, tokenizer_eos) for one in _end_tokens(path, ids)))
+    # Old configs say -1 for none.
     found = [one for one in found if one >= 0]
     if not found:
         raise ModelError(f"the LLM {path} names no end token, neither its configs nor its tokenizer: set eos_token_id")
