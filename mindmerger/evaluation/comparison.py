@@ -54,12 +54,16 @@ def _compare_two(first: str, second: str, first_results: dict, second_results: d
     task = first_results["task"]
     questions = {language: questions_of(task, language, [a for a, _ in found]) for language, found in pairs.items()}
     differences = {name: [b["correct"] - a["correct"] for a, b in found] for name, found in pairs.items()}
+    # Paired tests, not two intervals side by side: both runs answered the same questions, and what both got right or
+    # both got wrong says nothing of the difference.
     tallies = {language: _tally(found) for language, found in pairs.items()}
     p_values = [mcnemar_exact(only_a, only_b) for _, _, only_a, only_b in tallies.values()]
     rows = [["language", "items", "A", "B", "B - A", "only A", "only B", "p", "p (Holm)"]]
     for (language, tally), p, p_holm in zip(tallies.items(), p_values, holm(p_values), strict=True):
         rows.append([language, *_cells(*tally), format_p(p), format_p(p_holm)])
     n, both, only_a, only_b = (sum(column) for column in zip(*tallies.values(), strict=True))
+    # Not McNemar's over all rows: a question's translations change together, and ten copies of one language would make
+    # 4 against 12 changed answers look like 40 against 120.
     p = mean_difference_test(questions, differences, seed, over_rows=True)
     rows.append(["all items", *_cells(n, both, only_a, only_b), format_p(p), ""])
     mean_a = sum(100 * (both + a) / n for n, both, a, _ in tallies.values()) / len(tallies)
@@ -94,6 +98,7 @@ def paired_items(first: str, second: str, language: str) -> list[tuple[dict, dic
     # By id, not by position: one of the two may have been evaluated with --limit, or without faulty rows.
     pairs = [(items_a[id], items_b[id]) for id in items_a if id in items_b]
     for a, b in pairs:
+        # An id is a language's code and a row's number: other data give the same ids to other questions.
         if (a["source"], a["answer"]) != (b["source"], b["answer"]):
             raise ResultsError(
                 f"item {a['id']} ({language}) is another question in {first} than in {second}: they were evaluated on "
@@ -165,6 +170,7 @@ def read_row(label: str, folder: str) -> Row:
     """
     results = read_results(folder)
     parallel = results.get("parallel_input")
+    # An oracle beside a machine's row, unlabelled, would be read as the fair setting.
     if parallel is not None and parallel["translations"] not in label:
         label = f"{label} ({parallel['translations']})"
     probe = results.get("probe_prefix")
@@ -198,10 +204,12 @@ def keep_common(rows: list[Row]) -> list[str]:
         notes.append(f"Left out, since not every row has them: {', '.join(left_out)}.")
     for language in languages:
         for row in rows[1:]:
+            # Reads both files once more: rows keep marks and questions, but no texts.
             paired_items(first.folder, row.folder, language)  # refuses other questions under one id
     kept = {}
     for language in languages:
         kept[language] = [id for id in first.correct[language] if all(id in row.correct[language] for row in rows)]
+        # A row over the first ten items must not stand beside one over thirty as if they were the same.
         longest = max(len(row.correct[language]) for row in rows)
         if len(kept[language]) < longest:
             notes.append(f"{language}: {len(kept[language])} of up to {longest} items stand in every row.")
@@ -218,6 +226,8 @@ def build_cells(rows: list[Row], against: Row, seed: int) -> dict[str, tuple[dic
     table = {}
     for row in rows:
         marks = {language: list(items.values()) for language, items in row.correct.items()}
+        # The same seed for every row: an interval is a function of seed and language, so adding a row moves no other
+        # one's.
         intervals, mean_interval = bootstrap_intervals(row.questions, marks, seed)
         cells = {language: Cell(len(one), sum(one), intervals[language]) for language, one in marks.items()}
         mean = Mean(sum(cell.accuracy for cell in cells.values()) / len(cells), mean_interval)

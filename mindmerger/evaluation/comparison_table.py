@@ -40,6 +40,7 @@ SIGNIFICANT = 0.05
 
 def markdown_table(rows: list[list[str]]) -> str:
     """Lays rows of cells out as a Markdown table; the first row is its head."""
+    # Labels are the user's: a bar in one would open a further column.
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
@@ -73,6 +74,7 @@ def format_markdown(task: str, table: dict, against: str, missing: dict[str, str
             accuracy.append([label, *["missing"] * (len(languages) + 1)])
             continue
         cells, mean = made
+        # Stars after the correction: of sixteen languages about one differs at 0.05 by chance alone.
         texts = [with_interval(cell, cell.p_holm) for cell in cells.values()]
         accuracy.append([label, *texts, with_interval(mean, mean.p)])
         if label != against:
@@ -100,6 +102,7 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
     head = "method,folder,translations,language,items,correct,accuracy,low,high,against,difference,only_method"
     head += ",only_against,p,p_holm,missing"
     text = io.StringIO()
+    # LF on every system: csv writes CRLF unless told, and the other files of a results folder have LF.
     writer = csv.DictWriter(text, head.split(","), lineterminator="\n", restval="")
     writer.writeheader()
     base_cells, base_mean = table[against]
@@ -114,6 +117,7 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
         for language, cell in cells.items():
             line = common | {"language": find_language(language).code, "items": cell.n, "correct": cell.correct}
             line |= {"accuracy": round(cell.accuracy, 4), "low": cell.interval[0], "high": cell.interval[1]}
+            # The row that the others are tested against has no test of its own: its fields stay empty.
             if cell.p is not None:
                 line |= {"against": against, "difference": round(cell.accuracy - base_cells[language].accuracy, 4)}
                 line |= {"only_method": cell.only_row, "only_against": cell.only_against}
@@ -135,6 +139,7 @@ def make_figure(task: str, table: dict):
 
     languages = list(next(iter(table.values()))[0])
     groups = [find_language(language).code for language in languages] + ["avg"]
+    # Grows with the bars: ten rows in sixteen languages must stay readable.
     figure, axes = new_figure(min(16, max(7, 0.13 * len(groups) * (len(table) + 1.5) + 3)), 4.5)
     width = 0.85 / len(table)
     for i, (label, (cells, mean)) in enumerate(table.items()):
@@ -163,6 +168,7 @@ def make_figure(task: str, table: dict):
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
+    # Beside the axes: over the bars it would hide those of the first languages.
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     return figure
 
@@ -224,6 +230,7 @@ def read_entries(entries: list[tuple]) -> tuple[list[Row], list[str], dict[str, 
         else:
             rows.append(read_row(label, model_path(value)))
             label = rows[-1].label
+        # The table is keyed by label, so a second row of one name would replace the first.
         if label in order:
             raise ResultsError(f"two rows are called {label!r}: give each its own label")
         order.append(label)
@@ -239,6 +246,7 @@ def find_against(entries: list[tuple], rows: list[Row], wanted: str | None) -> R
     if wanted is None:
         return rows[0]
     given = [label for kind, label, _ in entries if kind == "row"]
+    # Either spelling: `read_row` adds who translated to a label that the user gave without.
     found = [row for label, row in zip(given, rows, strict=True) if wanted in (label, row.label)]
     if not found:
         raise ResultsError(f"--against {wanted!r} is none of the rows: {', '.join(row.label for row in rows)}")
@@ -255,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, order, missing = read_entries(args.entries)
     against = find_against(args.entries, rows, args.against)
     notes = keep_common(rows)
+    # What one version reads as 1,234 and another as 234 is not a difference between methods.
     warn_of_scorers([row.folder for row in rows], [row.results for row in rows])
     notes.append(f"Interval of avg: {resampling_note(describe_questions(rows[0].questions))}.")
     table = build_cells(rows, against, args.seed)

@@ -36,6 +36,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.compare:
+        # argparse does not say which flags were given: one that repeats its default passes for absent, which harms
+        # nobody.
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
         ignored = [f"--{name}" for name in given if name not in ("compare", "seed", "deepspeed", "local_rank")]
         if ignored:
@@ -54,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_models(what)
     what.add_argument(
+        # Text, not a switch: the published commands write True or False behind it.
         "--augmentation",
         type=parse_bool,
         help="True: Soft, mapped source and prompt (MindMerger's default); False: Hard, mapped source only",
@@ -100,10 +103,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="accepted: the launcher's processes share the examples with or without it",
     )
+    # The launcher appends it to every command: without the flag argparse would refuse what it starts.
     launcher.add_argument("--local_rank", type=int, default=0, help="number of this process, appended by the launcher")
     launcher.add_argument(
-        "--gpu", help="accepted, changes nothing: set CUDA_VISIBLE_DEVICES or use deepspeed --include"
+        # The released code writes it into CUDA_VISIBLE_DEVICES on every rank, which puts all ranks on one GPU.
+        "--gpu",
+        help="accepted, changes nothing: set CUDA_VISIBLE_DEVICES or use deepspeed --include",
     )
+    # The released evaluation takes these two, so that users' commands have them.
     launcher.add_argument("--train_batch_size", help="accepted, changes nothing here")
     launcher.add_argument("--train_micro_batch_size_per_gpu", help="accepted, changes nothing here")
     return parser
@@ -172,6 +179,8 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
         help="most tokens of the encoder's input (default 512)",
     )
     generation.add_argument(
+        # Without a default: the released flag limits prompt and new tokens alike, so a given value has to be told from
+        # none.
         "--max_gen_len",
         type=_at_least(2),
         help="most tokens of the prompt (default 512) and, when given, most new tokens",

@@ -29,6 +29,7 @@ def find_items(args: argparse.Namespace) -> tuple[Task, list[Language]]:
         DataError: for a name that is not known, and a task without test items.
     """
     task = find_task(args.task)
+    # `translation` is a task of the mapping stage alone.
     if not task.evaluation_languages:
         raise DataError(f"task {task.name} has no evaluation set")
     return task, parse_languages(args.languages or ",".join(task.evaluation_languages))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import broadcast_object, is_main, log, on_all_ranks, warn
 
+# The released scripts' defaults, which published commands rely on.
 DEFAULT_LLM = "../LLMs/Llama-2-7b-hf"
 DEFAULT_ENCODER = "../LLMs/mt5-xl"
 DEFAULT_BRIDGE = "mindmerger"
@@ -28,6 +29,7 @@ class Models(NamedTuple):
 
 def find_models_on_rank_0(args: argparse.Namespace, task) -> Models:
     """Returns on every rank what `find_models` finds on rank 0, whose node alone may have the mapping."""
+    # Rank 0's answer: a node without the file would otherwise end the run.
     return broadcast_object(on_all_ranks(lambda: find_models(args, task) if is_main() else None))
 
 
@@ -51,10 +53,12 @@ def find_models(args: argparse.Namespace, task) -> Models:
     mapping_file = str(find_mapping_file(given)) if given is not None and not without_mapping else None
     adapter = choose_adapter(args, given, recorded)
     llm = choose_path(args, recorded, "llm_path", DEFAULT_LLM)
+    # The mapping is looked at all the same until here: its config.json may name the LLM that it was trained for.
     if args.llm_only:
         return Models(None, None, llm, None, adapter)
     encoder = choose_path(args, recorded, "mt_path", DEFAULT_ENCODER)
     bridge, options = choose_bridge(args, recorded, mapping_file)
+    # Widths are read from the models later: a released pytorch_model.bin stands alone, without a config.json.
     config = recorded or MindMergerConfig(encoder, llm, None, 0, bridge=bridge, bridge_options=options)
     return Models(mapping_file, encoder, llm, config, adapter)
 
@@ -101,10 +105,12 @@ def choose_bridge(args: argparse.Namespace, recorded, mapping_file: str) -> tupl
     from mindmerger.model.mapping_files import find_bridge
 
     bridge = args.bridge or (recorded.bridge if recorded is not None else DEFAULT_BRIDGE)
+    # Said before weights load: there a wrong bridge would show as a list of missing tensors.
     if recorded is not None and bridge != recorded.bridge:
         raise UserError(f"{mapping_file} holds the bridge {recorded.bridge}, not --bridge {bridge}")
     before = recorded.bridge_options if recorded is not None else {}
     options = find_bridge(bridge).settle(before | parse_options(args.bridge_option))
+    # An option may change numbers without changing a shape, so that the weights would load and answer differently.
     for name, value in before.items():
         if options[name] != value:
             raise UserError(
@@ -121,6 +127,7 @@ def trained_mapping(save_name: str, task, bridge: str) -> str:
     """
     from mindmerger.model.mapping_files import find_bridge
 
+    # Stages are named in the order in which they are trained: the last one's mapping has seen the task.
     last_stage = list(find_bridge(bridge).stages)[-1]
     folder = Path("outputs") / save_name / task.training_name / last_stage
     if not folder.is_dir():
@@ -137,6 +144,8 @@ def choose_path(args: argparse.Namespace, config, flag: str, default: str) -> st
     given, recorded = getattr(args, flag), getattr(config, flag, None)
     if given is None and recorded is not None:
         log(f"--{flag} not given: taking {recorded}, named by the mapping's config.json")
+    # Resolved: the released scripts write a slash at the end, and a link or ./ names the same folder. A warning and no
+    # error, since a model that was moved or copied has another path.
     elif given is not None and recorded is not None and Path(given).resolve() != Path(recorded).resolve():
         warn(f"this mapping was trained with --{flag} {recorded}, not {given}")
     return given or recorded or default
@@ -149,6 +158,7 @@ def warn_of_other_training(config, task, form: str) -> None:
     if config.task not in (None, task.training_name):
         warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
     stage = find_bridge(config.bridge).stages_with(config.bridge_options).get(config.stage)
+    # Sentence pairs are trained without a prompt: the warning of another form would only repeat this one.
     if stage is not None and stage.data == "pairs":
         warn(f"this mapping comes from the {config.stage} stage: it has not been trained on the task yet")
     elif config.augmentation not in (None, form == "soft"):
@@ -177,6 +187,7 @@ def check_models_fit(models: Models, engine: str = "hf"):
         return None
     config = config_of_models(models.encoder, models.llm, models.config.bridge, models.config.bridge_options)
     bridge = empty_bridge(config)
+    # vLLM loads the LLM from its folder: the trained head would be passed over silently.
     if engine == "vllm" and hasattr(bridge, "lm_head"):
         raise UserError(
             f"--engine vllm loads the LLM with its own output head, and {models.mapping_file} holds a trained one: "

@@ -10,6 +10,7 @@ from mindmerger.tasks.examples import read_parallel, varying_text
 from mindmerger.tasks.languages import Language, find_language, parse_languages
 from mindmerger.tasks.readers import DataError, find_file, read_records
 
+# The numbers of translations that the published method reports.
 SIZES = (1, 3, 6)
 ORDERS = ("source-first", "english-first", "shuffled")
 EXTRA_LANGUAGES = ("Spanish", "Russian", "French", "Chinese", "German", "Japanese")
@@ -57,6 +58,7 @@ def default_languages(task: Task) -> tuple[Language, ...]:
     The source is never among its own translations, so a task without one of the six, or an item in one of them, would
     otherwise have no six.
     """
+    # Last one first: the tasks list their languages from those with few resources to English.
     rest = [name for name in reversed(task.evaluation_languages) if name not in EXTRA_LANGUAGES]
     rest.sort(key=lambda name: name != "English")
     return tuple(find_language(name) for name in (*EXTRA_LANGUAGES, *rest) if name in task.evaluation_languages)
@@ -88,6 +90,7 @@ class AlignedTranslations:
 
     def __init__(self, task: Task, data_root):
         self.task, self.data_root = task, data_root
+        # Kept: every item of a source asks for the same k languages, and a test set is read once.
         self.rows: dict[Language, dict[str, Example]] = {}
         self.key_of: dict[str, str] = {}
 
@@ -135,8 +138,10 @@ class FileTranslations:
             try:
                 language = find_language(record.text("language"))
             except DataError as error:
+                # Once: the error may name this very line already.
                 raise record.fail(str(error).removeprefix(f"{record.path}:{record.line}: ")) from None
             key = record.text("id"), language
+            # The later one would replace the earlier unseen.
             if key in self.texts:
                 raise record.fail(f"item {key[0]} has a second translation into {language.name}")
             self.texts[key] = record.text("text")
@@ -162,12 +167,15 @@ def build_prompt(task: Task, example: Example, texts: Sequence[tuple[Language, s
 
     What may be dropped of a prompt that is too long are these lines, from the last one's end on.
     """
+    # A line break inside a text would look like the start of another language's line.
     lines = "\n".join(f"[{language.name}] {' '.join(text.splitlines())}" for language, text in texts)
+    # The span is what the translations share; hypothesis, options and template stay as they are, once.
     start, end = example.shrinkable
     before = example.prompt[:start]
     if task.training_name == "math":
         before += MATH_PREAMBLE.format(number=len(texts))
     prompt = before + lines + example.prompt[end:]
+    # The span grows with the lines: a prompt over the limit loses translations, never the template's end.
     return replace(example, prompt=prompt, shrinkable=(len(before), len(before) + len(lines)))
 
 
@@ -197,8 +205,10 @@ def apply_parallel_input(
         texts = [(own, varying_text(example))]
         texts += [(language, source.text(example, language)) for language in chosen[example.language]]
         if options.order == "english-first":
+            # A stable sort: the others keep their order of preference.
             texts.sort(key=lambda pair: pair[0].code != "en")
         elif options.order == "shuffled":
+            # A generator for each item: its order is the same whichever others are evaluated beside it.
             random.Random(f"{options.seed} {example.id}").shuffle(texts)
         built.append(build_prompt(task, example, texts))
     return built, {name: [language.code for language in languages] for name, languages in chosen.items()}
@@ -243,6 +253,7 @@ def options_of(args: argparse.Namespace) -> ParallelInput | None:
             if getattr(args, flag) is not None:
                 raise DataError(f"--{flag} belongs to --parallel_input: pass that too (1, 3 or 6)")
         return None
+    # No default: an oracle taken by accident would be reported as a fair result.
     if args.translations is None:
         raise DataError(
             "--parallel_input needs --translations: aligned (the benchmark's own rows, an oracle) or a .jsonl file of "

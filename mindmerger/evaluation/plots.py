@@ -17,6 +17,7 @@ def new_figure(width: float, height: float, columns: int = 1):
     """Makes a figure of that many inches and its axes (one, or a list of `columns`), without any global state."""
     from matplotlib.figure import Figure
 
+    # pyplot would choose a display's backend, and keeps every figure in memory until it is closed.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
 
@@ -62,6 +63,7 @@ def save_figure(figure, path) -> None:
     for text in figure.findobj(Text):
         text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode("utf-8"))
         text.set_parse_math(False)
+    # In memory first: a kill or a full disk must not leave half a picture in the place of a whole one.
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes_atomic(path, buffer.getvalue())

@@ -47,6 +47,7 @@ def exchange_rows(examples: list, seed: int) -> list[int]:
             )
         random.Random(f"{seed} {language}").shuffle(rows)
         for i, row in enumerate(rows):
+            # The neighbour in a cycle, not a random permutation: such a one leaves about one row its own prefix.
             partner[row] = rows[i - 1]
     return partner
 
@@ -60,6 +61,7 @@ def apply_probe(kind: str | None, examples: list, columns: dict, seed: int) -> t
     if kind != "shuffled":
         return columns, None if kind is None else {"kind": kind}, None
     partner = exchange_rows(examples, seed)
+    # The source alone moves; prompt and gold answer stay, so that a lost point is the prefix's doing.
     own, moved = columns["encoder_ids"], ("encoder_ids", "source_cut")
     columns = columns | {name: [columns[name][i] for i in partner] for name in moved}
     # Rows that share their text get an equal prefix all the same: a reader of the scores has to know how many.

@@ -104,6 +104,7 @@ def open_unfinished(folder: Path, identity: dict) -> dict[int, dict]:
     partial.mkdir(exist_ok=True)
     run_file = partial / "run.json"
     if run_file.is_file():
+        # Outputs are kept and scored at the end: a new scorer costs no second generation.
         unscored = {name: value for name, value in identity.items() if name != SCORER}
         _require_same(folder, unscored, _read_json(run_file), "an unfinished evaluation")
     else:
@@ -136,6 +137,7 @@ def join_results(folder: Path, identity: dict, overwrite: bool) -> dict[int, dic
     run_file = partial / "run.json"
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        # Cleared where it differs, not refused as on rank 0: a node's own folder holds unfinished answers alone.
         same = run_file.is_file() and _read_json(run_file).get("identity") == identity
         if overwrite or not same:
             for shard in partial.glob("*.jsonl"):
@@ -179,6 +181,7 @@ def _require_same(folder: Path, identity: dict, stored: dict, what: str) -> None
                 f"{folder} holds {what} with another {name}: {before.get(name)} then, {now} now: pass --overwrite to "
                 "start over, or another --save_name or --results_dir to keep both"
             )
+    # A warning alone: were versions part of the identity, an update would start a long evaluation over.
     installed = versions()
     changed = [f"{k} {v}" for k, v in stored.get("versions", {}).items() if installed.get(k) != v]
     if changed:
@@ -194,6 +197,7 @@ def read_finished(partial: Path) -> dict[int, dict]:
     finished = {}
     for shard in sorted(partial.glob("*.jsonl")):
         batches = {}
+        # Bytes: half a character at a cut end would stop a text file's reader before the lines that are whole.
         for line in shard.read_bytes().split(b"\n"):
             try:
                 record = json.loads(line)
@@ -245,6 +249,7 @@ def append_records(shard, records: list[dict]) -> None:
 
 def find_results(folder: str) -> str:
     """Returns the folder itself, or the finished evaluation inside it where it holds exactly one."""
+    # So that results/<save_name> may be given where one task was evaluated under that name.
     inside = [found.parent for found in Path(folder).glob("*/results.json")]
     return str(inside[0]) if len(inside) == 1 and not (Path(folder) / "results.json").is_file() else folder
 
@@ -264,6 +269,8 @@ def read_results(folder: str) -> dict:
         raise ResultsError(f"{folder} has no results.json: {hint}")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
+        # What tables read is checked here: folders written elsewhere, or by hand, ended in a traceback in a table's
+        # title.
         wrong = [name for name in ("task", "form") if not isinstance(results[name], str)]
         wrong += [f"n of {name}" for name, one in results["languages"].items() if not isinstance(one["n"], int)]
         if (parallel := results.get("parallel_input")) is not None:
@@ -309,6 +316,7 @@ def read_predictions(folder: str, language: str) -> dict[str, dict]:
         if item["id"] in items:
             raise ResultsError(f"{file}:{number}: the id {item['id']!r:.80} stands twice: evaluate again")
         items[item["id"]] = {**texts, "correct": bool(item["correct"])}
+    # A lost last line leaves a valid file, and an accuracy over fewer items.
     counted = read_results(folder)["languages"].get(language, {"n": len(items)})["n"]
     if len(items) != counted:
         raise ResultsError(f"{file} holds {len(items)} predictions but results.json counts {counted}: evaluate again")

@@ -243,6 +243,7 @@ def check_inputs(settings: Settings) -> None:
     llm_rows = embedding_rows(llm_config(llm_path)[0])
     check_tokens(settings.tokenizers, columns, (mt_path, encoder_rows), (llm_path, llm_rows))
     targets = max(map(len, columns.get("target_ids", [[]])))
+    # The longest input with the most new tokens: every row may run into that limit.
     longest = max(input_positions(columns, settings.bridge)) + max(settings.max_new_tokens, targets)
     flags = "--max_new_tokens, --max_gen_len or --max_seq_len"
     check_positions(llm_path, longest, "the longest input with its new tokens", flags)

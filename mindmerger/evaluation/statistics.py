@@ -81,6 +81,7 @@ def resampling_note(described: dict) -> str:
 
 def _by_question(questions: dict[str, list[Question]], values: dict[str, list]) -> tuple[np.ndarray, np.ndarray]:
     """Returns (rows_KL, values_KL): rows (0 or 1) of each question in each language, and their values or 0."""
+    # Sorted: which question a draw hits must depend neither on a set's order nor on that of the languages.
     place = {question: k for k, question in enumerate(sorted({q for asked in questions.values() for q in asked}))}
     rows_KL, values_KL = np.zeros((2, len(place), len(questions)))
     for language, (name, asked) in enumerate(questions.items()):
@@ -118,6 +119,7 @@ def bootstrap_intervals(
     """
     draws = {}
     for language, marks in correct.items():
+        # crc32 and not hash(), which Python salts anew in every process.
         generator = np.random.default_rng([seed, zlib.crc32(language.encode())])
         draws[language] = 100 * generator.binomial(len(marks), sum(marks) / len(marks), size=resamples) / len(marks)
     intervals = {language: _percentiles(values) for language, values in draws.items()}
@@ -134,6 +136,8 @@ def bootstrap_intervals(
         times_RK = np.bincount(drawn_RK.ravel(), minlength=size * number).reshape(size, number).astype(float)
         rows_RL = times_RK @ rows_KL
         accuracy_RL = np.tile(accuracy_L, (size, 1))
+        # A language of few rows, as in the five-row excerpts of X-CSQA, is missed by one resample in e^5: no 0 / 0
+        # then.
         np.divide(times_RK @ right_KL, rows_RL, out=accuracy_RL, where=rows_RL > 0)
         means.append(100 * accuracy_RL.mean(1))
         left -= size

@@ -29,6 +29,7 @@ def summarise(settings: Settings, generated_now: set[int], seconds: float) -> di
     records = read_answers(settings)
     items = score_answers(settings, records)
     results = build_results(settings, items, records)
+    # Only what this run has answered: with the earlier answers its speed would grow with every continuation.
     results["timing"] = measure_speed([records[i] for i in sorted(generated_now)], seconds)
     write_results(settings.folder, items, results)
     return results
@@ -42,6 +43,7 @@ def read_answers(settings: Settings) -> dict[int, dict]:
     """
     from mindmerger.evaluation.results import PARTIAL, read_finished
 
+    # From disk, not from memory: what is scored is then what a continuation would find, whichever rank or run wrote it.
     partial, number = settings.folder / PARTIAL, len(settings.examples)
     records = read_finished(partial)
     missing = sum(i not in records for i in range(number))
@@ -71,6 +73,7 @@ def write_results(folder, items: dict[str, list[dict]], results: dict) -> None:
     for language, rows in items.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text_atomic(folder / "predictions" / f"{language}.jsonl", lines)
+    # The released code's file, in its form: language, tab, score.
     scores = "".join(f"{name}\t{one['accuracy']}\n" for name, one in results["languages"].items())
     write_text_atomic(folder / "scores.tsv", scores)
     write_json_atomic(folder / "results.json", results)
@@ -84,6 +87,7 @@ def prediction_item(settings: Settings, example, output: str) -> dict:
         "id": example.id,
         **({"question": example.question} if example.question else {}),
         "source": example.source,
+        # What the model read, not what the data hold: the Hard form has no prompt.
         "prompt": example.prompt if settings.form != "hard" else "",
         "output": output,
         "prediction": score.prediction,
@@ -117,11 +121,13 @@ def build_results(settings: Settings, items: dict[str, list[dict]], records: dic
         languages[name] = score_language(settings, rows, intervals[name]) | counts
     keys = ["accuracy", "reference_accuracy"] if settings.two_scorers else ["accuracy"]
     keys += ["gold_loss"] * settings.score_gold
+    # Unweighted over languages, as the published averages are.
     mean = {key: round(sum(one[key] for one in languages.values()) / len(languages), 4) for key in keys}
     return {
         "task": settings.task.name,
         "form": settings.form,
         "parallel_input": settings.parallel_input,
+        # Entries that came later are left out where they say nothing: the files of other runs stay as they were.
         **({"probe_prefix": settings.probe_prefix} if settings.probe_prefix else {}),
         "mean": {**mean, "interval": mean_interval},
         **({"gold": mean_gold([row for rows in items.values() for row in rows])} if settings.score_gold else {}),
@@ -160,6 +166,7 @@ def score_language(settings: Settings, rows: list[dict], interval: list[float]) 
 
 def mean_gold(rows: list[dict]) -> dict:
     """Returns the mean loss of the gold answers, in nats per token, over all their tokens together."""
+    # By tokens, as in training: a mean of rows would give a short answer's tokens more weight than a long one's.
     tokens = sum(row["gold_tokens"] for row in rows)
     return {"gold_loss": round(sum(row["gold_loss"] for row in rows) / tokens, 6), "gold_tokens": tokens}
 
@@ -193,6 +200,7 @@ def describe_run(settings: Settings) -> dict:
         **({"adapter": described} if described else {}),
         "identity": settings.identity,
         "arguments": settings.arguments,
+        # As typed: `arguments` holds the defaults too, and no longer says which of them were chosen.
         "command": sys.argv,
         "versions": versions(),
     }
@@ -217,5 +225,6 @@ def _device_record() -> dict:
 
     if not torch.cuda.is_available():
         return {"device": "cpu"}
+    # Of tensors: what the allocator only keeps in reserve is left out.
     peak = torch.cuda.max_memory_allocated() / 2**30
     return {"device": torch.cuda.get_device_name(), "peak_memory_gb": round(peak, 2)}

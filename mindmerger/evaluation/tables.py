@@ -16,6 +16,7 @@ FORM_TITLES = {
 
 def form_title(results: dict) -> str:
     """Returns in words what was evaluated, from the content of a `results.json`; parallel input says who translated."""
+    # Folders of earlier versions have no "bridge": they hold MindMerger's results.
     title, bridge = FORM_TITLES.get(results["form"], results["form"]), results.get("bridge")
     if bridge not in (None, DEFAULT_BRIDGE):
         title = f"{bridge} ({'prefix and prompt' if results['form'] == 'soft' else 'prefix only'})"
@@ -67,12 +68,14 @@ def format_results(results: dict) -> str:
         align(rows, rule_before_last=True),
     ]
     if both_scorers:
+        # The released scorer's quirks in words: its column may be the higher one, and is not the better measure.
         lines.append("reference: scored as the released code does (no minus signs, a missing number counts as 0)")
     if published:
         lines.append(f"published: {published['label']}" + published["note"])
     if gold:
         over_all = f"over all {gold['gold_tokens']} tokens {gold['gold_loss']:.4f}"
         lines.append(f"gold loss: mean loss of the gold answers in nats per token; {over_all}")
+    # Results of the first version lack it: their interval took the languages for independent.
     if len(languages) > 1 and "resampling" in results:
         lines.append(f"interval of the mean: {resampling_note(results['resampling'])}")
     counts = results["counts"]
@@ -105,13 +108,16 @@ def is_model(path: str, hub_name: str | None, name: str) -> bool:
     folder = Path(path)
     if not folder.is_dir():
         return hub_name is not None and path.lower() == hub_name.lower()
+    # Asked before the name: a merge may stand under the name of the model that it started from.
     if any((folder / file).exists() for file in CHANGED_MODEL):
         return False
+    # A link to the hub's cache is as good as its place there.
     folder = folder.resolve()
     cached = [part for part in folder.parts if part.startswith("models--")]
     if cached:
         return hub_name is not None and cached[-1].lower() == f"models--{hub_name.replace('/', '--')}".lower()
 
+    # Hyphens and case differ between a hub's name and the folders that users keep models in.
     def letters(text):
         return "".join(c for c in text.lower() if c.isalnum())
 
@@ -132,6 +138,7 @@ def published_scores(task: Task, form: str, llm_path: str, mt_path: str | None, 
     if form == "hard" or (form == "soft" and not is_model(mt_path, PUBLISHED_ENCODER, "mt5-xl")):
         return None
     llms = [name for name, hub_name in PUBLISHED_LLMS.items() if is_model(llm_path, hub_name, name)]
+    # Soft and LLM alone are the two forms that numbers are published for.
     same_form = [label for label in task.published if ("MindMerger" in label) == (form == "soft")]
     found = [label for label in same_form if any(name in label for name in llms)]
     if not found:
@@ -143,12 +150,14 @@ def published_scores(task: Task, form: str, llm_path: str, mt_path: str | None, 
         if len(rows) < len(task.evaluation_languages):
             return None
         notes.append("of which the average alone is published")
+    # The published mean covers all languages: beside fewer, theirs alone can be compared.
     elif set(scores) != set(rows):
         shown = [scores[name] for name in rows if name in scores]
         if not shown:
             return None
         mean = sum(shown) / len(shown)
         notes.append("mean over the languages of this table")
+    # Beside a run on the first hundred questions the published mean would look like a target for them.
     if task.published_rows is not None and set(rows.values()) != {task.published_rows}:
         here = sorted({min(rows.values()), max(rows.values())})
         notes.append(f"on other items: {task.published_rows} rows of each language, here {' to '.join(map(str, here))}")
