@@ -12,6 +12,7 @@ from mindmerger.tasks.x_csqa import X_CSQA
 from mindmerger.tasks.xnli import XNLI
 
 TASKS: dict[str, Task] = {task.name: task for task in (MGSM, MSVAMP, X_CSQA, XNLI, TRANSLATION)}
+# The released commands write math and x_csqa; both sets of math are evaluated by one training task.
 TASK_ALIASES = {"math": "math_mgsm", "x_csqa": "x-csqa"}
 
 
@@ -29,6 +30,8 @@ def find_task(name: str) -> Task:
     Raises:
         DataError: with the known tasks and the nearest spelling.
     """
+    # Exactly one of the names, never a part of one: a typing error is answered with the nearest, not trained as
+    # something.
     wanted = name.strip().lower()
     task = TASKS.get(TASK_ALIASES.get(wanted, wanted))
     if task is None:

@@ -69,6 +69,7 @@ class Task:
 
     def gold_key(self, target: str, language: str) -> str:
         """Returns a gold answer in a form that translations of one row share: 1,450 in English is 1.450 in German."""
+        # Letters and labels are one in every language; only numbers are written otherwise from one to the next.
         if self.score is not score_number:
             return target
         try:
@@ -131,6 +132,7 @@ class Task:
         files = [(pattern, None)] if mixed else [(_file_of(pattern, language), language) for language in languages]
         # All files are looked for before the first is read.
         files = [(find_file(data_root, relative), language) for relative, language in files]
+        # Two counts: an id is the row's number among all of its language, whatever is left out or beyond the limit.
         seen: Counter[str] = Counter()
         given: Counter[str] = Counter()
         for path, language_of_file in files:
@@ -142,6 +144,7 @@ class Task:
                 try:
                     language = language or _language_of(record, self.language_field)
                     seen[language.name] += 1
+                    # Passed over unparsed: nothing is asked of rows that nobody trains on.
                     if languages is not None and language not in languages or given[language.name] == limit:
                         continue
                     example = _example(parse, record, language, seen[language.name], mixed)
@@ -152,6 +155,7 @@ class Task:
                     continue
                 given[language.name] += 1
                 yield example
+                # A file of many languages is read to its end: rows of another one may stand there.
                 if not mixed and given[language.name] == limit:
                     break
         absent = [language.name for language in languages or () if not given[language.name]]

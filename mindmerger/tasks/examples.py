@@ -51,6 +51,7 @@ class StageData:
         for language in chosen:  # all files are looked for before the first is read
             for relative in _pair_files(language):
                 find_file(self.root, relative)
+        # Lazily, one language after another: a hundred thousand pairs of each need not stand in memory together.
         pairs = (read_pairs(self.root, language, self.train_num, faults, empty) for language in chosen)
         return read_by_encoder(itertools.chain.from_iterable(pairs), self.encoder_text)
 
@@ -74,6 +75,7 @@ def read_by_encoder(examples: Iterable[Example], encoder_text: str) -> Iterator[
     """Returns examples whose source is what the encoder reads: their own "source", or the whole "prompt"."""
     if encoder_text == "source":
         return iter(examples)
+    # LangBridge's encoder reads the whole prompt; the target stays the LLM's alone.
     return (replace(example, source=example.prompt) for example in examples)
 
 
@@ -85,6 +87,7 @@ def evaluation_examples(
     Args:
         faults: takes the faults of single rows, which are then left out; without it the first one is raised.
     """
+    # Cut after reading: a fault behind the limit is found by a first short run, not by the long one.
     return list(task.read_evaluation(data_root, language, faults))[:limit]
 
 
@@ -103,8 +106,10 @@ def read_parallel(task: Task, data_root, language: Language) -> dict[str, Exampl
         DataError: for a missing or faulty file, and an id that stands twice.
     """
     examples = evaluation_examples(task, data_root, language)
+    # Not by position alone: row by row, X-CSQA's cat would be translated as fire.
     keys = [example.question or example.id.removeprefix(f"{language.code}-") for example in examples]
     found = dict(zip(keys, examples, strict=True))
+    # Of two rows with one id the later would stand for both, unseen.
     if len(found) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise DataError(f"{task.name} in {language.name}: id {twice!r} stands twice, so rows cannot be paired by it")

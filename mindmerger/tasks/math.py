@@ -10,6 +10,7 @@ from mindmerger.tasks.readers import Record, preview
 from mindmerger.tasks.scoring import NUMBER_SCORER_VERSION, score_number
 
 
+# To the character: released mappings were trained with these prompts. The same holds for the other tasks' prompts.
 def math_prompt(query: str) -> tuple[str, tuple[int, int]]:
     """Returns the prompt MetaMath was tuned with, and the span of the query in it."""
     return _fill(
@@ -29,6 +30,7 @@ def _mgsm(record: Record, language: Language) -> Parsed:
     columns = [column.strip() for column in record.value]
     if len(columns) != 2 or not all(columns):
         raise record.fail(f"expected question TAB answer, found {len(columns)} columns: {preview(columns)}")
+    # Stripped, unlike MSVAMP's texts: there the blanks at the edges are part of the data.
     question, answer = columns
     return (question, *math_prompt(question), _check_gold(record, answer, language))
 
@@ -47,6 +49,7 @@ def _check_gold(record: Record, answer: str, language: Language) -> str:
     return answer
 
 
+# Telugu is MGSM's alone: the mapping stage has no pairs in it.
 _NINE = "bn th sw ja zh de fr ru es"
 _MGSM = f"te {_NINE} en"
 
@@ -54,6 +57,7 @@ _MGSM = f"te {_NINE} en"
 _MATH = {
     "training_name": "math",
     "mapping_languages": _names(_NINE),
+    # Whatever the file holds; the released one has the nine and English.
     "augmentation_languages": None,
     "max_new_tokens": 512,
     "augmentation_file": "query_translation/math.json",
@@ -72,6 +76,7 @@ MGSM = Task(
     parse_evaluation=_mgsm,
     published_rows=250,
     published={
+        # Only the average is published, without Telugu.
         "LLM alone (MetaMath-7B, over ten languages, Telugu left out)": {"avg": 37.9},
         "MindMerger-Soft (MetaMath-7B)": _row(_MGSM, 57.6, "52.8 52.0 59.2 56.8 51.2 55.2 61.2 55.2 61.6 62.4 66.0"),
     },

@@ -38,6 +38,7 @@ def name_skip_flag():
         raise DataError(f"{error} (--skip_faulty_rows leaves such rows out and lists them)") from None
 
 
+# All are listed in a file as well: data that are wrong throughout would bury the screen.
 FAULTS_SHOWN = 20
 
 
@@ -69,11 +70,14 @@ def find_file(data_root, relative: str) -> Path:
     try:
         if path.is_file():
             with open(path, "rb") as file:
+                # Before anything is read: two pointers have three lines each and would pass for three sentence pairs.
                 refuse_lfs_pointer(path, file.read(len(LFS_POINTER)))
             return path
+        # A pipe in a file's place would be waited for, for ever.
         if (found := what_is(path)) != "missing":
             raise DataError(f"{path} is {found}: a file is expected there")
         folder = path.parent
+        # The nearest folder that exists shows where the path went wrong.
         while not folder.is_dir() and folder != folder.parent:
             folder = folder.parent
         there = sorted(os.listdir(folder))
@@ -117,11 +121,14 @@ def read_lines(path: Path, faults: list[str] | None = None) -> Iterator[tuple[in
     """
     try:
         with open(path, "rb") as file:
+            # Bytes, cut at LF: str.splitlines breaks on U+0085, U+001D and U+2028, which stand inside real sentences.
             for number, raw in enumerate(file, start=1):
                 if number == 1:
                     refuse_lfs_pointer(path, raw)
                     _refuse_utf16(path, raw)
+                    # A BOM would be part of the first row's text, or make its JSON invalid.
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
+                    # Such a file is one line: all of its rows would be read as a single one.
                     if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
                         raise DataError(f"{path}:1: lines end in CR alone: convert the file to LF line ends")
                 try:
@@ -140,6 +147,8 @@ def _decode_line(path: Path, number: int, raw: bytes) -> str:
     if b"\0" in raw:
         raise RowError(f"{path}:{number}: NUL byte: the file is damaged, or not UTF-8 text")
     try:
+        # CR is part of the line end here alone; the released code kept line ends, and a stray one shifted the sides of
+        # pairs.
         return raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise RowError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from None
@@ -150,6 +159,7 @@ def count_lines(path: Path) -> int:
     lines, last = 0, b"\n"
     try:
         with open(path, "rb") as file:
+            # By blocks: one pass over bytes costs a fraction of decoding, and no line has to fit into memory.
             while block := file.read(1 << 20):
                 lines += block.count(b"\n")
                 last = block[-1:]
@@ -200,8 +210,10 @@ class _JsonCursor:
             value, end = self.decoder.raw_decode(self.text, self.at)
         except json.JSONDecodeError as error:
             raise self.fail(f"not valid JSON ({error.msg}, character {error.colno})", error.pos) from None
+        # A few KB of brackets are enough for Python's decoder to give up in its own words.
         except RecursionError:
             raise self.fail("JSON is nested too deeply") from None
+        # Integers of thousands of digits, which Python refuses to convert, and equal keys.
         except ValueError as error:
             raise self.fail(f"not usable JSON ({error})") from None
         self._move(end)
@@ -260,6 +272,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, object]]:
         if cursor.peek() == "]":
             raise cursor.fail("not valid JSON (comma before the end of the list)")
     cursor.take("]")
+    # What follows "data" is read too: half a file must not pass for a whole one.
     while wrapped and cursor.peek() == ",":
         cursor.take(",")
         cursor.key(keys)
@@ -312,6 +325,7 @@ class Record:
         if not may_be_empty and not value.strip():
             raise self.fail(f"field {name!r} is empty")
         try:
+            # JSON can spell half a pair as \ud800; no tokenizer takes that, and its error would name no line.
             value.encode("utf-8")
         except UnicodeEncodeError:
             raise self.fail(f"field {name!r} holds half a surrogate pair: {preview(value)}") from None
@@ -346,6 +360,7 @@ def read_records(path: Path, faults: list[str] | None = None) -> Iterator[Record
 def _line_record(path: Path, line: int, text: str, faults: list[str] | None) -> Record | None:
     if path.suffix == ".tsv":
         return Record(path, line, text.split("\t"))
+    # Our cursor and not json.loads: it refuses equal keys, and text after the value.
     cursor = _JsonCursor(path, text, line)
     try:
         value = cursor.value()

@@ -43,6 +43,7 @@ def score_number(output: str, target: str, language: Language | str | None = Non
     """
     prediction, reference = corrected_number(output, language), reference_number(output)
     try:
+        # Exactly equal, without a tolerance: 1 2/3 and 5/3 are read to the last bit, and near misses are wrong answers.
         correct = prediction == gold_number(target, _code(language))
     except ValueError:
         correct = False
@@ -52,4 +53,5 @@ def score_number(output: str, target: str, language: Language | str | None = Non
 def score_text(output: str, target: str, language: Language | str | None = None) -> Score:
     """Scores an option letter or label: right where the stripped output equals it, in any language."""
     prediction = output.strip()
+    # Both scores alike: the released code compares texts in this way too.
     return Score(prediction, prediction == target, prediction, prediction == target)

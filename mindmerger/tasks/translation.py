@@ -10,6 +10,7 @@ from mindmerger.tasks.readers import DataError, count_lines, find_file, read_lin
 from mindmerger.tasks.scoring import score_text
 
 
+# The stage's default is no prompt; this one is for --augmentation True alone.
 def translation_prompt(sentence: str, language: str) -> tuple[str, tuple[int, int]]:
     """Returns the prompt of the mapping stage, where one is asked for."""
     return _fill(
@@ -22,6 +23,7 @@ def translation_prompt(sentence: str, language: str) -> tuple[str, tuple[int, in
 
 
 def _pair_files(language: Language) -> tuple[str, str]:
+    # The released name, whatever the number of lines: it is no limit.
     folder = f"bilingual_pairs/en-{language.code}/train_100k"
     return f"{folder}.{language.code}", f"{folder}.en"
 
@@ -46,12 +48,14 @@ def read_pairs(
         DataError: for a missing, empty or undecodable file, and where the two files differ in their number of lines.
     """
     sources, targets = (find_file(data_root, relative) for relative in _pair_files(language))
+    # Counted before the first pair: a missing line in the middle shifts all later pairs, and training would not notice.
     lines = count_lines(sources), count_lines(targets)
     if lines[0] != lines[1]:
         raise DataError(f"{sources} has {lines[0]} lines but {targets} has {lines[1]}: line i of both must be a pair")
     given, left_out, first_left_out = 0, 0, 0
     lines = zip(read_lines(sources, faults), read_lines(targets, faults), strict=True)
     for (line, source), (_, target) in lines:
+        # Checked before the pair, not after the last one, so that empty pairs are counted only as far as was looked.
         if train_num is not None and given >= train_num:
             break
         if source is None or target is None:
@@ -63,6 +67,7 @@ def read_pairs(
             continue
         given += 1
         prompt, shrinkable = translation_prompt(source, language.name)
+        # By line, not by number given: an id leads to its place in both files.
         yield Example(f"{language.code}-{line}", language.name, source, prompt, target, shrinkable)
     if not given:
         but = f" but {left_out} with an empty side" if left_out else ""
@@ -82,6 +87,7 @@ def warn_of_empty_pairs(sources: str | Path, number: int, first: int) -> None:
 def _mapping_languages(task: Task, languages: Sequence[Language] | None) -> list[Language]:
     if languages is None:
         return [LANGUAGES[name] for name in task.mapping_languages]
+    # Users give one list for both stages, and the second one has English.
     chosen = [language for language in languages if language.name != "English"]
     if not chosen:
         raise DataError("the mapping stage pairs English with other languages: --languages names English only")
@@ -93,6 +99,7 @@ def _mapping_languages(task: Task, languages: Sequence[Language] | None) -> list
 TRANSLATION = Task(
     name="translation",
     training_name="translation",
+    # XNLI's: the released default of --task, with which one of the published commands trains.
     mapping_languages=_names("sw ur hi th ar tr el vi zh ru bg de fr es"),
     augmentation_languages=None,
     evaluation_languages=(),

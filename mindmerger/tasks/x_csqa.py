@@ -14,6 +14,7 @@ from mindmerger.tasks.scoring import score_text
 def x_csqa_prompt(stem: str, choices: Sequence[tuple[str, str]]) -> tuple[str, tuple[int, int]]:
     """Returns the X-CSQA prompt of a question and its (label, text) options, and the span of the question in it."""
     options = "\t".join(f"{label}. {text}" for label, text in choices)
+    # No blank before A. and tabs between options: as released, to the character.
     return _fill("", stem, f"\nOptions:{options}\nAnswer:")
 
 
@@ -32,6 +33,7 @@ def _x_csqa(record: Record, language: Language) -> Parsed:
         raise record.fail(f"question.choices must be a list, got {preview(choices)}")
     options = [(record.text(*label), record.text(*text, may_be_empty=True)) for label, text in fields]
     labels = [label for label, _ in options]
+    # Equal letters would make two options right at once; equal texts occur in the data and harm nobody.
     if not labels or len(set(labels)) < len(labels):
         raise record.fail(f"question.choices needs options with different labels, got {preview(labels)}")
     answer = record.value.get("answerKey")
@@ -39,6 +41,7 @@ def _x_csqa(record: Record, language: Language) -> Parsed:
         found = preview(answer) if answer else "none (test files come without)"
         raise record.fail(f"answerKey must be one of {preview(', '.join(labels))}, found {found}")
     prompt, shrinkable = x_csqa_prompt(stem, options)
+    # The encoder reads what the LLM reads, as released; in math it reads the bare question.
     return prompt, prompt, shrinkable, answer
 
 

@@ -24,6 +24,7 @@ def _xnli(record: Record, language: Language) -> Parsed:
     if label not in XNLI_LABELS:
         raise record.fail(f"label {preview(label)} is none of {', '.join(XNLI_LABELS)}")
     prompt, shrinkable = xnli_prompt(record.text("sentence1"), record.text("sentence2"))
+    # As in X-CSQA, the encoder reads the whole prompt.
     return prompt, prompt, shrinkable, label
 
 
@@ -37,6 +38,7 @@ XNLI = Task(
     augmentation_languages=None,
     evaluation_languages=_names(_XNLI),
     max_new_tokens=16,
+    # XNLI's dev set is the stage's training data, as released: scores on dev would be on seen items.
     augmentation_file="query_translation/xnli_dev.json",
     evaluation_file="evaluation/xnli/test.json",
     language_field="language",
