@@ -59,6 +59,13 @@ def test_a_bridge_of_another_encoder_depth_is_refused_with_both_depths(tmp_path)
     assert "need (3, 32)" in refusal(model.load_mapping, file)
 
 
+def test_a_file_of_other_options_is_refused_with_those_that_were_asked_for():
+    file = str(DATA / "bridges/langbridge-latent-mt5-llama/pytorch_model.bin")
+    message = refusal(check_mapping, file, config_of_models(*MODELS, "langbridge", {"mapper": "latent"}))
+    assert "latents has shape (8, 32) but" in message and "with (mapper=latent, latents=64, train_lm" in message
+    assert message.endswith("need (64, 32): pass the models and options this mapping was trained with")
+
+
 def test_options_that_a_bridge_does_not_have_are_refused_from_python_and_from_a_config(tmp_path):
     named = refusal(MindMerger.from_models, *MODELS, bridge="layer_fusion", bridge_options={"mixx": "token"})
     assert named == (

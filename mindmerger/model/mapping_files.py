@@ -317,11 +317,12 @@ def check_mapping(path: str, config: MindMergerConfig) -> dict[str, torch.Tensor
             continue
         _refuse_other_than_numbers(path, name, state[name])
         if tuple(state[name].shape) != shape:
+            chosen = f" with{shown_options(config)}" if config.bridge_options else ""
             raise ModelError(
                 f"{path}: {name} has shape {tuple(state[name].shape)} but encoder {config.mt_path} (width "
                 f"{config.encoder_width}{_depth(config.encoder_depth)}) and LLM {config.llm_path} (width "
-                f"{config.llm_width}{_depth(config.llm_depth)}) need {shape}: pass the models this mapping was trained "
-                "with"
+                f"{config.llm_width}{_depth(config.llm_depth)}){chosen} need {shape}: pass the models "
+                f"{'and options ' if chosen else ''}this mapping was trained with"
             )
         if not torch.isfinite(state[name].float()).all():  # as fp32, which the mapping is
             raise ModelError(
