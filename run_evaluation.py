@@ -40,9 +40,11 @@ __all__ = ["answer", "main"]
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
+    # First of all: a launcher that dies while models load would leave ranks that wait for ever.
     watch_launcher()
     args = parse(argv)
     if args.compare:
+        # Before any process group: comparing needs neither torch nor a GPU.
         return compare(args.compare, args.seed)
     device = init_distributed()
     # Before settings: hashing the models and reading the test sets may take minutes.
@@ -139,6 +141,7 @@ def load(settings: Settings, device) -> tuple:
     """Loads the model on every rank, with rank 0's mapping and adapter, and starts what decodes where it does not."""
     model = on_all_ranks(load_model, settings, device)
     if settings.mapping_file is not None:
+        # Sent, not read by each: rank 0's node alone may have the file.
         broadcast_weights(model.mapping)
     if settings.adapter is not None:
         own = {name: tensor.detach().cpu() for name, tensor in model.trained_parameters().items()}
@@ -167,7 +170,9 @@ def answer_share(model, engine, settings: Settings, batches: list[list[int]], sh
                     if settings.score_gold:
                         gold = score_gold(model, settings, batch)
                         records = [one | loss for one, loss in zip(records, gold, strict=True)]
+                    # With each line its batch: one cut short by a crash is known by it, and generated again as a whole.
                     keys = {"batch": batch[0], "batch_size": len(batch)}
+                    # On disk before the next batch begins: a kill costs one batch at most.
                     append_records(shard, [one | keys for one in records])
                     done += len(batch)
                     progress.update(len(batch))

@@ -45,6 +45,7 @@ def tokenise_inputs(
         with_prompt=with_prompt,
         with_target=with_target,
     )
+    # No empty columns: by a column's absence later steps know which segments the form has.
     kept = ["encoder_ids", "source_cut"] * with_source + ["prompt_ids", "prompt_cut"] * with_prompt
     kept += ["target_ids"] * with_target
     return {name: columns[name] for name in kept}
@@ -76,6 +77,7 @@ def input_positions(columns: dict, bridge) -> list[int]:
     """
     prompts = columns.get("prompt_ids") or [[]] * len(columns["encoder_ids"])
     if bridge is None:
+        # 1 for BOS, also where the LLM has none: a limit that counts one too many is safe.
         return [1 + len(prompt) for prompt in prompts]
     sources = columns["encoder_ids"]
     return [1 + bridge.prefix_length(len(s)) + len(prompt) for s, prompt in zip(sources, prompts, strict=True)]
@@ -168,9 +170,11 @@ def merge_batch(model, settings, batch: list[int]) -> list:
     inputs = batch_inputs(model, settings.tokenizers, settings.columns, batch)
     with explain_batch_out_of_memory(inputs, settings.max_new_tokens):
         embeds_BLD, mask_BL = model.merged_embeddings(**inputs)
+        # Off the GPU at once: a chunk holds hundreds of rows, and vLLM takes them from the CPU.
         embeds_BLD = embeds_BLD.cpu()
     lengths = mask_BL.sum(1).tolist()
     rows = [row_LD[-length:] for row_LD, length in zip(embeds_BLD, lengths, strict=True)]
+    # Checked on our side: vLLM would answer something, and nothing would say that it was made from NaN.
     if not all(row_LD.isfinite().all() for row_LD in rows):
         raise model.not_finite_error()
     return rows
@@ -206,6 +210,7 @@ def load_model(settings, device):
     from mindmerger.model.adapters import load_adapter
     from mindmerger.model.mindmerger import MindMerger
 
+    # No fp16: T5 overflows in it.
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
     paths = settings.mt_path, settings.llm_path
     between = settings.bridge_name, settings.bridge.options if settings.bridge is not None else None
@@ -274,11 +279,13 @@ def answer(
     from mindmerger.model.mapping_files import form_of, stage_of
     from mindmerger.tasks import find_task
 
+    # A string is a sequence too: it would be answered character by character.
     if isinstance(texts, str):
         raise UserError("answer() takes a list of texts, got one string: put it in a list")
     if not texts:
         return []
     task = find_task(task)
+    # Kept between calls: `answer` may be asked for one text after another.
     tokenizers = _cached_tokenizers(model.config.mt_path if model.encoder is not None else None, model.config.llm_path)
     examples = build_examples(task, texts, name_languages(model, tokenizers, languages, len(texts)))
     columns = tokenise_inputs(
@@ -292,6 +299,7 @@ def answer(
     )
     rows = [tower and tower.get_input_embeddings().num_embeddings for tower in (model.encoder, model.llm)]
     check_tokens(tokenizers, columns, (model.config.mt_path, rows[0]), (model.config.llm_path, rows[1]))
+    # Filled by number: batches come by length, callers expect their own order.
     outputs = [""] * len(texts)
     for batch in split_batches(list(range(len(texts))), input_positions(columns, model.mapping), batch_size):
         answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)
@@ -314,6 +322,7 @@ def name_languages(model, tokenizers, languages: list[str] | str | None, number:
     # An encoder that is silently told the wrong language answers worse, and nobody sees why.
     if None in languages and hasattr(tokenizers.encoder, "src_lang"):
         raise UserError(f"answer() needs the texts' languages: encoder {model.config.mt_path} reads a language tag")
+    # An untagged encoder ignores the name, so that any will do.
     return ["English" if language is None else find_language(language).name for language in languages]
 
 
