@@ -49,6 +49,7 @@ class _Kept(dict):
     def __missing__(self, code: int):
         character = chr(code)
         category = unicodedata.category(character)
+        # Before the categories: line ends and tabs are control characters, and dropping them would glue words together.
         if character.isspace():
             kept = " "
         elif category[0] in "PS" or category in ("Cf", "Cc"):
@@ -151,12 +152,14 @@ class TestIndex:
 
     def _mark(self, number: int, position: int, stretch: int, where: str) -> None:
         item = self.items[number]
+        # Marked, not counted: a text that stands in the training data a thousand times covers no more of the item.
         item.hits[position] = 1
         if stretch > item.longest:
             item.longest, item.where = stretch, where
 
 
 def _units(normalised: str, unit: str) -> list[str] | str:
+    # Blanks in these three languages follow the typist, not the words.
     return normalised.split() if unit == "word" else normalised.replace(" ", "")
 
 
@@ -183,6 +186,8 @@ def stream_json_list(path: Path) -> Iterator[tuple[Record, int]]:
                 try:
                     value, end = decoder.raw_decode(buffer)
                 except json.JSONDecodeError as error:
+                    # An error at a chunk's end may only mean that the element continues: more is read before the file
+                    # is blamed.
                     more = file.read(_CHUNK) if len(buffer) < _LARGEST_ELEMENT else ""
                     if not more:
                         raise DataError(f"{path}: element {number + 1} is not valid JSON ({error.msg})") from None
@@ -212,6 +217,7 @@ def stream_texts(path: Path, fields: list[str] | None) -> Iterator[tuple[str, st
         records = ((Record(path, number, text), len(text.encode()) + 1) for number, text in read_lines(path))
     for record, size in records:
         where = f"{path}:{record.line}"
+        # Every text where no field is named: one field too many finds a leak too much, one too few overlooks it.
         texts = list(_strings(record.value)) if fields is None else [_field(record, name) for name in fields]
         for i, text in enumerate(texts):
             yield text, where, size if i == 0 else 0
@@ -220,6 +226,7 @@ def stream_texts(path: Path, fields: list[str] | None) -> Iterator[tuple[str, st
 def _field(record: Record, name: str) -> str:
     if not isinstance(record.value, dict):
         raise record.fail(f"--fields {name} was asked for but this row is not a JSON object")
+    # Empty texts are common in training data and hold no n-gram.
     return record.text(*name.split("."), may_be_empty=True)
 
 
@@ -255,6 +262,7 @@ def check(task: Task, data_root, languages: list[Language], paths: list[Path], f
     """
     # English always, asked for or not: it is the side on which training data translated from English leaks.
     english = find_language("English")
+    # One pass over the training text for all languages: it may be far larger than the test set.
     index, at = TestIndex(), {}
     for language in dict.fromkeys([*languages, english]):
         for key, example in read_parallel(task, data_root, language).items():
@@ -292,6 +300,7 @@ def _judge(item: Item, threshold: float) -> dict:
 
 def is_dirty(record: dict) -> bool:
     """Tells whether an item is contaminated itself or on its English side."""
+    # The model may have learnt the item from either side.
     return record["contaminated"] or bool(record["english"] and record["english"]["contaminated"])
 
 

@@ -66,6 +66,7 @@ def encode_sentences(encoder, tokenizers, examples: list, max_seq_len: int, batc
         tokenizers,
         examples,
         max_seq_len=max_seq_len,
+        # No prompt and no target is tokenised: any limit does.
         max_gen_len=1,
         with_prompt=False,
         with_target=False,
@@ -94,6 +95,8 @@ def mean_mapped(mapping, states: list):
     device, means = next(mapping.parameters()).device, []
     with torch.no_grad():
         for one in states:
+            # Sentence by sentence: without padding there is nothing that the mapping could see of its neighbours, and
+            # it costs hardly anything beside the encoder.
             prefix_BKD = mapping([one.to(device)[None]], torch.ones(1, len(one), dtype=torch.long)).prefix_BKD
             means.append(prefix_BKD[0, : len(one)].mean(0).float().cpu())  # the boundary stands behind them
     return torch.stack(means)
@@ -112,6 +115,7 @@ def retrieval(vectors, english) -> float:
     similarity_NN = F.normalize(vectors.double(), dim=1) @ F.normalize(english.double(), dim=1).T
     own_N1 = similarity_NN.diagonal()[:, None]
     others_NN = similarity_NN.masked_fill(torch.eye(len(vectors), dtype=torch.bool), -torch.inf)
+    # Greater and not equal: a mapping that gives every sentence one vector would else retrieve them all.
     return float((own_N1 > others_NN).all(1).double().mean())
 
 
@@ -126,6 +130,7 @@ def principal_components(vectors, number: int = 2):
     import torch
 
     centred = vectors.double() - vectors.double().mean(0)
+    # Of the vectors, not of their covariance, which would square the errors and take D x D numbers.
     left, singular, right = torch.linalg.svd(centred, full_matrices=False)
     signs = torch.sign(right.gather(1, right.abs().argmax(1, keepdim=True))[:, 0])
     # Vectors that are all equal have no variance: the smallest double keeps their shares at 0, not NaN.
@@ -230,6 +235,7 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
     between = (recorded.bridge, recorded.bridge_options) if recorded is not None else ()
     config = config_of_models(paths["mt_path"], paths["llm_path"], *between)
     bridge = empty_bridge(config)
+    # 2: one state and the boundary. A bridge with another count has no vector for each token to take the mean of.
     if bridge.encoder_layers != (-1,) or bridge.prefix_length(1) != 2:
         raise EmbeddingError(
             f"{args.init_checkpoint[0]} holds the bridge {config.bridge}: only of bridges that map the encoder's last "
@@ -240,6 +246,7 @@ def load_mappings(args: argparse.Namespace) -> tuple[dict, object]:
         mapping = build_bridge(config)
         if path is not None:
             mapping.load_state_dict(check_mapping(path, config))
+        # Released mappings are bf16, the fresh one is fp32: all are compared in one dtype.
         return mapping.float()
 
     # Before the first mapping is built: the fresh one must be the same in every call, or "before" would move.
@@ -268,6 +275,7 @@ def settle(args: argparse.Namespace) -> tuple:
     """
     task, languages = find_items(args)
     english = find_language("English")
+    # English is what is retrieved: it is read whether it was asked for or not.
     languages = [language for language in languages if language != english] + [english]
     if len(languages) < 2:
         raise EmbeddingError("--languages names English only: name a language to compare with it")
@@ -373,6 +381,7 @@ def report(task, config, vectors: dict, sentences: dict, args: argparse.Namespac
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
+    # scikit-learn's generator takes 32 bits, torch's 64.
     check_seed(args.seed, bits=32 if args.tsne else 64)
     task, languages = settle(args)
     sentences = read_sentences(task, args.data_root, languages, args.limit)

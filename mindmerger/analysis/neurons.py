@@ -67,6 +67,7 @@ def count_all(model, settings, args: argparse.Namespace) -> tuple[dict, list[dic
                         tensors[name + suffix] = tensors.get(name + suffix, 0) + value
                 width = counts.shape[1]
                 for i, row, n in zip(batch, seen.row_counts.tolist(), tokens.tolist(), strict=True):
+                    # Shares, not counts: a long answer has more tokens, and items are to be compared.
                     shares = [active / (n * width) for active in row]
                     share = sum(row) / (n * width * len(row))
                     head = {"id": settings.examples[i].id, "language": language, "tokens": n}
@@ -86,6 +87,7 @@ def count(args: argparse.Namespace) -> int:
         raise NeuronError("neurons are counted by one process: start it with python, not with the launcher")
     if args.tower == "encoder" and args.llm_only:
         raise NeuronError("--tower encoder needs an encoder: leave --llm_only out")
+    # With vLLM there is nothing to observe: of our LLM only the input embedding is left.
     if args.engine != "hf":
         raise NeuronError("neurons are counted in transformers' model: leave --engine out")
     if args.score_gold:
@@ -128,6 +130,7 @@ def write_counts(folder: Path, tower: str, settings, tensors: dict, records: lis
         "command": sys.argv,
         "versions": versions(),
     }
+    # By safetensors and not by pickle: reading counts that others share must not run their code.
     write_bytes_atomic(folder / COUNTS_FILE, save(tensors, metadata={"tower": tower, "task": settings.task.name}))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text_atomic(folder / PROPORTION_FILE, lines)
@@ -152,6 +155,7 @@ class Counts:
     def shares(self, language: str = "all"):
         """Returns the active share of each layer, float64 (layers,)."""
         counts = self.counts[language]
+        # Divided last: the counts are whole numbers, so that the only rounding is this one.
         return counts.sum(1) / (counts.shape[1] * self.tokens[language])
 
 
@@ -177,6 +181,7 @@ def read_counts(folder) -> Counts:
         lines = (folder / PROPORTION_FILE).read_text(encoding="utf-8").splitlines()
         ids = [json.loads(line)["id"] for line in lines]
         name, tower = run["name"], run["tower"]
+    # Folders come from other machines too: whatever is wrong in one is a line, not a traceback.
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise NeuronError(f"{folder} cannot be read: {type(error).__name__} {error}") from error
     counts = {key.partition(".")[2] or "all": t for key, t in tensors.items() if key.startswith("counts")}
@@ -224,8 +229,10 @@ def draw_heatmap(run: Counts, path) -> None:
 
     shares = 100 * run.counts["all"] / run.tokens["all"]
     layers, width = shares.shape
+    # Grouped by us: drawn as they are, a picture would show one neuron of each group and leave its neighbours out.
     group = -(-width // _HEATMAP_COLUMNS)
     starts = np.arange(0, width, group)
+    # The last group may be smaller: a mean of its own members, not of missing ones.
     columns = np.add.reduceat(shares, starts, axis=1) / np.diff([*starts, width])
     figure, axes = new_figure(9, 4)
     # Nearest: any other interpolation would mix layers.
@@ -255,6 +262,7 @@ def draw_peaks(runs: list[Counts], peaks: list[list], share: float, folder: Path
 
     figure, axes = new_figure(7.5, 4.5)
     for i, run in enumerate(runs):
+        # In percent of tokens and of neurons, so that models of different sizes share the axes.
         ranked = 100 * np.sort(run.counts["all"].reshape(-1))[::-1] / run.tokens["all"]
         style = LINE_STYLES[i % len(LINE_STYLES)]
         axes.plot(
@@ -289,6 +297,7 @@ def read_runs(args: argparse.Namespace) -> list[Counts]:
             raise NeuronError(f"--names gives {len(args.names)} names for {len(runs)} folders")
         for run, name in zip(runs, args.names, strict=True):
             run.name = name
+    # Tables and legends know runs by their names alone.
     if len({run.name for run in runs}) < len(runs):
         raise NeuronError("two runs have one name: tell them apart by --names, one for each folder")
     for folder, run in zip(args.folders, runs, strict=True):
@@ -325,6 +334,7 @@ def write_peaks(runs: list[Counts], share: float, folder: Path) -> None:
     rows = [["run", "rank", "layer", "neuron", "count", "tokens"]]
     for run, kept in zip(runs, peaks, strict=True):
         rows += [[run.name, rank, *one, run.tokens["all"]] for rank, one in enumerate(kept, 1)]
+        # Few tokens give few different counts: then the order of layers, not activity, says which neurons are kept.
         tied = int((run.counts["all"] == kept[-1][2]).sum()) if kept else 0
         if tied > sum(one[2] == kept[-1][2] for one in kept):
             warn(
@@ -392,6 +402,7 @@ def _share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
+    # Written so that NaN, which compares as false, is refused too.
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
     return value
@@ -400,6 +411,7 @@ def _share(text: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Runs one of the two commands; see the module's docstring."""
     argv = sys.argv[1:] if argv is None else argv
+    # Two parsers and no subparsers: `count` has an evaluation's parser as it is.
     if argv[:1] == ["count"]:
         return count(build_count_parser().parse_args(argv[1:]))
     if argv[:1] == ["analyse"]:
