@@ -31,6 +31,7 @@ CODES = {language.name: language.code for language in LANGUAGES.values()}
 
 
 def build_parser() -> CommandParser:
+    """Builds the parser of the command line."""
     parser = CommandParser(prog="python -m scripts.prepare_data", description=__doc__.split("\n\n")[0])
     parser.add_argument("--data_root", type=Path, default=Path("datas"), help="the folder to fill (default: ./datas)")
     parser.add_argument(
@@ -79,6 +80,7 @@ def x_csqa_line(row: dict) -> str:
     """
     question = field(row, "question")
     choices = field(question, "choices")
+    # `datasets` turns a list of records into a record of lists.
     if isinstance(choices, dict):
         pairs = zip(field(choices, "label"), field(choices, "text"), strict=True)
         choices = [{"label": label, "text": text} for label, text in pairs]
@@ -97,9 +99,11 @@ def xnli_records(rows: Iterable[dict]) -> list[dict]:
     Raises:
         UserError: for a label that XNLI does not have, or a language that one row has and another lacks.
     """
+    # A row of the hub holds all fifteen languages, the release a row for each.
     by_language = {name: [] for name in find_task("xnli").evaluation_languages}
     for number, row in enumerate(rows):
         label = field(row, "label")
+        # A bad label must not become a wrong one: -1 marks a missing one in many data sets, and would index the last.
         if not (label in XNLI_LABELS or (isinstance(label, int) and 0 <= label < len(XNLI_LABELS))):
             raise UserError(f"XNLI row {number}: label {label!r} is none of {', '.join(XNLI_LABELS)}")
         premise, hypothesis = translations(field(row, "premise")), translations(field(row, "hypothesis"))
@@ -123,6 +127,7 @@ def field(row: dict, name: str):
     Raises:
         UserError: naming the field and the fields that are there.
     """
+    # Checked by name: data sets on the hub change, and half-filled files would be noticed in training at the earliest.
     if not isinstance(row, dict) or row.get(name) is None:
         found = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row!r:.60}"
         raise UserError(f"the hub's row format has changed: no {name!r} among {found}")
@@ -130,18 +135,22 @@ def field(row: dict, name: str):
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a file of these lines, whole or not at all."""
     write_text_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def write_mgsm(path: Path, rows: Iterable[dict]) -> None:
+    """Writes hub rows of MGSM as the release has them, a .tsv file."""
     write_lines(path, map(mgsm_line, rows))
 
 
 def write_x_csqa(path: Path, rows: Iterable[dict]) -> None:
+    """Writes hub rows of X-CSQA as the release has them, a .jsonl file."""
     write_lines(path, map(x_csqa_line, rows))
 
 
 def write_xnli(path: Path, rows: Iterable[dict]) -> None:
+    """Writes hub rows of XNLI as the release has them: one JSON list, here with a record on each line."""
     records = ",\n".join(json.dumps(record, ensure_ascii=False) for record in xnli_records(rows))
     write_text_atomic(path, f"[\n{records}\n]\n")
 
@@ -197,6 +206,7 @@ def mirror_files(source: Source, clone: Path) -> list[Path]:
     Raises:
         UserError: where there are several such files that are not parts of one, or a Git LFS pointer among them.
     """
+    # Whole words, not parts of them: "de" stands in "dev", and "es" in "test".
     config = re.split(r"[^a-z0-9]+", source.config.lower())
     other_splits = set().union(*SPLITS.values()) - SPLITS[source.split]
     found: dict[tuple, list[Path]] = {}
@@ -212,6 +222,7 @@ def mirror_files(source: Source, clone: Path) -> list[Path]:
     if not found:
         return []
     best, *others = sorted(found)
+    # Never a guess: two files that look alike may be two versions of the data.
     if others and others[0][:2] == best[:2]:
         raise UserError(f"{clone} has several files for {source.config}, {source.split}: {best[2]}, {others[0][2]}")
     for path in found[best]:
@@ -294,11 +305,13 @@ def fetch(data_root: Path, names: list[str], mirror: Path | None, overwrite: boo
         try:
             for source in hub_sources()[name]:
                 path = data_root / source.path
+                # Kept without a look inside: a user's own file may have taken the place of the hub's.
                 if path.exists() and not overwrite:
                     log(f"kept     {path}")
                     continue
                 source.write(path, load_rows(source, mirror))
                 log(f"written  {path}")
+        # One data set that cannot be had is no reason to leave the others out.
         except UserError as error:
             failed.append(name)
             log(f"failed   {name}: {error}")
@@ -318,10 +331,13 @@ def canonical_path(name: str) -> PurePosixPath | None:
     Raises:
         UserError: for a path that leads out of the folder.
     """
+    # Archives made on Windows may separate by backslashes.
     parts = PurePosixPath(name.replace("\\", "/")).parts
+    # An archive is somebody else's: a member such as ../.bashrc would be written over a file of the user's.
     if name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0]):
         raise UserError(f"refused: the archive's member {name!r} leads out of the data folder; nothing was written")
     start = next((index for index, part in enumerate(parts) if part in DATA_FOLDERS), None)
+    # Archives made on macOS hold a companion ._NAME of each file, which is not data.
     if start is None or parts[0] == "__MACOSX" or parts[-1].startswith("."):
         return None
     path = "/".join(parts[start:]).replace("x-csqa/jap/", "x-csqa/ja/").replace("train_jap.jsonl", "train_ja.jsonl")
@@ -340,10 +356,20 @@ class Member:
 
 
 def refuse_link(name: str) -> None:
+    """Refuses an archive for a member that is not a file.
+
+    Raises:
+        UserError: always.
+    """
     raise UserError(f"refused: {name!r} in the archive is a link or a device, not a file; nothing was written")
 
 
 def zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
+    """Yields the files of a zip archive.
+
+    Raises:
+        UserError: for a link or a device, and an encrypted member.
+    """
     for info in archive.infolist():
         # The upper half of the external attributes is the Unix mode where the archive was made on Unix.
         kind = (info.external_attr >> 16) & 0o170000
@@ -352,10 +378,16 @@ def zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
         if info.flag_bits & 1:
             raise UserError(f"{archive.filename} is encrypted: unpack it and give the folder")
         if not info.is_dir():
+            # The default binds this member: a plain closure would open the last one every time.
             yield Member(info.filename, info.file_size, lambda info=info: archive.open(info))
 
 
 def tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
+    """Yields the files of a tar archive.
+
+    Raises:
+        UserError: for a link or a device.
+    """
     for info in archive:
         if not (info.isfile() or info.isdir()):
             refuse_link(info.name)
@@ -364,6 +396,11 @@ def tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
 
 
 def folder_members(folder: Path) -> Iterator[Member]:
+    """Yields the files of an unpacked archive.
+
+    Raises:
+        UserError: for a link.
+    """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
@@ -412,6 +449,7 @@ def copy_members(members: Iterable[Member], archive: Path, data_root: Path, over
         if target is None:
             continue
         path = data_root / target
+        # Two spellings of one path: the later would replace the earlier unseen.
         if path in chosen:
             raise UserError(f"--archive {archive}: both {chosen[path].name} and {member.name} would become {path}")
         chosen[path] = member
@@ -419,6 +457,7 @@ def copy_members(members: Iterable[Member], archive: Path, data_root: Path, over
         raise UserError(f"--archive {archive}: holds none of the folders {', '.join(DATA_FOLDERS)}")
     wanted = {path: member for path, member in chosen.items() if overwrite or not path.exists()}
     data_root.mkdir(parents=True, exist_ok=True)
+    # By the sizes that the archive states: a disk that fills up after minutes would leave half of the data.
     needed, free = sum(member.size for member in wanted.values()), shutil.disk_usage(data_root).free
     if needed > free:
         raise UserError(f"{data_root}: the data needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
@@ -430,6 +469,7 @@ def copy_members(members: Iterable[Member], archive: Path, data_root: Path, over
 def copy_atomic(member: Member, path: Path) -> None:
     """Streams a member to `path`, which appears only when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the target's own folder: a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with member.open() as source, open_new(temporary) as target:
@@ -505,6 +545,7 @@ def report(data_root: Path) -> str:
 
 
 def main() -> int:
+    """Runs the command line; see the module's docstring."""
     arguments = build_parser().parse_args()
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     unknown = [name for name in names if name not in hub_sources()]
@@ -515,6 +556,7 @@ def main() -> int:
         arrange(arguments.archive, arguments.data_root, arguments.overwrite)
     else:
         failed = fetch(arguments.data_root, names, arguments.hub_mirror, arguments.overwrite)
+    # Printed after a failure too: what is there already can be used.
     print(report(arguments.data_root))
     if failed:
         raise UserError(

@@ -206,10 +206,10 @@ class NoSignals:
     save_agreed = False
 
     def alive(self):
-        """Nothing to note."""
+        """Notes nothing."""
 
     def agree(self, device, *values):
-        """The values, read."""
+        """Returns the values, read."""
         import torch
 
         return 0, torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]).cpu()
@@ -389,7 +389,7 @@ def flop(model, window: dict, head_on_all: bool) -> float:
 
 
 def figures(model, windows: list[dict], rate: float) -> dict:
-    """Medians over windows."""
+    """Returns medians over windows."""
     per = {
         "samples_per_s": [w["samples"] / w["seconds"] for w in windows],
         "useful_tokens_per_s": [w["useful"] / w["seconds"] for w in windows],
@@ -402,7 +402,7 @@ def figures(model, windows: list[dict], rate: float) -> dict:
 
 
 def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> dict:
-    """Ours at the micro-batch, ours by token budget, and plain, window by window in turn."""
+    """Times ours at the micro-batch, ours by token budget, and plain, window by window in turn."""
     from mindmerger.tasks import find_task
     from mindmerger.tasks.examples import StageData
 
@@ -437,7 +437,7 @@ def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> di
 
 
 def time_bridges(args, folder: Path, model, device, rate: float) -> dict:
-    """Ours with each bridge, in its last stage, window by window in turn; the towers are the same for all."""
+    """Times ours with each bridge, in its last stage, window by window in turn; the towers are the same for all."""
     from mindmerger.bridges import BRIDGES
     from mindmerger.model.mindmerger import MindMerger
 
@@ -510,7 +510,7 @@ def plain_generation(model, tokenizers, columns: dict, batch: list[int], new: in
 
 
 def time_generation(args, folder: Path, form: str, model, device) -> dict:
-    """Questions per second of both modes on the same questions, and how many answers are the same."""
+    """Measures questions per second of both modes on the same questions, and how many answers are the same."""
     import torch
 
     from mindmerger.data.tokenising import load_tokenizers
@@ -617,7 +617,7 @@ def markdown(report: dict) -> str:
 
 
 def build_world(folder: Path, preset: str, data_root: str) -> None:
-    """Tokenizers and configs of the preset, unless the folder has them."""
+    """Makes tokenizers and configs of the preset, unless the folder has them."""
     if is_main() and not (folder / "llm" / "config.json").is_file():
         train_tokenizers(folder, data_root)
         make_configs(folder, preset)

@@ -48,6 +48,7 @@ EXPERTS = {"math": "math_expert", "language": "language_expert"}  # kind -> fold
 
 
 def write_lines(path: Path, lines) -> None:
+    """Writes a file of these lines, whole or not at all."""
     files.write_text_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -156,6 +157,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UserError: for a seed or a number that cannot be used.
+    """
     args = build_parser().parse_args(arguments)
     command.check_seed(args.seed)
     for name in (
@@ -242,6 +248,7 @@ def add_experts(args: argparse.Namespace) -> None:
 
 
 def main(arguments=None) -> None:
+    """Runs the command line; see the module's docstring."""
     args = parse_arguments(arguments)
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise UserError(f"{args.output_dir} is a file: name a folder with --output_dir")

@@ -121,6 +121,7 @@ def length_sorted_batches(examples: list, batch_size: int, length, rng: random.R
 
 
 def pad(rows: list[list[int]], value: int):
+    """Returns rows of ids as one tensor, padded on the right."""
     import torch
 
     longest = max(map(len, rows))
@@ -186,9 +187,11 @@ class EnglishTexts:
         self.words = [token for token in range(len(tokenizer)) if token not in self.digits | markers]
 
     def encode(self, text: str) -> list[int]:
+        """Returns a text's ids, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def row(self, problem: Problem, form: str) -> tuple[list[int], list[int]]:
+        """Returns (ids, labels) of a problem in one of the forms, -100 where nothing is scored."""
         if form == "arithmetic":
             ids = self.bos + self.encode(draw_calculations(8, self.rng)) + self.eos
             return ids, ids

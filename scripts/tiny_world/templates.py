@@ -485,12 +485,15 @@ class Problem:
     numbers: tuple[int, int, int]
 
     def sentences(self, language: str) -> list[str]:
+        """Returns its sentences in one language."""
         return sentences(KINDS[self.kind], language, self.name, self.thing, self.numbers)
 
     def question(self, language: str) -> str:
+        """Returns its whole text in one language."""
         return join(self.sentences(language), language)
 
     def solution(self) -> tuple[str, int]:
+        """Returns the worked answer in English, and its number."""
         return solution(KINDS[self.kind], self.numbers)
 
 
