@@ -4,18 +4,21 @@
 
 Every bridge gets the same number of target tokens. One with stages on sentence pairs and on the task's rows spends
 `--pairs_share` of them on the pairs, in equal parts where it has several such stages, and the rest on the task's rows;
-one with a single kind spends all of them there. A stage ends at the step whose sum of target tokens is nearest to its
-share, in the very order of examples that the seed decides, so plan and training agree to the token.
+one with a single kind spends all of them there, as does `--control`, an adapter on the LLM alone. A stage ends at the
+step whose sum of target tokens is nearest to its share, in the very order of examples that the seed decides, so plan
+and training agree to the token.
 
 `choose` picks the learning rate with the lowest dev loss among finished trainings.
 
 FLOP of the training are counted from the real lengths, without padding and the LLM's attention scores: 4 for each
 weight of the LLM's layers and position (forward, and backward to the inputs alone), the same for its output head and
 target tokens, 2 for each weight of the encoder and source token, 3 times what torch counts in the bridge's forward
-pass, and 4 for each weight of the LLM's key and value projections and source token where the bridge gives a memory.
+pass, 4 for each weight of the LLM's key and value projections and source token where the bridge gives a memory, and 6
+for each weight of an adapter and position.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from mindmerger.runtime.command import CommandParser, at_least
 from mindmerger.runtime.errors import UserError
 
 KINDS = ("pairs", "task", "english_task")  # what a stage reads: `Stage.data`
+CONTROL = "LLM + adapter"
 REFERENCE = "mindmerger"  # whose published epochs give the target tokens where --target_tokens does not
 
 
@@ -62,6 +66,9 @@ def build_parser():
         "--target_tokens, and the best one counts as the first seed's training)")  # fmt: skip
     add("--pairs_share", type=_share, help="share of the target tokens for stages on sentence pairs, of a bridge that "
         "has both kinds (default: as mindmerger's stages share them, 0.5 with --target_tokens)")  # fmt: skip
+    add("--control", action="store_true", help="also an adapter on the LLM alone, with the words for stages on task "
+        "and those of --adapter_word")  # fmt: skip
+    add("--adapter_word", action="append", default=[], metavar="WORD", help="as --task=WORD, for the adapter alone")
     for kind in KINDS:
         add(f"--{kind}", action="append", default=[], metavar="WORD", help=f"a word of run_training.py's command line "
             f"for stages on {kind}, written --{kind}=WORD; once per word")  # fmt: skip
@@ -74,14 +81,16 @@ def build_parser():
 class StageRows:
     """One stage of one bridge on its data: what each step would read."""
 
-    def __init__(self, bridge: str, name: str, stage, words: list[str]):
+    def __init__(self, bridge: str, name: str, words: list[str]):
         import run_training
         from mindmerger.training import settings as training_settings
 
-        flags = [*words, "--bridge", bridge, "--stage_name", name, "--init_checkpoint", "none", "--dry_run"]
-        self.bridge, self.name, self.stage = bridge, name, stage
+        alone = bridge == CONTROL
+        flags = [*words, "--stage_name", name, "--dry_run"]
+        flags += ["--llm_only"] if alone else ["--bridge", bridge, "--init_checkpoint", "none"]
+        self.bridge, self.name = bridge, name
         self.settings, data = run_training.prepare(training_settings.parse(flags))
-        self.args, self.examples = self.settings.args, data.examples
+        self.stage, self.args, self.examples = self.settings.stage, self.settings.args, data.examples
         self.positions = data.examples.merged_lengths(self.settings.bridge.prefix_length)
 
     def train_rows(self, seed: int):
@@ -123,6 +132,10 @@ class StageRows:
             "prompt": self.stage.with_prompt,
         }
 
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(math.prod(shape) for shape in self.settings.shapes.values())
+
     def flop(self, taken: list, llm, encoder) -> float:
         """Returns the FLOP of the steps, as the module's docstring counts them."""
         import numpy as np
@@ -131,6 +144,9 @@ class StageRows:
 
         rows, bridge = np.concatenate(taken), self.settings.bridge
         sources = int(self.examples.encoder_lengths[rows].sum(dtype="int64"))
+        if self.bridge == CONTROL:
+            total = training_flop(self.args, self.examples, self.positions, rows, llm, None)
+            return total + 6 * self.parameters() * int(self.positions[rows].sum(dtype="int64"))
         total = training_flop(self.args, self.examples, self.positions, rows, llm, encoder)
         mean = max(1, round(sources / len(rows)))
         total += 3 * bridge_flop(bridge, mean) / mean * sources
@@ -171,7 +187,7 @@ def read_stages(bridge: str, words: dict[str, list[str]]) -> list[StageRows]:
     from mindmerger.model.mapping_files import find_bridge
 
     stages = find_bridge(bridge).stages_with(find_bridge(bridge).settle({}))
-    return [StageRows(bridge, name, stage, words[stage.data]) for name, stage in stages.items()]
+    return [StageRows(bridge, name, words[stage.data]) for name, stage in stages.items()]
 
 
 def settle_budget(args, reference: list[StageRows] | None) -> tuple[int, float]:
@@ -204,6 +220,8 @@ def make_plan(args) -> dict:
     tokens, share = settle_budget(args, reference)
     plan = {"target_tokens": tokens, "pairs_share": share, "search_tokens": args.search_tokens or tokens, "lines": []}
     plan["costs"] = {}
+    if args.control:
+        bridges[CONTROL] = [StageRows(CONTROL, "adapter", [*args.task, *args.adapter_word])]
     llm, encoder = towers_without_storage(next(iter(bridges.values()))[0].args)
     for name, stages in bridges.items():
         made, flop = [], 0.0
@@ -213,8 +231,11 @@ def make_plan(args) -> dict:
                 made.append({"phase": "full", **line})
                 flop += one.flop(taken, llm, encoder) if seed == args.seeds[0] else 0
         read = sum(line["target_tokens"] for line in made if line["seed"] == args.seeds[0])
-        trained = sum(parameter.numel() for parameter in stages[0].settings.bridge.parameters())
-        costs = {"trained_parameters": trained, "target_tokens": read, "flop_per_target_token": flop / read}
+        costs = {
+            "trained_parameters": stages[-1].parameters(),
+            "target_tokens": read,
+            "flop_per_target_token": flop / read,
+        }
         plan["costs"][name] = costs
         if args.search_tokens is not None:
             for one, budget in zip(stages, budgets(stages, args.search_tokens, share), strict=True):

@@ -6,9 +6,10 @@
 #
 # For each bridge of mindmerger.bridges.BRIDGES: its stages in order with each of LRS and the first seed, the learning
 # rate with the lowest dev loss of the last stage, its stages with that rate and every seed, and an evaluation of each
-# seed, also with the prefix of another question (--probe_prefix shuffled) where the LLM reads a prompt beside it. Then
-# the LLM alone, once. Rows: the bridges, the LLM alone, the LLM with an adapter, ST-Merge (not reproduced). What cannot
-# be made is listed as missing with the reason. What is finished is kept: the same command continues.
+# seed, also with the prefix of another question (--probe_prefix shuffled) where the LLM reads a prompt beside it. The
+# same for the control of every bridge: an adapter on the LLM alone, trained on the task's rows. And the LLM alone, once.
+# Rows: the LLM alone, the bridges, the LLM with an adapter, ST-Merge (not reproduced). What cannot be made is listed as
+# missing with the reason. What is finished is kept: the same command continues.
 #
 # Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced:
 # TARGET_TOKENS=200000 (about a third of the quickstart's), SEARCH_TOKENS=40000, 50 problems per language, its batches
@@ -22,6 +23,7 @@
 #   TARGET_TOKENS         of each bridge, over all its stages (default: what MindMerger's stages read in EPOCH_NUM passes)
 #   SEARCH_TOKENS         of a training that searches a rate (default: as TARGET_TOKENS; the best one then counts)
 #   PAIRS_SHARE           of the target tokens, for bridges with stages on sentence pairs and on the task's rows
+#   ADAPTER (lora)        of the control, with ADAPTER_RANK and the other flags of the adapter stage; none: no control
 #   RESULTS_DIR (results/bridges), OUTPUT_DIR (outputs), SAVE_NAME (bridges)
 #   QUICKSTART_DIR, QUICKSTART_SEED, QUICKSTART_WORLD_ARGS     of the small world, as in quickstart.sh
 #   any other flag of run_training.py and run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, PRECISION, TRAIN_NUM, ...;
@@ -89,7 +91,9 @@ mkdir -p "$results_dir/logs" "$results_dir/finished" "$results_dir/lr"
 
 # Given to every stage by this script, so that no variable sets them for all.
 owned="bridge bridge_option stage_name lr seed max_steps epoch_num output_dir save_name init_checkpoint augmentation"
-owned+=" dry_run overwrite_output_dir resume_from_checkpoint allow_changed adapter llm_only"
+owned+=" dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only"
+adapter_flags="adapter adapter_rank adapter_alpha adapter_dropout adapter_targets"
+control="LLM + adapter" # as the plan calls it
 
 # stage_flags DATA: puts the flags of a stage that reads it into `command_line`, without the bridge's own.
 stage_flags() {
@@ -107,7 +111,7 @@ stage_flags() {
     add_settings "$prefix" "${published[@]}"
     # Names with blanks between them are several words on purpose.
     # shellcheck disable=SC2086
-    add_variables "$prefix" $owned $also "${published[@]%%=*}"
+    add_variables "$prefix" $owned $adapter_flags $also "${published[@]%%=*}"
 }
 
 # finish SLUG LABEL MADE COMMAND...: runs it unless the very same command has finished before and left MADE.
@@ -126,15 +130,22 @@ finish() {
 # it reads a prompt in `prompted`. False, with the reason in REPLY, when a stage is refused.
 train_bridge() {
     local name=$save_name-$1-lr$2-seed$3 command_line=() program=() phase bridge seed stage data steps epochs prompt
+    if [[ $1 == "$control" ]]; then name=$save_name-adapter-lr$2-seed$3; fi
     if [[ $4 == search ]]; then name+=-search; fi
     while IFS=$'\t' read -r phase bridge seed stage data steps epochs prompt <&4; do
-        if [[ "$phase $bridge $seed" != "$4 $1 $3" ]]; then continue; fi
+        if [[ "$phase|$bridge|$seed" != "$4|$1|$3" ]]; then continue; fi
         stage_flags "$data"
         program=(python run_training.py)
         if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then program=(launch run_training.py --deepspeed); fi
-        command_line+=(--bridge "$bridge" --stage_name "$stage" --lr "$2" --seed "$seed" --max_steps "$steps")
-        command_line+=(--epoch_num "$epochs" --output_dir "$output_dir" --save_name "$name")
         trained=$output_dir/$name/$trained_task/$stage prompted=$prompt
+        if [[ $bridge == "$control" ]]; then
+            command_line+=(--llm_only "${adapter_words[@]}")
+            trained=$output_dir/$name/$trained_task/llm_adapter
+        else
+            command_line+=(--bridge "$bridge")
+        fi
+        command_line+=(--stage_name "$stage" --lr "$2" --seed "$seed" --max_steps "$steps" --epoch_num "$epochs")
+        command_line+=(--output_dir "$output_dir" --save_name "$name")
         finish "$name-$stage" "$bridge, seed $seed, learning rate $2: $stage" "$trained/config.json" \
             "${program[@]}" "${command_line[@]}" || return 1
     done 4<"$plan"
@@ -142,7 +153,7 @@ train_bridge() {
 
 # choose_rate BRIDGE: puts the learning rate into `rate` and how it was found into `found`; false as train_bridge.
 choose_rate() {
-    local phase=full tried reason=""
+    local phase=full tried reason="" file
     if [[ -n $fixed_rate ]]; then
         rate=$fixed_rate found="$fixed_rate, given"
         return 0
@@ -159,9 +170,10 @@ choose_rate() {
     done
     REPLY="no learning rate of ${rates[*]} trains it: $reason"
     [[ ${#candidates[@]} -gt 0 ]] || return 1
-    rate=$(python -m scripts.bridge_plan choose --output "$results_dir/lr/$1.json" "${candidates[@]}") || exit
+    file=$results_dir/lr/${1// /}.json
+    rate=$(python -m scripts.bridge_plan choose --output "$file" "${candidates[@]}") || exit
     found="$rate of ${rates[*]}"
-    printf '=== %s: learning rate %s (dev losses in %s)\n' "$1" "$found" "$results_dir/lr/$1.json"
+    printf '=== %s: learning rate %s (dev losses in %s)\n' "$1" "$found" "$file"
 }
 
 # evaluate_row LABEL SLUG ARGUMENT...
@@ -203,6 +215,21 @@ for data in pairs task english_task; do
     for word in "${command_line[@]}" --seed "$first_seed"; do plan_words+=("--$data=$word"); done
 done
 command_line=()
+add_settings "" adapter=lora
+if [[ $REPLY == none ]]; then
+    no_control="ADAPTER is none"
+elif ! python -c 'import peft' 2>/dev/null; then
+    no_control="an adapter needs the package peft: pip install peft"
+else
+    no_control=""
+    # Names with blanks between them are several words on purpose.
+    # shellcheck disable=SC2086
+    add_settings "" ${adapter_flags#adapter }
+    adapter_words=("${command_line[@]}")
+    for word in "${adapter_words[@]}"; do plan_words+=("--adapter_word=$word"); done
+    plan_words+=(--control)
+fi
+command_line=()
 add_settings "" target_tokens search_tokens pairs_share
 setting "" bridges
 python -m scripts.bridge_plan plan --output "$results_dir/plan.json" --bridges "${REPLY// /,}" --seeds "$seeds" \
@@ -229,6 +256,10 @@ for one in "${names[@]}"; do
             missing "$one, seed $seed" "$REPLY"
             continue
         fi
+        if [[ $one == "$control" ]]; then
+            evaluate_row "$one" "adapter-lr$rate-seed$seed" --llm_only --llm_path "$llm" --adapter_path "$trained/adapter"
+            continue
+        fi
         given=(--llm_path "$llm" --mt_path "$encoder" --init_checkpoint "$trained")
         evaluate_row "$one" "$one-lr$rate-seed$seed" "${given[@]}"
         if [[ $prompted == True ]]; then
@@ -236,11 +267,11 @@ for one in "${names[@]}"; do
                 --probe_prefix shuffled
         fi
     done
-    if [[ ${prompted-} == False ]]; then
+    if [[ ${prompted-} == False && $one != "$control" ]]; then
         missing "$one (shuffled prefix)" "the LLM reads no prompt beside the prefix, so nothing would be left to answer"
     fi
 done
-missing "LLM + adapter" "this version trains no adapter"
+if [[ -n $no_control ]]; then missing "$control" "$no_control"; fi
 missing "st_merge" "not reproduced: its code is not published; docs/bridges.md has the published numbers"
 
 printf '=== Table\n'

@@ -183,8 +183,10 @@ def plan_of(tmp_path, *flags):
 
 
 def test_every_bridge_is_planned_and_reads_the_same_number_of_target_tokens(plan_flags, tmp_path, capsys):
-    plan = plan_of(tmp_path, *plan_flags, "--seeds", "0,3", "--target_tokens", 3000)
-    assert {line["bridge"] for line in plan["lines"]} == set(plan["costs"]) == set(BRIDGES)
+    plan = plan_of(tmp_path, *plan_flags, "--seeds", "0,3", "--target_tokens", 3000, "--control")
+    assert {line["bridge"] for line in plan["lines"]} == set(plan["costs"]) == {*BRIDGES, bridge_plan.CONTROL}
+    control = [line["target_tokens"] for line in plan["lines"] if line["bridge"] == bridge_plan.CONTROL]
+    assert len(control) == 2 and all(abs(tokens - 3000) < 300 for tokens in control)
     for name, bridge in BRIDGES.items():
         for seed in (0, 3):
             lines = [line for line in plan["lines"] if (line["bridge"], line["seed"]) == (name, seed)]
@@ -232,7 +234,13 @@ def test_the_rate_with_the_lowest_dev_loss_is_chosen_and_kept(tmp_path, capsys):
 def script(tmp_path, tiny_llm, tiny_encoder, datas):
     """Command and environment of the script on the tiniest models, two bridges, one seed and one learning rate."""
     environment = clean_environment(tmp_path) | {"LLM_PATH": tiny_llm, "MT_PATH": tiny_encoder, "DATA_ROOT": datas}
-    environment |= {"BRIDGES": "mindmerger langbridge", "SEEDS": "0", "LRS": "1e-3", "TARGET_TOKENS": "400"}
+    environment |= {
+        "BRIDGES": "mindmerger langbridge",
+        "SEEDS": "0",
+        "LRS": "1e-3",
+        "ADAPTER": "none",
+        "TARGET_TOKENS": "400",
+    }
     environment |= {
         "TRAIN_BATCH_SIZE": "4",
         "TRAIN_MICRO_BATCH_SIZE_PER_GPU": "2",
@@ -285,6 +293,22 @@ def test_the_script_trains_chooses_evaluates_and_continues_where_a_kill_left_it(
         assert row["learning_rate"].endswith(" of 1e-3") and float(row["questions_per_s"]) > 0
         chosen = json.loads((tmp_path / f"r/lr/{name}.json").read_text())
         assert row["learning_rate"].startswith(chosen["chosen"]) and set(chosen["dev_loss"]) == {"1e-3"}
+
+
+@pytest.mark.slow
+def test_the_control_of_the_script_is_an_adapter_on_the_llm_alone_with_as_many_target_tokens(script, tmp_path):
+    command, environment = script
+    environment |= {"BRIDGES": "langbridge", "ADAPTER": "dora", "ADAPTER_RANK": "2", "LRS": "", "LR": "1e-3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines())
+    found = {row["method"]: row for row in rows if row["language"] == "avg"}
+    control = found["LLM + adapter"]
+    costs = json.loads((tmp_path / "r/plan.json").read_text())["costs"]["LLM + adapter"]
+    assert float(control["target_tokens"]) == costs["target_tokens"] and control["learning_rate"] == "1e-3, given"
+    assert int(control["trained_parameters"]) == costs["trained_parameters"] > 0 and float(control["seconds"]) > 0
+    saved = json.loads(next(tmp_path.glob("o/*/math/llm_adapter/adapter/adapter_config.json")).read_text())
+    assert (saved["r"], saved["use_dora"]) == (2, True)
 
 
 def test_the_script_refuses_half_a_pair_of_models_an_unknown_bridge_and_a_misspelt_variable(script, tmp_path):

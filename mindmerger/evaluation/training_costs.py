@@ -33,7 +33,7 @@ def read_costs(results: list[dict], planned: dict | None) -> Costs:
         ResultsError: for a log of training that cannot be read.
     """
     rates = [one.get("timing", {}).get("examples_per_s") for one in results]
-    files = [Path(one["checkpoint"]) for one in results if one.get("checkpoint")]
+    files = [file for one in results if (file := trained_file(one))]
     trainings = [found for file in files if (found := read_trainings(file))]
     return Costs(
         trained_parameters=count_parameters(files[0]) if files else None,
@@ -42,6 +42,13 @@ def read_costs(results: list[dict], planned: dict | None) -> Costs:
         seconds=_mean([seconds for _, seconds in trainings]),
         questions_per_s=_mean([rate for rate in rates if rate is not None]),
     )
+
+
+def trained_file(results: dict) -> Path | None:
+    """Returns the file of what was trained: the mapping, or the adapter of an LLM alone; None of an untrained LLM."""
+    if results.get("checkpoint"):
+        return Path(results["checkpoint"])
+    return Path(results["adapter"]["path"]) / "adapter_model.safetensors" if results.get("adapter") else None
 
 
 def _mean(values: list[float]) -> float | None:
@@ -59,14 +66,16 @@ def count_parameters(file: Path) -> int | None:
 
 
 def read_trainings(file: Path) -> tuple[int, float] | None:
-    """Returns target tokens and seconds of the training that left a mapping, with the stages before it.
+    """Returns target tokens and seconds of the training that left a file, with the stages before it.
 
     A stage's `args.json` names the mapping that it started from: the stage before is one of the same run's folder.
 
     Raises:
         ResultsError: for a log that cannot be read.
     """
-    folder, tokens, seconds, seen = file.parent, 0, 0.0, set()
+    # An adapter has a folder of its own in that of its training.
+    folder = file.parent if (file.parent / "args.json").is_file() else file.parent.parent
+    tokens, seconds, seen = 0, 0.0, set()
     while (folder / "args.json").is_file() and folder not in seen:
         seen.add(folder)
         settings = _read(folder / "args.json", json.loads)
