@@ -94,5 +94,6 @@ def settle_alone(args: argparse.Namespace, stage):
         raise UserError("--llm_only reads nothing but the prompt: leave --augmentation False out")
     if args.init_checkpoint is not None:
         warn("--init_checkpoint is ignored: --llm_only trains without a bridge")
+    # Nothing loads an encoder without a path, which saves its memory too.
     args.mt_path = None
     return stage._replace(with_prompt=True, encoder_text="source", starts_from=None)

@@ -50,14 +50,17 @@ def write_checkpoint(output_dir, step: int, tensors: dict, state: dict, keep: in
     temporary = final.with_name(final.name + ".tmp")
     remove(temporary)
     try:
+        # Through bytes, one more copy in memory: each file is on the disk before the manifest vouches for it.
         write_bytes_atomic(temporary / TENSORS, save(tensors, metadata={"format": "pt"}))
         write_json_atomic(temporary / STATE, state)
+        # Read back from the disk: the sums vouch for what is there, and cost one reading.
         files = {name: describe_file(temporary / name) for name in (TENSORS, STATE)}
         write_json_atomic(temporary / MANIFEST, {"files": files})
         sync_folder(temporary)  # its names too: the rename could reach the disk before them
         # Before the rename: a kill after it would leave two courses, of which the next start took the abandoned one.
         for abandoned in later_checkpoints(output_dir, step):
             remove_atomically(abandoned)
+        # os.replace refuses a folder that is not empty.
         if os.path.lexists(final):
             remove_atomically(final)
         os.replace(temporary, final)
@@ -131,6 +134,7 @@ def damage_in(folder) -> str | None:
             found = describe_file(path)
             if found["bytes"] != expected["bytes"]:
                 return f"{name} has {found['bytes']} bytes, the manifest says {expected['bytes']}"
+            # safetensors loads a flipped byte of data without a word.
             if found["sha256"] != expected["sha256"]:
                 return f"{name} differs from its sha256 in the manifest"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -155,7 +159,7 @@ def holds_checkpoints(folder) -> bool:
 
 
 def read_checkpoint(folder) -> tuple[dict, dict]:
-    """Tensors and state of a checkpoint.
+    """Reads tensors and state of a checkpoint.
 
     Raises:
         UserError: when the folder does not verify, naming what differs, or is another program's, saying how to convert
@@ -172,6 +176,7 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
         )
     if not folder.is_dir():
         raise UserError(f"no checkpoint folder {folder}: pass one, or auto for the newest in the output folder")
+    # Before the manifest is missed: DeepSpeed's own checkpoint is not damaged, and a mapping can be had from it.
     pickled = find_pickle(folder)
     if pickled is not None:
         raise UserError(
@@ -222,6 +227,7 @@ def check_state(folder, state) -> None:
         "step": is_count,
         "epoch": is_count,
         "examples_in_epoch": is_count,
+        # None before the first evaluation: JSON has no infinity.
         "best_dev_loss": lambda value: value is None or type(value) in (int, float) and abs(value) < math.inf,
         "evaluation_due": lambda value: type(value) is bool,
         "identity": lambda value: isinstance(value, dict),

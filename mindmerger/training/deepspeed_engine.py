@@ -127,6 +127,7 @@ def _whole_state(engine, parameters: dict) -> dict:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=zero_stage(engine.config) == 3):
+        # Copies: on leaving ZeRO 3 takes the gathered values away again, and the next step changes the others in place.
         return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
@@ -165,6 +166,7 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
 
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = 0.0
+    # Else DeepSpeed takes this pass for one of an accumulation, and makes no step and no moments.
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(**first_batch).loss_sum * 0.0, scale_wrt_gas=False)
     engine.step()

@@ -10,6 +10,7 @@ from mindmerger.training.settings import ASSUMED_GPU, ASSUMED_SHARE, Settings
 if TYPE_CHECKING:
     from mindmerger.data.loader import TrainingData
 
+# By the A100's data sheet, without sparsity; fp32 without TF32, which torch leaves off.
 PEAK_FLOPS = {"bf16": 312e12, "fp32": 19.5e12}
 
 
@@ -50,6 +51,7 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
     if not is_main():
         return
     args = settings.args
+    # Counted without memory: a dry run needs the configs and no weight file.
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config(args.llm_path)[0], trust_remote_code=False)
         encoder = None
@@ -63,6 +65,7 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
         frozen -= settings.bridge.lm_head.weight.numel()
     stage, size = zero_stage(settings.config), world_size()
     shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
+    # Gradient and moments of what is trained alone: what is frozen has neither.
     frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
     parts_gb = {"frozen weights": frozen_gb, settings.trains: trained * 4 / shards["weights"] / 1e9}
     parts_gb |= {"gradient": trained * 4 / shards["gradient"] / 1e9, "Adam": trained * 8 / shards["Adam"] / 1e9}
@@ -72,6 +75,7 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
     print(f"output folder: {settings.output_dir}")
     counts = json.dumps(data.examples.counts, ensure_ascii=False)
     print(f"examples: {len(data.train)} training, {len(data.dev)} dev; {counts}")
+    # The run's own loader, so that the steps announced are those made.
     loader = BatchLoader(args, data, settings.bridge.prefix_length, torch.device("meta"))
     steps, lengths = loader.steps_per_epoch, loader.lengths
     print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}")

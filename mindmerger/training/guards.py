@@ -41,6 +41,7 @@ def probe_memory(run: Run) -> None:
         with explain_step_out_of_memory(batch):
             # Times 0: the gradients that stay behind are zeros, and the first step adds to them.
             run.engine.backward(run.engine(**batch.tensors).loss_sum * 0.0, scale_wrt_gas=False)
+    # Rows of the dev split may be longer than any that are trained on, and their batch size is another flag.
     for rows in dev:
         batch = run.loader.load(rows)
         with explain_step_out_of_memory(batch, EVAL_MEMORY_FLAGS), torch.no_grad():
@@ -58,6 +59,7 @@ def not_finite_error(run: Run, step: int, batch: "GlobalBatch", loss: float, nor
     """
     from mindmerger.model.towers import CHECK_WEIGHTS
 
+    # A gradient can overflow where every loss is finite: then all rows of the step are named.
     bad = [m for value, m in zip(losses, batch.micro_batches, strict=True) if not math.isfinite(value.item())]
     rows = [i for micro in (bad or batch.micro_batches) for i in micro.rows.tolist()]
     ids = run.data.dataset[rows]["id"]

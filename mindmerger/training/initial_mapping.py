@@ -25,6 +25,7 @@ def settle_start(args, stage, mapping_config, output_dir: Path) -> tuple[str | N
             "--overwrite_output_dir starts over and --resume_from_checkpoint continues from "
             f"{args.resume_from_checkpoint}: leave one of them out"
         )
+    # The output folder may be on rank 0's node alone, and with it the mapping stage's result.
     init_file = find_initial_mapping(args, stage, mapping_config.bridge_options, output_dir) if is_main() else None
     if init_file is None:
         return None, None
@@ -63,12 +64,14 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
     file, recorded = find_mapping_file(folder), read_config(folder)
     if recorded is not None and recorded.adapter is not None:
         warn(f"the adapter beside {file} is not read: this run starts from the mapping alone")
+    # Released files record no bridge: then names and shapes of the tensors decide.
     if recorded is not None and recorded.bridge != args.bridge:
         raise UserError(f"{file} holds the bridge {recorded.bridge}, this run trains --bridge {args.bridge}")
     for name, value in options.items():
         if recorded is not None and recorded.bridge_options[name] != value:
             raise UserError(f"{file} was trained with --bridge_option {name}={recorded.bridge_options[name]}, this run "
                 f"has {name}={value}: use the same")  # fmt: skip
+    # A warning only: a copy elsewhere is the same model, and the shapes are compared next.
     for flag in ("llm_path", "mt_path"):
         before, now = getattr(recorded, flag, None), getattr(args, flag)
         if before is not None and Path(before).resolve() != Path(now).resolve():

@@ -65,6 +65,7 @@ def save_mapping(run: Run, folder: Path) -> None:
             model = run.engine.module
             model.save_pretrained(folder, bridge, None if bridge is state else state)
             if bridge is state:
+                # Beside the safe form, because the published commands point at this file.
                 released = {key: state[name] for key, name in model.released_names().items()}
                 save_released(folder / RELEASED_FILE, released)
 
@@ -76,6 +77,7 @@ def save_checkpoint(run: Run, progress: Progress) -> None:
     """Writes the complete training state; all ranks gather, rank 0 writes."""
     from mindmerger.training.deepspeed_engine import optimizer_state, trained_state
 
+    # Out here and not in `write`: gathering is collective, and one rank alone writes.
     trained = {f"{run.settings.trains}.{name}": tensor for name, tensor in trained_state(run.engine).items()}
     tensors = trained | optimizer_state(run.engine)
     state = progress.state(run.args.train_batch_size) | {"identity": identity(run.settings, run.data)}
@@ -158,6 +160,7 @@ def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
         folder, skipped = newest_valid(given or settings.output_dir)
         for line in skipped:
             warn(f"skipped {line}")
+        # Nothing to continue is a fresh start only where nobody named a checkpoint.
         if folder is None and given is None:
             return None, None, None
         if folder is None:
@@ -168,6 +171,7 @@ def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
         before = state["identity"].get(name)
         if before == value or name in ABSENT_IN_OLD_CHECKPOINTS and name not in state["identity"]:
             continue
+        # Exact resume is a promise: what would break it is refused, or named by the user.
         if name not in CHANGEABLE_ON_RESUME:
             hint = " - a file, a template or a tokenizer has changed" if name == "data" else ""
             raise UserError(
@@ -180,6 +184,7 @@ def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
                 f"--allow_changed {name} to continue with the new value, or --overwrite_output_dir to start over"
             )
         log(f"--{name} was {before}, from here on {value}")
+    # After the identity: another model has a name there, here it would be a tensor of another shape.
     check_tensors(folder, tensors, settings.shapes, settings.trains)
     later = later_checkpoints(settings.output_dir, state["step"])
     if later:

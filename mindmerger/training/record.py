@@ -161,6 +161,7 @@ class Recorder:
             return
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         try:
+            # Never through a link: someone else's file could stand behind it.
             with open(self.path, "a", encoding="utf-8", opener=unfollowed) as file:
                 file.write(text)
             if self.target is not None:
@@ -184,6 +185,7 @@ def recording(args, output_dir: Path):
     record = Recorder(args, output_dir)
     try:
         yield record
+    # Not Exception: an interrupt or an exit is a failed run to the target as well.
     except BaseException:
         record.close(failed=True)
         raise
@@ -196,6 +198,7 @@ def draw_loss(log_file: Path, picture: Path) -> None:
 
     import matplotlib
 
+    # The others look for a display, which a compute node lacks.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

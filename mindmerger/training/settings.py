@@ -62,9 +62,11 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
+        # Fails every comparison, so that one check refuses a text and a NaN alike.
         return math.nan
 
 
+# Names and defaults of published flags are the released scripts', so that their commands run unchanged.
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser: every flag, its default and what it does."""
     parser = CommandParser(
@@ -190,6 +192,7 @@ def settle(args) -> Settings:
     from mindmerger.model.adapters import adapter_shapes
     from mindmerger.tasks import find_task
 
+    # What the flags alone tell comes first, hashing and checking models later: a typing error costs no waiting.
     warn_of_unused(args)
     check_seed(args.seed)
     check_save_name(args.save_name)
@@ -251,6 +254,7 @@ def settle_prompt(args, stage) -> bool:
     if with_prompt and not stage.with_prompt:
         prompt = "translation" if stage.data == "pairs" else "task's"
         warn(f"{where}: trains with the {prompt} prompt after the mapped source")
+    # Obeyed with a warning: the published README has False for this stage, the released scripts True.
     if stage.with_prompt and not with_prompt:
         warn(f"{where}: trains MindMerger-Hard, no prompt after the mapped source")
     return with_prompt
@@ -267,6 +271,7 @@ def settle_batch(args) -> tuple[dict, int]:
     """
     from mindmerger.training.deepspeed_config import effective_config, gradient_clipping, read_deepspeed_config
 
+    # 0 takes back the budget that the scripts pass.
     args.micro_batch_tokens = args.micro_batch_tokens or None
     accumulation = settle_accumulation(args)
     config = read_deepspeed_config(args.deepspeed_config)
@@ -369,6 +374,7 @@ def settle_languages(args, stage) -> list | None:
 
 def warn_of_unused(args) -> None:
     """Says which of the given flags have no effect beside the others."""
+    # The released code put it into CUDA_VISIBLE_DEVICES on every rank, whichever GPU was meant for that rank.
     if args.gpu is not None:
         warn("--gpu is ignored: choose GPUs with the launcher, for instance deepspeed --include localhost:0")
     if args.dev_size == 0 and args.eval_steps is not None:
@@ -394,6 +400,7 @@ def settle_accumulation(args) -> int:
             f"{args.train_micro_batch_size_per_gpu} x {world_size()} processes = {per_pass}: change one of them"
         )
     accumulation = args.train_batch_size // per_pass
+    # Not an error: one of the published commands has 16, which is right on one GPU alone.
     if args.gradient_accumulation not in (None, accumulation):
         warn(
             f"--gradient_accumulation {args.gradient_accumulation} is overruled: batch {args.train_batch_size} / "

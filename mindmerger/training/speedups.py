@@ -71,6 +71,7 @@ def compile_layers(model) -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
+            # dynamic: nearly every micro-batch has another length, and would be compiled anew.
             layer.compile(dynamic=True)
 
 

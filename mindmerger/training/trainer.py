@@ -138,6 +138,7 @@ def learning_rate(args, step: int, total_steps: int) -> float:
     """Returns the rate of step `step` (from 0): linear warm-up, then constant, cosine or linear decay to 0."""
     warmup = math.ceil(args.warmup_ratio * total_steps)
     if step < warmup:
+        # Never 0: the first step would be spent on nothing.
         return args.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total_steps - warmup)
     factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
@@ -146,6 +147,7 @@ def learning_rate(args, step: int, total_steps: int) -> float:
 
 def set_learning_rate(run: Run, step: int) -> float:
     """Sets the learning rate of a step (from 0), and returns it."""
+    # A function of the step alone: a scheduler would be one more state to save and restore.
     rate = learning_rate(run.args, step, run.total_steps)
     for group in run.engine.basic_optimizer.param_groups:
         group["lr"] = rate
@@ -167,6 +169,7 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
     if settings.init_file is not None:
         broadcast_weights(model.mapping)
     if folder is not None:
+        # Before the engine is made: at ZeRO 1 to 3 DeepSpeed steps on copies of the weights that it takes then.
         start = f"{settings.trains}."
         model.load_trained({name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)})
     with explain_placing_out_of_memory(device):
