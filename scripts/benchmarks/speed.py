@@ -37,12 +37,14 @@ from mindmerger.training.record import peak_memory_gb
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 PARTS = "mapping,augmentation,augmentation_memory,soft,hard"
+# Llama-2's size: the output head's share of the arithmetic depends on it.
 VOCABULARY = 32_000
 PRESETS = {
     "tiny": {  # where only the data path is measured
         "encoder": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
         "llm": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     },
+    # Large enough for matrix products to take most of the time, small enough for two cores.
     "cpu-small": {
         "encoder": {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
         "llm": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -79,10 +81,12 @@ def build_parser():
     add("--global_batch", type=int, default=128, help="examples of one optimizer step")
     add("--micro_batch", type=int, default=8, help="rows of a micro-batch in both modes")
     add("--micro_batch_tokens", type=int, help="ours also by this token budget (default: 2048 mapping, 4096 else)")
+    # Medians over several: other work on a machine slows single windows, not all of them.
     add("--windows", type=int, default=5, help="timed windows of each mode")
     add("--steps", type=int, default=1, help="optimizer steps of ours in a window")
     add("--plain_micro_batches", type=int, default=8, help="micro-batches of plain in a window")
     add("--questions", type=int, default=480, help="questions to generate answers for, over three languages")
+    # Measured on two cores: with 32768 the inputs' activations outgrow the caches, 8192 gains nothing.
     add("--eval_max_tokens", type=int, default=16384, help="token budget of a batch of ours in generation")
     add("--max_new_tokens", type=int, default=64, help="length limit of generation")
     add("--gradient_checkpointing", action="store_true", help="in both modes")
@@ -102,6 +106,7 @@ def parse(argv=None):
 
     args = build_parser().parse_args(argv)
     named = [name.strip() for text in args.bridge for name in text.split(",")]
+    # MindMerger's always runs along: figures of another hour or machine would not compare.
     args.bridge = list(dict.fromkeys(["mindmerger", *named])) if named else []
     for name in args.bridge:
         find_bridge(name)
@@ -118,6 +123,7 @@ def train_tokenizers(folder: Path, data_root: str) -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    # On the data's own text: random ids would have none of the real texts' lengths, on which padding depends.
     pairs = sorted(Path(data_root).glob("bilingual_pairs/*/train_100k.*"))
     queries = Path(data_root) / "query_translation" / "math.json"
     rows = json.loads(queries.read_text(encoding="utf-8"))
@@ -132,6 +138,7 @@ def train_tokenizers(folder: Path, data_root: str) -> None:
         tokenizer.normalizer = normalizers.NFKC()
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
+        # Bytes as pieces: no text is unknown, whatever the vocabulary lacks.
         alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=specials + alphabet, show_progress=False)
         tokenizer.train_from_iterator(texts, trainer)
@@ -165,6 +172,7 @@ def make_model(folder: Path, precision: str, device):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)
     before = torch.get_default_dtype()
+    # Made in the run's dtype and place: a 7B model in fp32 on the host first would take 28 GB.
     torch.set_default_dtype(dtype)
     try:
         with device:
@@ -224,6 +232,7 @@ def summed(total: dict, device) -> dict:
     """Adds up the counts of all processes; seconds are this one's, since the steps go together."""
     import torch
 
+    # float64 holds every count exactly; one collective for all of them.
     counts = torch.tensor([total[name] for name in COUNTED], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(counts)
     return total | dict(zip(COUNTED, counts.tolist(), strict=True))
@@ -250,6 +259,7 @@ class Ours:
         data, lengths = self.run.data, self.run.loader.lengths
         total = dict.fromkeys(("seconds", "waited", *COUNTED), 0)
         for _ in range(self.steps):
+            # Outside the clock, since `train_step` counts its own waiting for data.
             batch = next(self.batches)
             synchronise(self.run.device)
             started = time.perf_counter()
@@ -261,6 +271,7 @@ class Ours:
             for micro in batch.micro_batches:
                 rows = micro.rows
                 total["processed"] += len(rows) * int(lengths[rows].max())
+                # Rows of weight 0 only keep ranks in step: their work is no useful one.
                 if micro.weight:
                     total["targets"] += int(data.target_lengths[rows].sum())
                     total["useful"] += int(lengths[rows].sum())
@@ -278,6 +289,7 @@ class Plain:
 
         self.run, self.examples, self.micro_batches, self.rows = run, examples, micro_batches, rows
         self.model = run.engine.module
+        # One shuffle for all epochs, as the published code has it.
         self.order = np.random.RandomState(0).permutation(len(examples))[rank() :: world_size()]
         self.position = 0
         self.optimizer = torch.optim.AdamW(
@@ -298,6 +310,7 @@ class Plain:
             self.position += self.rows
             self.forward(chosen, total)
             total["samples"] += len(chosen)
+        # By hand, since this loop has no DeepSpeed engine: the ranks' exchange must be in its time as it is in ours.
         for parameter in self.model.mapping.parameters():
             torch.distributed.all_reduce(parameter.grad)
         torch.nn.utils.clip_grad_norm_(self.model.mapping.parameters(), 1.0)
@@ -327,6 +340,7 @@ class Plain:
         mask_BS = torch.zeros_like(ids_BS)
         for i, (source, _, _) in enumerate(texts):
             ids_BS[i, : len(source)], mask_BS[i, : len(source)] = torch.tensor(source), 1
+        # Tokenising counts as waiting for data: the GPU has nothing to do meanwhile.
         total["waited"] += time.perf_counter() - started
         with torch.no_grad():
             states = model.encoder(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device)).last_hidden_state
@@ -342,6 +356,7 @@ class Plain:
             total["encoder"] += len(source)
             total["targets"] += len(target)
         length = max(len(row) for row in rows)
+        # On the left, as the published code pads.
         embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
         labels_BL = torch.tensor([[-100] * (length - len(row)) + row for row in labels], device=device)
@@ -366,6 +381,7 @@ def matmul_rate(precision: str, device) -> float:
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # Large enough that the rate is the machine's, not that of starting kernels.
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
     best = 0.0
@@ -374,17 +390,20 @@ def matmul_rate(precision: str, device) -> float:
         started = time.perf_counter()
         a @ b.T
         synchronise(device)
+        # The best, not the median: utilisation is a share of what the machine can do.
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
 
 
 def flop(model, window: dict, head_on_all: bool) -> float:
     """Returns the useful FLOP of a window, the output head's on all useful positions or on target tokens alone."""
+    # Looking an embedding up is no arithmetic.
     llm = sum(p.numel() for name, p in model.llm.named_parameters() if "embed_tokens" not in name)
     head = model.llm.get_output_embeddings().weight.numel()
     encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "shared" not in name)
     mapping = sum(p.numel() for p in model.mapping.parameters())
     with_head = window["useful"] if head_on_all else window["targets"]
+    # 4 N, not 6 N: no weight of the LLM gets a gradient.
     return 4 * ((llm - head) * window["useful"] + head * with_head) + (2 * encoder + 6 * mapping) * window["encoder"]
 
 
@@ -444,6 +463,7 @@ def time_bridges(args, folder: Path, model, device, rate: float) -> dict:
     runners, paths = {}, (str(folder / "encoder"), str(folder / "llm"))
     for name in args.bridge:
         stage = list(BRIDGES[name].stages)[-1]
+        # The same towers for all: a copy of a 7B model per bridge would not fit.
         one = MindMerger.from_towers(model.encoder, model.llm, *paths, name).to(device)
         runners[name] = Ours(make_run(args, folder, stage, one, device, None, name), args.steps)
     windows = {name: [] for name in runners}
@@ -457,6 +477,7 @@ def time_bridges(args, folder: Path, model, device, rate: float) -> dict:
     for name, runner in runners.items():
         trained = sum(parameter.numel() for parameter in runner.run.engine.module.trained_parameters().values())
         made = {"stage": runner.run.args.stage_name, "trained_parameters": trained}
+        # By target tokens: a bridge with a longer prefix would look faster by useful ones.
         made["target_tokens_per_s"] = statistics.median(w["targets"] / w["seconds"] for w in windows[name])
         result[name] = made | figures(runner.run.engine.module, windows[name], rate)
     for made in result.values():
@@ -471,6 +492,7 @@ def peak_memory(args, stage: str) -> dict:
     for mode in args.modes.split(","):
         with tempfile.TemporaryDirectory() as name:
             report = Path(name) / "report.json"
+            # A process for each mode: a peak never falls, so a second mode would show the first one's.
             flags = ["--parts", stage, "--modes", mode, "--windows", "0", "--output", str(report)]
             flags += ["--global_batch", str(4 * args.micro_batch), "--plain_micro_batches", "4"]
             for flag in (
@@ -532,6 +554,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
     every, new = list(range(len(examples))), args.max_new_tokens
     batches = {
         "ours": generation_answers.split_batches(every, lengths, None, args.eval_max_tokens, new),
+        # In file order, as the published code evaluates.
         "plain": [every[i : i + 8] for i in range(0, len(every), 8)],
     }
     generate = {"ours": generation_answers.generate_batch, "plain": plain_generation}
@@ -558,6 +581,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
     for mode, seconds in found.items():
         median = statistics.median(seconds)
         result[mode] = {"questions_per_s": len(examples) / median, "generated_tokens_per_s": tokens[mode] / median}
+    # In bf16 a random model's best tokens lie so close that another batch shape tips them; in fp32 all answers agree.
     result["same_answers"] = sum(map(str.__eq__, answers["ours"], answers["plain"])) / len(every)
     result["times_plain"] = result["ours"]["questions_per_s"] / result["plain"]["questions_per_s"]
     return result
@@ -638,6 +662,7 @@ def run(args, folder: Path, device) -> dict:
     model = make_model(folder, args.precision, device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    # In this very run: other work on the machine slows both sides of a utilisation alike.
     rate = matmul_rate(args.precision, device)
     report["matmul_gflops"] = rate / 1e9
     for part in args.parts + ["bridges"] * bool(args.bridge):
