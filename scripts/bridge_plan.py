@@ -52,7 +52,7 @@ def _share(text: str) -> float:
 
 
 def build_parser():
-    """The flags."""
+    """Returns the parser."""
     parser = CommandParser(prog="python -m scripts.bridge_plan", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="write the plan and print a line for each stage to train")
@@ -94,13 +94,13 @@ class StageRows:
         self.positions = data.examples.merged_lengths(self.settings.bridge.prefix_length)
 
     def train_rows(self, seed: int):
-        """Row numbers that a seed leaves beside its dev split."""
+        """Returns the row numbers that a seed leaves beside its dev split."""
         from mindmerger.data.batches import split_dev
 
         return split_dev(len(self.positions), self.args.dev_size, seed)[1]
 
     def passes(self) -> int:
-        """Target tokens of the passes that --epoch_num asks for, with the seed of the flags."""
+        """Returns the target tokens of the passes that --epoch_num asks for, with the seed of the flags."""
         rows = self.train_rows(self.args.seed)
         return self.args.epoch_num * int(self.examples.target_lengths[rows].sum(dtype="int64"))
 

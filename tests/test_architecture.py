@@ -108,6 +108,13 @@ def test_no_file_and_no_function_is_too_long_to_hold_in_the_head():
         ["-m", "mindmerger.analysis.contamination"],
         ["-m", "mindmerger.analysis.embeddings"],
         ["-m", "mindmerger.evaluation.comparison_table"],
+        ["-m", "mindmerger.evaluation.bridge_table"],
+        ["-m", "scripts.benchmarks.speed"],
+        ["-m", "scripts.benchmarks.growth"],
+        ["-m", "scripts.benchmarks.merge_memory"],
+        ["-m", "scripts.bridge_plan"],
+        ["-m", "scripts.prepare_data"],
+        ["-m", "scripts.tiny_world.__main__"],
     ],
     ids=lambda command: command[-1],
 )

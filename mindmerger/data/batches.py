@@ -69,7 +69,7 @@ class MicroBatch:
 def split_global_batch(
     indices: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int, token_budget: int | None = None
 ) -> list[list[MicroBatch]]:
-    """Cuts a global batch into micro-batches of rows of similar length: `[rank][i]`, equally many for every rank.
+    """Splits a global batch into micro-batches of rows of similar length: `[rank][i]`, equally many for every rank.
 
     Args:
         indices: rows of the global batch.
@@ -109,8 +109,8 @@ def heaviest_batches(
     most_rows: int,
     token_budget: int | None = None,
 ) -> list[np.ndarray]:
-    """Rows of the micro-batches that may need most memory: the longest merged rows, and those with most tokens of
-    another kind (targets make logits, sources the encoder's states).
+    """Returns the rows of the micro-batches that may need most memory: the longest merged rows, and those with most
+    tokens of another kind (targets make logits, sources the encoder's states).
 
     Args:
         indices: rows of the data set to choose from.
@@ -133,11 +133,11 @@ def heaviest_batches(
 
 
 def _starts_by_budget(longest: np.ndarray, token_budget: int) -> list[int]:
-    """Finds where to cut rows of falling length so that padding and the number of micro-batches together cost least.
+    """Finds where to split rows of falling length so that padding and the number of micro-batches together cost least.
 
     Every micro-batch costs its rows times its longest row, and a fixed `MICRO_BATCH_COST` of the budget besides:
-    filling each one up would pad short rows to the length of long ones only to save a pass. The best cut of the first
-    n rows follows from the best cuts of fewer.
+    filling each one up would pad short rows to the length of long ones only to save a pass. The best split of the
+    first n rows follows from the best splits of fewer.
     """
     fixed, rows = MICRO_BATCH_COST * token_budget, len(longest)
     cost, start = np.full(rows + 1, np.inf), np.zeros(rows + 1, dtype=np.int64)

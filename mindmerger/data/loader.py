@@ -102,7 +102,7 @@ class BatchLoader:
             yield group.micro_batches
 
     def dev_target_tokens(self) -> int:
-        """Target tokens of the whole dev split."""
+        """Returns the number of target tokens of the whole dev split."""
         return int(self.data.examples.target_lengths[self.data.dev].sum())
 
     def load(self, rows: np.ndarray) -> Batch:

@@ -88,7 +88,7 @@ class Method:
         return self.label.replace(f" ({probe['kind']} prefix)", "") if probe else None
 
     def shares(self, language: str) -> list[float]:
-        """Of each item of a language, the share of seeds that got it right."""
+        """Returns, for each item of a language, the share of seeds that got it right."""
         marks = [row.correct[language] for row in self.rows]
         return [sum(one[id] for one in marks) / len(marks) for id in marks[0]]
 
@@ -157,7 +157,7 @@ def _number(value, form: str) -> str:
 
 
 def accuracy_tables(methods: list[Method | str], base: Method) -> list[str]:
-    """The two tables of accuracy and of differences; a label alone is a missing row."""
+    """Returns the two tables of accuracy and of differences; a label alone is a missing row."""
     codes = [find_language(name).code for name in base.cells]
     accuracy, differences = [["method", "seeds", *codes, "avg"]], [["method", *codes, "avg"]]
     for method in methods:
@@ -178,7 +178,7 @@ def accuracy_tables(methods: list[Method | str], base: Method) -> list[str]:
 
 
 def probe_table(methods: list[Method]) -> list[str]:
-    """The table of bridges with the prefix of another question."""
+    """Returns the table of bridges with the prefix of another question."""
     by_label = {method.label: method for method in methods}
     rows = [["bridge", "own prefix, avg", "prefix", "avg", "difference (p after Holm)"]]
     for method in methods:
@@ -191,7 +191,7 @@ def probe_table(methods: list[Method]) -> list[str]:
 
 
 def cost_table(methods: list[Method], rates: dict[str, str]) -> list[str]:
-    """The table of costs."""
+    """Returns the table of costs."""
     head = ["method", "learning rate", "trained parameters", "target tokens", "FLOP per target token", "training, s"]
     rows = [[*head, "questions/s"]]
     for method in methods:
@@ -229,7 +229,7 @@ def format_markdown(task: str, methods: list[Method], order: list[str], base: Me
 
 
 def format_csv(methods: list[Method], texts: dict) -> str:
-    """One line per method and language ("avg" for the mean); missing rows have one line with the reason."""
+    """Returns one line per method and language ("avg" for the mean); missing rows have one line with the reason."""
     head = "method,seeds,language,items,accuracy,low,high,lowest_seed,highest_seed,against,difference,p,p_holm"
     fields = [*head.split(","), "learning_rate", *Costs._fields, "missing"]
     text = io.StringIO()

@@ -77,7 +77,7 @@ def check_attention_function(name: str | None, engine: str = "hf") -> None:
 
 
 def normalises_keys(llm: nn.Module) -> bool:
-    """Whether the LLM's attention normalises its keys, as that of Qwen3 and Gemma 3 does, and so those of a memory."""
+    """Returns whether the LLM's attention normalises its keys, as Qwen3's and Gemma 3's do, and so a memory's."""
     return hasattr(llm.get_decoder().layers[0].self_attn, "k_norm")
 
 

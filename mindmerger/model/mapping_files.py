@@ -66,7 +66,7 @@ class MindMergerConfig:
 
 
 def find_bridge(name: str) -> type[Bridge]:
-    """The class of a bridge, by the name in `config.json`.
+    """Returns the class of a bridge, by the name in `config.json`.
 
     Raises:
         ModelError: for a name that is not in `BRIDGES`, listing those that are.
@@ -103,7 +103,7 @@ def form_of(config: MindMergerConfig, augmentation: bool | None) -> str:
 
 
 def build_bridge(config: MindMergerConfig) -> Bridge:
-    """A fresh bridge between the two models of `config`.
+    """Returns a fresh bridge between the two models of `config`.
 
     Raises:
         UserError: for an unknown bridge, and options that it does not have.
@@ -112,7 +112,7 @@ def build_bridge(config: MindMergerConfig) -> Bridge:
 
 
 def empty_bridge(config: MindMergerConfig) -> Bridge:
-    """The bridge of `config` without storage: asked for names, shapes and prefix lengths before weights load."""
+    """Returns the bridge of `config` without storage: it has names, shapes and prefix lengths before weights load."""
     with torch.device("meta"):
         return build_bridge(config)
 
@@ -120,7 +120,7 @@ def empty_bridge(config: MindMergerConfig) -> Bridge:
 def config_of_models(
     mt_path: str, llm_path: str, bridge: str = "mindmerger", bridge_options: dict | None = None
 ) -> MindMergerConfig:
-    """The configuration of a bridge between two models, from their configs alone.
+    """Returns the configuration of a bridge between two models, from their configs alone.
 
     Raises:
         ModelError: when one of them has no usable config.
@@ -153,7 +153,7 @@ def config_of_models(
 def new_config(
     mt_path: str | None, llm_path: str, towers: Towers, bridge: str, bridge_options: dict | None
 ) -> MindMergerConfig:
-    """The configuration of a bridge, its options settled.
+    """Returns the configuration of a bridge, its options settled.
 
     Raises:
         UserError: for an unknown bridge, and options that it does not have.
@@ -168,7 +168,7 @@ def new_config(
 
 
 def read_config(path: str) -> MindMergerConfig | None:
-    """The `config.json` of a saved mapping, given its folder or a file in it; None where there is none of ours.
+    """Reads the `config.json` of a saved mapping, given its folder or a file in it; None where there is none of ours.
 
     Raises:
         ModelError: when it is there but cannot be read, or comes from a newer format.
@@ -199,7 +199,7 @@ def read_config(path: str) -> MindMergerConfig | None:
 
 
 def _could_name_a_file(value) -> bool:
-    """False for a text with a NUL or half a surrogate pair, which the system's calls refuse in a path."""
+    """Returns False for a text with a NUL or half a surrogate pair, which the system's calls refuse in a path."""
     try:
         return not isinstance(value, str) or b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
@@ -207,7 +207,7 @@ def _could_name_a_file(value) -> bool:
 
 
 def find_mapping_file(path: str) -> Path:
-    """The file a mapping is read from, given itself or its folder; of a sharded one the first shard.
+    """Finds the file a mapping is read from, given itself or its folder; of a sharded one the first shard.
 
     Raises:
         ModelError: when there is none, listing what the folder holds.
@@ -228,7 +228,7 @@ def find_mapping_file(path: str) -> Path:
 
 
 def shards_of(file: Path) -> list[Path]:
-    """The files that one mapping is spread over: all shards where `file` is one of them, else itself.
+    """Returns the files that one mapping is spread over: all shards where `file` is one of them, else itself.
 
     Raises:
         ModelError: when a shard is missing.
@@ -337,7 +337,7 @@ def _depth(layers: int | None) -> str:
 
 
 def _by_own_names(path: str, config: MindMergerConfig, bridge: Bridge, expected) -> dict[str, torch.Tensor]:
-    """A mapping's tensors by the names of the bridge's parameters, whichever of the two forms the file has.
+    """Reads a mapping's tensors by the names of the bridge's parameters, whichever of the two forms the file has.
 
     Raises:
         ModelError: naming what is missing or too many, and the bridge whose weights they are instead.

@@ -283,7 +283,7 @@ class MindMerger(nn.Module):
         prompt_ids: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
     ) -> MindMergerOutput:
-        """Next-token loss on the target tokens of `<bos> mapped-source boundary [prompt] target` (paper, section 3.2).
+        """Computes the next-token loss on the target of `<bos> mapped-source boundary [prompt] target` (paper, 3.2).
 
         Args:
             encoder_input_ids, encoder_attention_mask: (B, S), any padding side; None for the LLM alone.
@@ -294,9 +294,9 @@ class MindMerger(nn.Module):
         embeds, masks, memory = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
         embeds.append(self.llm.get_input_embeddings()(target_ids))
         masks.append(target_mask)
-        plan = plan_packing(masks, "right", target_segment=len(masks) - 1)
-        embeds_BLD = take_rows(torch.cat(embeds, dim=1), plan.source_BL)
-        predictor_M = plan.predictor_M.to(embeds_BLD.device, non_blocking=True)
+        packing = plan_packing(masks, "right", target_segment=len(masks) - 1)
+        embeds_BLD = take_rows(torch.cat(embeds, dim=1), packing.source_BL)
+        predictor_M = packing.predictor_M.to(embeds_BLD.device, non_blocking=True)
         token_M = torch.nonzero(target_mask.flatten()).squeeze(1).to(target_ids.device, non_blocking=True)
         labels_M = target_ids.flatten().index_select(0, token_M)
         with memory, head_on_positions(self.llm.get_output_embeddings(), predictor_M):
@@ -341,7 +341,7 @@ class MindMerger(nn.Module):
         max_new_tokens: int = 512,
         **generation_kwargs,
     ) -> torch.Tensor:
-        """Greedy decoding after `<bos> mapped-source boundary [prompt]`; new ids only, (B, at most max_new_tokens).
+        """Decodes greedily after `<bos> mapped-source boundary [prompt]`; new ids only, (B, at most max_new_tokens).
 
         Without `encoder_input_ids` it is the LLM alone: `<bos> prompt`. Rows that end early are filled with the LLM's
         pad id. Further arguments go to transformers' `generate`; sampling is refused.
@@ -371,7 +371,7 @@ class MindMerger(nn.Module):
         return ids
 
     def bad_weight(self) -> str | None:
-        """The name of the first weight that is not finite, found by reading them all, with its model."""
+        """Names the first weight that is not finite, found by reading them all, with its model."""
         whole = {"encoder": f"encoder {self.config.mt_path}", "llm": f"LLM {self.config.llm_path}"}
         for name, parameter in self.named_parameters():
             # isfinite does not know the 8-bit floats
@@ -382,7 +382,7 @@ class MindMerger(nn.Module):
         return None
 
     def not_finite_error(self) -> ModelError:
-        """The error to raise where numbers are not finite; it reads all weights to name the first that is not."""
+        """Returns the error to raise where numbers are not finite; reads all weights to name the first that is not."""
         weight = self.bad_weight()
         if weight is not None:
             return ModelError(f"{weight} has values that are NaN or infinite: {CHECK_WEIGHTS}")
@@ -392,18 +392,18 @@ class MindMerger(nn.Module):
         )
 
     def _merged(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
-        """Left-padded embeddings (B, L, D) of everything before the answer, their mask, and the memory beside them."""
+        """Returns left-padded embeddings (B, L, D) of all before the answer, their mask, and the memory beside them."""
         if encoder_input_ids is None and prompt_ids is None:
             raise ModelError("generation needs encoder_input_ids, prompt_ids, or both")
         embeds, masks, memory = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
-        plan = plan_packing(masks, "left")
-        return take_rows(torch.cat(embeds, dim=1), plan.source_BL), plan.mask_BL, memory
+        packing = plan_packing(masks, "left")
+        return take_rows(torch.cat(embeds, dim=1), packing.source_BL), packing.mask_BL, memory
 
     def _segments(
         self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], AbstractContextManager]:
-        """Embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order, and a context manager
-        within which the LLM attends to the bridge's memory."""
+        """Returns embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order, and a context
+        manager within which the LLM attends to the bridge's memory."""
         embeds, masks, memory = [], [], nullcontext()
         embed = self.llm.get_input_embeddings()
         some_ids = encoder_input_ids if encoder_input_ids is not None else prompt_ids
@@ -424,13 +424,13 @@ class MindMerger(nn.Module):
         return embeds, masks, memory
 
     def encode(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The frozen encoder's states (B, S', E) that the bridge reads and their mask (B, S'), right-padded.
+        """Returns the frozen encoder's states (B, S', E) that the bridge reads and their mask (B, S'), right-padded.
 
         Encoders with absolute positions give other states under left padding, so every input is packed first.
         """
-        plan = plan_packing([mask_BS], "right")
-        packed_BS = take_rows(ids_BS, plan.source_BL)
-        mask_BS = plan.mask_BL.to(ids_BS.device, non_blocking=True)
+        packing = plan_packing([mask_BS], "right")
+        packed_BS = take_rows(ids_BS, packing.source_BL)
+        mask_BS = packing.mask_BL.to(ids_BS.device, non_blocking=True)
         pad = self.encoder.config.pad_token_id
         if pad is not None:
             packed_BS = packed_BS.masked_fill(mask_BS == 0, pad)
@@ -444,7 +444,7 @@ class MindMerger(nn.Module):
             extra["output_hidden_states"] = True
         with torch.no_grad():
             output = self.encoder(input_ids=packed_BS, attention_mask=mask_BS, **extra)
-        return [output.last_hidden_state if i == -1 else output.hidden_states[i] for i in layers], plan.mask_BL
+        return [output.last_hidden_state if i == -1 else output.hidden_states[i] for i in layers], packing.mask_BL
 
 
 def _checkpointed(forward, more, *args, **kwargs):

@@ -177,7 +177,7 @@ def run_main(main, alone: bool = False) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything a result may depend on."""
+    """Returns the versions of everything a result may depend on."""
     # From the installed metadata: importing these for the sake of their versions takes seconds.
     found = {"mindmerger": __version__, "python": sys.version.split()[0]}
     for name in ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "sentencepiece", "safetensors"):

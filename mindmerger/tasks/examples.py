@@ -87,7 +87,7 @@ def evaluation_examples(
     Args:
         faults: takes the faults of single rows, which are then left out; without it the first one is raised.
     """
-    # Cut after reading: a fault behind the limit is found by a first short run, not by the long one.
+    # Limited after reading: a fault behind the limit is found by a first short run, not by the long one.
     return list(task.read_evaluation(data_root, language, faults))[:limit]
 
 

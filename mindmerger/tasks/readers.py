@@ -1,4 +1,4 @@
-"""Reads data files as they come: every fault becomes one `file:line: what`, and nothing is dropped or cut silently.
+"""Reads data files as they come: a fault becomes one `file:line: what`, nothing is dropped or truncated silently.
 
 A leaf that knows no task: bytes in; lines, JSON values and checked fields out.
 """

@@ -180,7 +180,7 @@ def _top_level_fields() -> dict:
 
 
 def _section_fields() -> dict[str, dict]:
-    """Types of the sections that DeepSpeed takes as they come."""
+    """Returns the types of the sections that DeepSpeed takes as they come."""
     from typing import Annotated
 
     from pydantic import Field

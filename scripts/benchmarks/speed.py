@@ -3,11 +3,12 @@
     python -m scripts.benchmarks.speed --preset cpu-small --data_root ./datas --precision fp32 --output benchmark.json
 
 Models have random weights in a preset's exact shapes; texts have their real lengths. `ours` times the project's own
-training step (`run_training.train_step`) and generation (`run_evaluation.generate_batch`). `plain` is the loop as the
-published code runs it: shuffled micro-batches padded to their longest row, tokenised row by row inside the step, a
-dense mask, fp32 logits for every position, generation at batch 8 in file order to the length limit. They alternate
-window by window in one process, or in each process of `deepspeed --module scripts.benchmarks.speed`; figures are
-medians over windows, after a warm-up window of each. `--windows 0` reports that one.
+training step (`run_training.train_step`) and generation (`generate_batch` of `mindmerger/generation/answers.py`).
+`plain` is the loop as the published code runs it: shuffled micro-batches padded to their longest row, tokenised row by
+row inside the step, a dense mask, fp32 logits for every position, generation at batch 8 in file order to the length
+limit. They alternate window by window in one process, or in each process of
+`deepspeed --module scripts.benchmarks.speed`; figures are medians over windows, after a warm-up window of each.
+`--windows 0` reports that one.
 
     python -m scripts.benchmarks.speed --bridge langbridge,layalign,xbridge,layer_fusion --precision fp32
 
@@ -102,9 +103,9 @@ def parse(argv=None):
     Raises:
         UserError: for an unknown bridge.
     """
-    from mindmerger.model.mapping_files import find_bridge
-
     args = build_parser().parse_args(argv)
+    from mindmerger.model.mapping_files import find_bridge  # with torch, which --help need not wait for
+
     named = [name.strip() for text in args.bridge for name in text.split(",")]
     # MindMerger's always runs along: figures of another hour or machine would not compare.
     args.bridge = list(dict.fromkeys(["mindmerger", *named])) if named else []
@@ -324,10 +325,10 @@ class Plain:
         """Returns the ids of source, prompt and target."""
         limits, tokenizers = self.run.args, self.run.loader.data.tokenizers
         encoder, llm = tokenizers.encoder, tokenizers.llm
-        cut = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
+        limit = {"add_special_tokens": False, "truncation": True, "max_length": limits.max_gen_len}
         source = encoder(example.source, truncation=True, max_length=limits.max_seq_len).input_ids
-        prompt = llm(example.prompt, **cut).input_ids if self.run.settings.with_prompt else []
-        return source, prompt, llm(example.target, **cut).input_ids + [2]
+        prompt = llm(example.prompt, **limit).input_ids if self.run.settings.with_prompt else []
+        return source, prompt, llm(example.target, **limit).input_ids + [2]
 
     def forward(self, examples: list, total: dict) -> None:
         """Tokenises row by row, pads left, runs the LLM with labels over all positions in fp32, and back."""
