@@ -35,6 +35,7 @@ def build_parser():
     add("--data_root", default="./datas", help="folder in the released layout: its text is used")
     add("--parts", default="ranks,pairs,lengths,micro_batches", help="which of these to measure, separated by commas")
     add("--pairs", default="10000,100000,1000000", help="numbers of sentence pairs, separated by commas")
+    # The first step pays for everything that is done once: it is left out of the medians.
     add("--steps", type=int, default=4, help="optimizer steps of each run; the first is not counted")
     add("--work_dir", help="folder for models and data, kept for a next run (default: a new one, removed at the end)")
     add("--output", help="JSON file for the figures")
@@ -47,6 +48,7 @@ class World:
     def __init__(self, folder: Path, data_root: str, steps: int):
         self.folder, self.steps = folder, steps
         self.data_root = Path(data_root).resolve()
+        # A folder of its own for each run: in an earlier run's the program would resume instead of starting.
         self.number = 0
 
     def models(self, preset: str) -> list[str]:
@@ -71,6 +73,7 @@ class World:
             source = self.data_root / "bilingual_pairs" / "en-sw"
             for code in ("sw", "en"):
                 lines = (source / f"train_100k.{code}").read_text(encoding="utf-8").split("\n")[:-1]
+                # Words of real sentences without end: a target of any length, in the real text's pieces.
                 words = itertools.cycle(" ".join(lines).split())
                 with open(folder / f"train_100k.{code}", "w", encoding="utf-8") as file:
                     for i in range(number):
@@ -90,6 +93,7 @@ class World:
             deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
             launcher += [deepspeed, "--num_gpus", str(ranks)]
         command = [*launcher, str(ROOT / "run_training.py"), *flags, "--output_dir", str(out), "--task", "math"]
+        # Neither dev passes nor checkpoints: steps alone are timed.
         command += ["--dev_size", "0"]
         command += [
             "--max_steps",
@@ -101,11 +105,14 @@ class World:
             "--save_steps",
             "999",
         ]
+        # Threads by the environment, as a launcher sets them: torch would take all cores in each process.
         environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         environment["HF_HOME"] = str(self.folder / "cache")  # the tokenised data too: a first start stays a first one
         file, first, started = out / "MindMerger/math/mapping/log.jsonl", None, time.perf_counter()
+        # A file and no pipe, which would block the program once nobody reads it.
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(command, stdout=errors, stderr=errors, cwd=self.folder, env=environment)
+            # The first step is done when its line is in the log, which a look every 0.05 s finds soon enough.
             while process.poll() is None:
                 if first is None and file.is_file() and file.stat().st_size:
                     first = time.perf_counter() - started
@@ -120,6 +127,7 @@ class World:
         }
         batch = int(flags[flags.index("--train_batch_size") + 1])
         found["step_s"] = batch / found["samples_per_s"]
+        # Peaks are the highest of any step, not a median: memory is what has to be there.
         return found | {"first_step_s": first, "peak_memory_gb": max(line["peak_memory_gb"] for line in lines)}
 
 
@@ -128,6 +136,7 @@ def measure_ranks(world: World, args) -> dict:
     flags = [*world.models("cpu-small"), "--data_root", str(world.data_root), "--train_num", "300"]
     flags += ["--train_batch_size", "32", "--micro_batch_tokens", "2048", "--train_micro_batch_size_per_gpu", "8"]
     return {
+        # The same two cores in the last two rows: what they differ in is the cost of exchanging gradients.
         "1 process, 1 thread": world.run(flags, threads=1),
         "1 process, 2 threads": world.run(flags, threads=2),
         "2 processes, 1 thread each": world.run(flags, ranks=2, threads=1),
@@ -140,6 +149,7 @@ def measure_pairs(world: World, args) -> dict:
     for number in map(int, args.pairs.split(",")):
         flags = [*world.models("tiny"), *world.pairs(f"pairs-{number}", number), "--train_batch_size", "128"]
         flags += ["--micro_batch_tokens", "2048", "--train_micro_batch_size_per_gpu", "8"]
+        # The second start only opens what the first one tokenised.
         for start in ("first", "second"):
             found[f"{number} pairs, {start} start"] = world.run(flags)
             log(f"{number} pairs, {start} start: {found[f'{number} pairs, {start} start']}")
@@ -149,6 +159,7 @@ def measure_pairs(world: World, args) -> dict:
 def measure_lengths(world: World, args) -> dict:
     """Measures targets of exactly 32 to 512 tokens."""
     found = {}
+    # More words than the longest limit has tokens: every target is truncated to exactly the limit.
     data = world.pairs("long", 2000, target_words=600)
     for length in (32, 64, 128, 256, 512):
         flags = [*world.models("cpu-small"), *data, "--train_batch_size", "16", "--max_gen_len", str(length)]
@@ -206,6 +217,7 @@ def main(argv=None) -> int:
         for part in args.parts.split(","):
             log(f"measuring {part}")
             report[part] = measures[part](world, args)
+            # After every part: a million pairs take minutes, and a failure in a later part must not cost them.
             if args.output:
                 files.write_json_atomic(args.output, report)
     print(markdown(report))

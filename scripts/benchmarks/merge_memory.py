@@ -59,6 +59,7 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int, seed: int, form
     )
     folder.mkdir()
     config.save_pretrained(folder)
+    # For names and shapes alone: on the meta device a model takes no memory, which would count as this process's.
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
@@ -66,6 +67,7 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int, seed: int, form
     weight_map = {}
     for file, names in shards.items():
         file = file if form == "safetensors" else f"pytorch_{file.removesuffix('.safetensors')}.bin"
+        # One shard at a time: the benchmark must not need the memory that it measures.
         part = {name: torch.randn(shapes[name], generator=generator).mul_(0.02).bfloat16() for name in names}
         (save_file if form == "safetensors" else torch.save)(part, folder / file)
         weight_map |= dict.fromkeys(names, file)
@@ -90,6 +92,7 @@ def measure(module: str, *arguments) -> tuple[float, float]:
         "    print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
     )
     start = time.perf_counter()
+    # A process for each command: a peak never falls.
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -106,6 +109,7 @@ def main() -> int:
     if not 0 < args.shard_gb <= 5 or args.size_gb <= 0:
         raise UserError("--size_gb must be above 0, --shard_gb above 0 and at most 5")
     per_layer = 4 * WIDTH * WIDTH + 3 * WIDTH * MLP_WIDTH
+    # 2 bytes a scalar; twice the vocabulary, since input and output embeddings are two tensors.
     layers = max(1, round((args.size_gb * 10**9 / 2 - 2 * VOCABULARY * WIDTH) / per_layer))
     worst = 0.0
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
@@ -126,8 +130,10 @@ def main() -> int:
         print(f"{'command':20} {'seconds':>8} {'peak GB':>8} {'above the largest fp32 tensor, GB':>34}")
         for i, (name, (module, *arguments)) in enumerate(runs.items()):
             seconds, peak = measure(module, *arguments, "--output", Path(root) / f"out{i}", "--overwrite")
+            # Above the largest tensor: that one has to be in memory, in the dtype in which it is merged.
             worst = max(worst, peak - largest)
             print(f"{name:20} {seconds:8.1f} {peak:8.2f} {peak - largest:34.2f}", flush=True)
+            # At once, so that the disk holds one output at a time.
             for file in (Path(root) / f"out{i}").iterdir():
                 file.unlink()
     print(f"highest: {worst:.2f} GB above the largest fp32 tensor (allowed: {ALLOWED_GB:.1f})")

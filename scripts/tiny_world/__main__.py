@@ -60,10 +60,12 @@ def write_data(folder: Path, seed: int, pairs: int, problems: int, test_problems
         problems: training queries per language; the same problems in every language.
         test_problems: evaluation problems per language, likewise.
     """
+    # By combinations of numbers, not by problems: a new story around known numbers could be answered from memory.
     train_numbers, test_numbers = split_numbers(seed)
     for language in LANGUAGES:
         if language == "en":
             continue
+        # A generator for each language and purpose: a language added or left out changes no other's texts.
         rng = random.Random(f"pairs {language} {seed}")
         drawn = [draw_pair(problem, language, rng) for problem in draw_problems(pairs, train_numbers, rng)]
         rng.shuffle(drawn)
@@ -144,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data, per language")
     data.add_argument("--pairs", type=int, default=4000, help="sentence pairs with English")
     data.add_argument("--problems", type=int, default=2000, help="training queries")
+    # As many as MGSM has.
     data.add_argument("--test_problems", type=int, default=250, help="evaluation problems")
     models = parser.add_argument_group("models")
     models.add_argument("--vocabulary", type=int, default=2000, help="pieces of a tokenizer at most")
@@ -182,6 +185,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 
 def timed_report():
     """Returns a function that logs a line with the seconds since now."""
+    # Monotonic: a clock that is set during the run would report nonsense.
     started = time.monotonic()
     return lambda text: log(f"{text} ({time.monotonic() - started:.0f} s)")
 
@@ -230,15 +234,19 @@ def add_experts(args: argparse.Namespace) -> None:
     there = [str(folder / name) for name in EXPERTS.values() if (folder / name).exists()]
     if there and not args.overwrite:
         raise UserError(f"{' and '.join(there)} exist already: add --overwrite to replace the experts")
+    # Beside nothing that is finished: a stop in the minutes of training leaves the world, and earlier experts, as they
+    # were.
     unfinished = folder / ".experts.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         write_experts(folder / "llm", unfinished, args)
         for language in EVALUATION_LANGUAGES:
             path = evaluation_file(folder / "datas", language)
+            # Only what is missing: a finished world stays as it was.
             if not path.exists():
                 write_lines(path, evaluation_rows(problems, language))
         for name in EXPERTS.values():
+            # Moved aside, not deleted first: a folder cannot be renamed onto one that is not empty.
             if (folder / name).exists():
                 os.replace(folder / name, unfinished / f"replaced_{name}")
             os.replace(unfinished / name, folder / name)

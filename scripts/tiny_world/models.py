@@ -43,6 +43,7 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="first"),
+            # Digits one by one: `garbled` keeps them while it exchanges everything between them.
             pre_tokenizers.Split(Regex(r"\d|\p{Han}|[^\w▁]"), "isolated"),
         ]
     )
@@ -52,10 +53,12 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[*special.values(), *byte_tokens],
+        # All of ASCII: a letter that the world's sentences lack would be unknown to the encoder.
         initial_alphabet=[chr(code) for code in range(33, 127)],
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # Special tokens are skipped in decoding: text spelt in bytes would vanish.
     tokenizer = plain_byte_tokens(tokenizer, byte_tokens)
     tokenizer.add_tokens([AddedToken(marker, normalized=False, special=False) for marker in markers])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
@@ -84,6 +87,7 @@ def build_tokenizers(seed: int, vocabulary: int):
     prompt, (start, end) = find_task("math").format_query("?")
     # The template's fixed lines are one token each, as chat markers are, and cost the small model no attention.
     markers = [line for line in (prompt[:start] + "\n" + prompt[end:]).split("\n") if line.strip()]
+    # English alone: other scripts reach the LLM as bytes.
     llm = train_tokenizer(
         english,
         vocabulary,
@@ -138,6 +142,7 @@ def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.01,
     from transformers import get_cosine_schedule_with_warmup
 
     head = model.get_output_embeddings()
+    # The head goes with the embeddings, whose weights it shares in the LLM.
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     inside = set(map(id, matrices))
     others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
@@ -157,9 +162,11 @@ def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.01,
         for step in (*optimizers, *schedules):
             step.step()
         model.zero_grad()
+        # Waits for the model at every step, which on a CPU costs nothing.
         losses.append(loss.item())
         progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     model.eval()
+    # One batch's loss says little: each batch holds rows of one length or nearly so.
     return sum(losses[-20:]) / len(losses[-20:])
 
 
@@ -201,6 +208,7 @@ class EnglishTexts:
         if form == "problem":
             ids = self.bos + self.encode(prompt) + answer
             return ids, ids
+        # As MindMerger hands it over: the question first, then a prompt that the LLM cannot read but for its digits.
         if form == "merged":
             noise = self.garbled(question)
             before, after = self.encode(prompt[:start]), self.encode(prompt[end:])
@@ -251,9 +259,11 @@ def train_llm(tokenizer, seed: int, steps: int, batch_size: int):
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=1024,
+            # Tied: a head of its own would add more than a quarter to the model's weights.
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            # As Llama has it: the program must do without a pad token.
             pad_token_id=None,
         )
     )
@@ -306,6 +316,7 @@ def tune_expert(kind: str, base: Path, seed: int, steps: int, batch_size: int):
         examples = [texts.row(problem, "problem") for problem in problems]
     else:
         foreign = [language for language in LANGUAGES if language != "en"]
+        # Without solutions: a language expert that reads them would be a math expert too.
         plain = [texts.bos + texts.encode(problem.question(rng.choice(foreign))) + texts.eos for problem in problems]
         examples = [(ids, ids) for ids in plain]
     batches = length_sorted_batches(examples, batch_size, lambda example: len(example[0]), rng)
