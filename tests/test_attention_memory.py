@@ -1,9 +1,12 @@
 """The memory that a bridge adds to the LLM's attention: formula, families of LLMs, cost, and what cannot have one."""
 
+import json
 import weakref
 
 import pytest
 import torch
+from conftest import run_many
+from safetensors.torch import load_file
 from test_modeling_mindmerger import (
     ENCODERS,
     LLMS,
@@ -299,6 +302,21 @@ def test_generation_in_bf16_on_a_cpu_reads_the_memory_with_batched_products(tmp_
     # Nine tokens of the longest source, in each of two layers, for each of five tokens behind the input.
     assert keys.count((1, 9)) == 10
     assert model.llm.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow
+def test_training_where_zero_3_shards_every_gate_equals_training_at_zero_0(flags, tmp_path):
+    """DeepSpeed's own settings would leave the gates, one number each, whole on every rank."""
+    sharded = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (tmp_path / "sharded.json").write_text(json.dumps(sharded))
+    common = [*flags, "--bridge", "layalign", "--stage_name", "task", "--init_checkpoint", "none", "--max_steps", "3"]
+    ways = {"whole": [], "sharded": ["--deepspeed_config", str(tmp_path / "sharded.json"), "--gradient_checkpointing"]}
+    runs = [[*common, "--dev_size", "0", "--save_name", name, *way] for name, way in ways.items()]
+    outcomes = run_many(tmp_path, runs, ranks=2)
+    assert [outcome["code"] for outcome in outcomes] == [0, 0], outcomes
+    whole, found = (load_file(tmp_path / f"outputs/{name}/math/task/mapping.safetensors") for name in ways)
+    assert all((found[name] - whole[name]).abs().max() <= 1e-4 for name in whole)
+    assert whole["gate_0"].abs() > 1e-3 and whole["gate_1"].abs() > 1e-3
 
 
 # -- what cannot have a memory
