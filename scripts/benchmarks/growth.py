@@ -112,7 +112,7 @@ class World:
         # A file and no pipe, which would block the program once nobody reads it.
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(command, stdout=errors, stderr=errors, cwd=self.folder, env=environment)
-            # The first step is done when its line is in the log, which a look every 0.05 s finds soon enough.
+            # The first step is done when its line is in the log, which a poll every 0.05 s finds soon enough.
             while process.poll() is None:
                 if first is None and file.is_file() and file.stat().st_size:
                     first = time.perf_counter() - started

@@ -234,8 +234,7 @@ def add_experts(args: argparse.Namespace) -> None:
     there = [str(folder / name) for name in EXPERTS.values() if (folder / name).exists()]
     if there and not args.overwrite:
         raise UserError(f"{' and '.join(there)} exist already: add --overwrite to replace the experts")
-    # Beside nothing that is finished: a stop in the minutes of training leaves the world, and earlier experts, as they
-    # were.
+    # In a folder of its own: a stop while they are tuned leaves the world, and earlier experts, as they were.
     unfinished = folder / ".experts.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 FIRST_NUMBERS = range(6, 16)  # at least 5 and at most 20, see `slots`
+# From 2 on, so that every noun behind a number is a plural.
 OTHER_NUMBERS = range(2, 8)
 TEST_SHARE = 0.25  # of all number combinations
 
@@ -25,12 +26,15 @@ LANGUAGES = {  # ISO code -> English name, as the data files spell them
 # languages, and the world's models and their training stay what they are without it.
 EVALUATION_LANGUAGES = {**LANGUAGES, "fr": "French"}
 
+# Swahili's verbs say who without telling genders apart, and Spanish leaves the pronoun out: they need no words here.
 FEMALE = {
     "en": {"She": "She", "she": "she"},
     "sw": {},
     "de": {"She": "Sie", "she": "sie"},
     "es": {},
+    # After the preposition у, Russian pronouns begin with н: у неё, not у её.
     "ru": {"She": "Она", "she": "она", "of_her": "неё", "to_her": "ей"},
+    # Spoken alike, written differently: 她 and 他.
     "zh": {"she": "她"},
     "fr": {"She": "Elle", "she": "elle"},
 }
@@ -226,6 +230,7 @@ KINDS = [
     ),
     Kind(
         "shop",
+        # Never below 0, since b + c <= a in every combination.
         lambda a, b, c: [(a, "-", b, a - b), (a - b, "-", c, a - b - c)],
         {
             "en": [
@@ -304,6 +309,7 @@ KINDS = [
     ),
     Kind(
         "boxes",
+        # The product first, though a stands first in the text: a step may only use what is known before it.
         lambda a, b, c: [(b, "*", c, b * c), (a, "+", b * c, a + b * c)],
         {
             "en": [
@@ -315,6 +321,7 @@ KINDS = [
                 "Ana {things} {how_many} kwa jumla?",
             ],
             "de": [
+                # The dative after mit, which in the plural may add an n: Bücher, Büchern.
                 "{Name} hat {a} {things} und kauft {b} Kisten mit {c} {things_dative} in jeder Kiste.",
                 "Wie viele {things} hat {she} insgesamt?",
             ],
@@ -323,10 +330,13 @@ KINDS = [
                 "¿{How_many} {things} tiene en total?",
             ],
             "ru": [
+                # What somebody has takes у and the genitive; по {c} counts what is in each, in the form of its own
+                # numeral.
                 "У {name_genitive} {a} {things_a}, и {she} покупает {b} {boxes_b} по {c} {things_c} в каждой.",
                 "Сколько {things} у {of_her} всего?",
             ],
             "zh": [
+                # 箱 is a measure word itself: none stands between it and the number.
                 "{Name}有{a}{measure}{things}，又买了{b}箱，每箱有{c}{measure}{things}。",
                 "{she}总共有多少{measure}{things}？",
             ],
@@ -338,6 +348,7 @@ KINDS = [
     ),
     Kind(
         "guests",
+        # At least two children come, since c is 2 or more and b + c <= a: plurals fit in every language.
         lambda a, b, c: [(a, "-", b, a - b), (a - b, "*", c, (a - b) * c)],
         {
             "en": [
@@ -361,6 +372,7 @@ KINDS = [
                 "¿{How_many} {things} necesita?",
             ],
             "ru": [
+                # детей stands after numerals from five on: a begins at 6.
                 "{Name} приглашает {a} детей, но {b} из них не могут прийти.",
                 "Каждый пришедший ребёнок получает {c} {things_c}.",
                 "Сколько {things} {to_her} нужно?",
@@ -402,6 +414,7 @@ KINDS = [
                 "¿{How_many} {things} hay todavía en las bolsas?",
             ],
             "ru": [
+                # пакетов stands after numerals from five to twenty, which is all that a can be.
                 "У {name_genitive} {a} пакетов по {b} {things_b} в каждом.",
                 "{She} вынимает {c}.",
                 "Сколько {things} ещё осталось в пакетах?",
@@ -468,6 +481,7 @@ def solution(kind: Kind, numbers: tuple[int, int, int]) -> tuple[str, int]:
     steps = kind.steps(*numbers)
     answer = steps[-1][-1]
     worked = " ".join(f"{left}{operator}{right}={result}." for left, operator, right, result in steps)
+    # The end of MetaMath's solutions, which the task's scorer reads as any last number.
     return f"{worked} The answer is: {answer}", answer
 
 
@@ -504,6 +518,8 @@ def split_numbers(seed: int) -> tuple[list[tuple], list[tuple]]:
     numbers are tells nothing about what to do with them.
     """
     combinations = [(a, b, c) for a in FIRST_NUMBERS for b in OTHER_NUMBERS for c in OTHER_NUMBERS if b + c <= a]
+    # Seeded by text, which Python digests by SHA-512: alike in every process, and independent of the seed's other
+    # draws.
     random.Random(f"numbers {seed}").shuffle(combinations)
     test_size = int(len(combinations) * TEST_SHARE)
     return combinations[test_size:], combinations[:test_size]
@@ -512,6 +528,7 @@ def split_numbers(seed: int) -> tuple[list[tuple], list[tuple]]:
 def draw_problems(count: int, combinations: list[tuple], rng: random.Random) -> list[Problem]:
     """Draws problems with kinds in turn and everything else drawn freely."""
     return [
+        # In turn: every formula is as frequent, down to small numbers of problems.
         Problem(i % len(KINDS), rng.randrange(len(NAMES)), rng.randrange(len(THINGS)), rng.choice(combinations))
         for i in range(count)
     ]
@@ -519,6 +536,7 @@ def draw_problems(count: int, combinations: list[tuple], rng: random.Random) -> 
 
 def draw_pair(problem: Problem, language: str, rng: random.Random) -> tuple[str, str]:
     """Draws (text in `language`, the same in English): the whole question as often as one sentence of it."""
+    # Single sentences are short, and say plainly which words translate each other; questions are what is asked later.
     if rng.random() < 0.5:
         return problem.question(language), problem.question("en")
     chosen = rng.randrange(len(problem.sentences("en")))
@@ -530,6 +548,7 @@ def draw_test_problems(count: int, combinations: list[tuple], rng: random.Random
     possible = len(combinations) * len(KINDS) * len(NAMES) * len(THINGS)
     if count > possible:
         raise ValueError(f"{count} problems asked for, only {possible} exist")
+    # A dict and not a set: distinct problems in the order drawn.
     chosen: dict[Problem, None] = {}
     while len(chosen) < count:
         chosen.update(dict.fromkeys(draw_problems(count - len(chosen), combinations, rng)))
