@@ -100,6 +100,7 @@ def inject(llm: nn.Module, values: dict) -> None:
 
     _check_targets(llm, values.get("target_modules"), values.get("base_model_name_or_path"))
     try:
+        # A saved config has inference_mode, in which PEFT freezes what it puts in.
         inject_adapter_in_model(PeftConfig.from_peft_type(**values | {"inference_mode": False}), llm, NAME)
     except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
         llm_path = values.get("base_model_name_or_path")
@@ -149,6 +150,7 @@ def set_mode(llm: nn.Module, training: bool) -> None:
     """Switches an adapter's dropout on or off; the layers under it stay in eval mode."""
     for layer in adapted_layers(llm).values():
         layer.train(training)
+        # train() has gone down into the frozen layer as well.
         layer.get_base_layer().eval()
 
 
@@ -183,6 +185,7 @@ def check_adapter(folder: str, llm_path: str) -> SavedAdapter:
     except ModelError as error:
         raise ModelError(f"the adapter {folder} does not fit: {error}") from error
     _check_tensors(folder, read_adapter(folder), expected, llm_path)
+    # Of both files: the same tensors with another alpha are another adapter.
     digests = [sha256_of_file(Path(folder) / name) for name in (ADAPTER_CONFIG, ADAPTER_FILE)]
     return SavedAdapter(str(folder), values, hashlib.sha256("".join(digests).encode()).hexdigest())
 
@@ -216,6 +219,7 @@ def read_adapter(folder: str) -> dict[str, torch.Tensor]:
         raise ModelError(f"the adapter {folder} lacks {ADAPTER_FILE}: fetch it too")
     refuse_unreadable(file)
     try:
+        # Not by name: the library opens no path that is not UTF-8.
         return load(file.read_bytes())
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} cannot be read, it may be cut short: {one_line(error)}") from error
@@ -234,6 +238,7 @@ def _check_tensors(folder: str, found: dict, expected: dict, llm_path: str) -> N
                 f"the adapter {folder}: {name} has shape {tuple(found[name].shape)}, the LLM {llm_path} needs {shape}: "
                 "pass the LLM that it was trained on"
             )
+        # As fp32, since isfinite does not know the 8-bit floats.
         if not found[name].is_floating_point() or not torch.isfinite(found[name].float()).all():
             raise ModelError(
                 f"the adapter {folder}: {name} has values that are not finite numbers: the file is damaged or its "
@@ -249,6 +254,7 @@ def _refuse_other_llm(folder: str, recorded, llm_path: str) -> None:
     """
     from mindmerger.model.towers import model_fingerprint
 
+    # PEFT lets the entry be empty.
     if not isinstance(recorded, str) or not recorded:
         return
     recorded, llm_path = model_path(recorded), model_path(llm_path)
@@ -257,6 +263,7 @@ def _refuse_other_llm(folder: str, recorded, llm_path: str) -> None:
     same_name = Path(recorded).name == Path(llm_path).name
     with suppress(ModelError):
         if Path(recorded).is_dir() and Path(llm_path).is_dir():
+            # Two folders are told apart by content; a folder and a hub name only by the last part of their names.
             same_name = model_fingerprint(recorded) == model_fingerprint(llm_path)
     if not same_name:
         raise ModelError(
@@ -276,6 +283,7 @@ def add_adapter(model: nn.Module, values: dict) -> None:
         ModelError: for layers that the LLM does not have.
     """
     inject(model.llm, values)
+    # The bridge too is frozen, as in MERLIN's last stage.
     model.adapter, model.config.adapter = values, describe_adapter(values)
     model.requires_grad_(False)
     for parameter in model.trained_parameters().values():
@@ -300,7 +308,9 @@ def save_adapter(folder: Path, values: dict, state: dict[str, torch.Tensor]) -> 
     from peft import PeftConfig
 
     full = PeftConfig.from_peft_type(**values | {"inference_mode": True}).to_dict()
+    # JSON has no sets, and their order changes from one process to the next.
     plain = {name: sorted(one) if isinstance(one, set) else one for name, one in full.items()}
+    # safetensors refuses tensors that are not contiguous.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_bytes_atomic(folder / ADAPTER_FILE, save(tensors, metadata={"format": "pt"}))
     write_json_atomic(folder / ADAPTER_CONFIG, plain)

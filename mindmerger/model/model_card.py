@@ -49,6 +49,7 @@ Method: {find_bridge(config.bridge).paper}
 
 
 def _about_mapping(config: MindMergerConfig, tensors: dict[str, torch.Tensor]) -> str:
+    # Of the gathered tensors: at ZeRO 3 the module's own parameters are empty.
     parameters = sum(tensor.numel() for tensor in tensors.values())
     head = ", with the LLM's output head, which is in the file too" if "lm_head.weight" in tensors else ""
     encoder = f"the multilingual encoder `{config.mt_path}`"

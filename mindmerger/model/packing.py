@@ -32,6 +32,7 @@ def plan_packing(masks: list[torch.Tensor], padding_side: str, target_segment: i
         target_segment: the segment whose tokens are predicted.
     """
     mask_BN = torch.cat([mask.bool() for mask in masks], dim=1)
+    # Reading a number waits for the device where the masks are on one.
     length = int(mask_BN.sum(1).max())
     right = padding_side == "right"
     # A stable sort by "is padding" keeps the order of the real tokens.
@@ -56,5 +57,6 @@ def take_rows(values_BND: torch.Tensor, source_BL: torch.Tensor) -> torch.Tensor
     """Gathers (B, L, D) from (B, N, D) along the second dimension."""
     rows, wide = values_BND.shape[:2]
     start_B1 = torch.arange(rows, device=source_BL.device).unsqueeze(1) * wide
+    # Flat rows: `gather` would need an index as wide as the values.
     flat = (source_BL + start_B1).flatten().to(values_BND.device, non_blocking=True)
     return values_BND.flatten(0, 1).index_select(0, flat).view(rows, source_BL.shape[1], *values_BND.shape[2:])

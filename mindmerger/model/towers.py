@@ -55,6 +55,7 @@ def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementati
     config = load_config(path)
     if dtype == torch.float16 and config.model_type in ("t5", "mt5", "umt5"):
         raise ModelError(f"{path}: {config.model_type} overflows in fp16, use bf16 or fp32")
+    # transformers does not count these two among its text encoders.
     own_encoders = {M2M100Config: M2M100Encoder, MBartConfig: MBartEncoder}
     mappings = (own_encoders, MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel._model_mapping)
     cls = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
@@ -82,6 +83,7 @@ def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementati
 
 def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **extra):
     check_quantisation(path, config, backward=False)
+    # Before transformers opens anything: of a file cut short safetensors says what is wrong, not which file it is.
     check_weights(path, config)
     previous = logging.get_verbosity()
     logging.set_verbosity_error()  # an unused decoder half is not news; what is missing is an error below
@@ -102,12 +104,14 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
             "you trust their origin, load them where that is safe and save them as safetensors with save_pretrained"
         ) from error
     except Exception as error:  # a damaged config may bring about nearly every type
+        # Each program adds its own advice to this one.
         if is_out_of_memory(error):
             raise
         reason = None if is_folder(path) else hub_advice(model_path(path), error)
         raise ModelError(f"cannot load the model in {path}: {reason or one_line(error)}") from error
     finally:
         logging.set_verbosity(previous)
+    # transformers fills these with random numbers, and says so in a warning only.
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys") or ())
     if absent:
         raise ModelError(
@@ -140,6 +144,7 @@ def _refuse_left_over_layers(path: str, model: nn.Module, unexpected: set[str]) 
     lists = {name: len(one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList)}
     for name, number in lists.items():
         inside = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(name.removeprefix(prefix))}\.(\d+)\.")
+        # NLLB's files hold the decoder's layers too: only those under this list's own name count.
         held = {int(found[1]) for key in unexpected if (found := inside.match(key))}
         if held and max(held) >= number + further:
             raise ModelError(
@@ -258,6 +263,7 @@ def model_fingerprint(path: str) -> str:
     Small files count whole; of large ones the size and 64 evenly spaced blocks count. A hub name gives its commit.
     """
     if not Path(path).is_dir():
+        # The cache names a snapshot's folder after its commit.
         return f"commit {Path(cached_file(path, 'config.json')).parent.name}"
     # 1 MB of each large file, on every rank: all of a 7B model would be read for a minute before each start.
     digest, block = hashlib.sha256(), 16 * 1024
@@ -272,6 +278,7 @@ def model_fingerprint(path: str) -> str:
                     digest.update(content.read())
                     continue
                 for i in range(64):
+                    # By 63: the first block, with the header, and the last are among the 64.
                     content.seek((size - block) * i // 63)
                     digest.update(content.read(block))
     except OSError as error:
