@@ -46,6 +46,7 @@ def _share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
+    # Written so that NaN, which compares as false, is refused too.
     if not 0 < value < 1:
         raise ArgumentTypeError(f"expected a number above 0 and below 1, got {text[:40]!r}")
     return value
@@ -112,6 +113,7 @@ class StageRows:
         while True:
             for indices in epoch_batches(rows, self.args.train_batch_size, seed, epoch):
                 more = int(self.examples.target_lengths[indices].sum(dtype="int64"))
+                # Whole steps alone: a training ends between two of them.
                 if taken and abs(total + more - tokens) > abs(total - tokens):
                     return self.line(taken, total, seed, len(rows)), taken
                 taken.append(indices)
@@ -149,6 +151,8 @@ class StageRows:
             return total + 6 * self.parameters() * int(self.positions[rows].sum(dtype="int64"))
         total = training_flop(self.args, self.examples, self.positions, rows, llm, encoder)
         mean = max(1, round(sources / len(rows)))
+        # 3: its forward pass, and a backward pass of twice that, to its weights and to its input. At the mean length:
+        # counting each length would take a pass for every one of them.
         total += 3 * bridge_flop(bridge, mean) / mean * sources
         if bridge.uses_memory:
             attentions = [layer.self_attn for layer in llm.get_decoder().layers]
@@ -161,6 +165,7 @@ def bridge_flop(bridge, tokens: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    # On the meta device nothing is computed: shapes are all that the counter asks for.
     with torch.device("meta"), torch.no_grad():
         states = [torch.empty(1, tokens, bridge.towers.encoder_width) for _ in bridge.encoder_layers]
         mask = torch.ones(1, tokens, dtype=torch.long)
@@ -202,6 +207,7 @@ def settle_budget(args, reference: list[StageRows] | None) -> tuple[int, float]:
 def budgets(stages: list[StageRows], tokens: int, share: float) -> list[int]:
     """Returns the target tokens of each stage of one bridge."""
     pairs = [one.stage.data == "pairs" for one in stages]
+    # Nothing to share where all stages read one kind: the bridge gets its full budget all the same.
     if all(pairs) or not any(pairs):
         return [round(tokens / len(stages))] * len(stages)
     return [round(tokens * (share / sum(pairs) if one else (1 - share) / pairs.count(False))) for one in pairs]
@@ -216,6 +222,7 @@ def make_plan(args) -> dict:
     bridges = {name: read_stages(name, words) for name in names}
     reference = None
     if args.target_tokens is None:
+        # Its data are read even where it is not compared: its published epochs are the measure.
         reference = bridges.get(REFERENCE) or read_stages(REFERENCE, words)
     tokens, share = settle_budget(args, reference)
     plan = {"target_tokens": tokens, "pairs_share": share, "search_tokens": args.search_tokens or tokens, "lines": []}
@@ -237,6 +244,7 @@ def make_plan(args) -> dict:
             "flop_per_target_token": flop / read,
         }
         plan["costs"][name] = costs
+        # Without it the search's best training is the first seed's, and costs nothing twice.
         if args.search_tokens is not None:
             for one, budget in zip(stages, budgets(stages, args.search_tokens, share), strict=True):
                 made.append({"phase": "search", **one.take(budget, args.seeds[0])[0]})
@@ -275,7 +283,7 @@ def choose(args) -> str:
 
 
 def main(argv=None) -> int:
-    """Plans, or chooses."""
+    """Runs one of the two commands; see the module's docstring."""
     args = build_parser().parse_args(argv)
     if args.command == "choose":
         print(choose(args))
@@ -284,6 +292,7 @@ def main(argv=None) -> int:
         raise UserError("--seeds names no seed: give at least one")
     plan = make_plan(args)
     files.write_json_atomic(args.output, plan)
+    # Tabs, for a shell to read.
     for line in plan["lines"]:
         columns = ("phase", "bridge", "seed", "stage", "data", "steps", "epochs", "prompt")
         sys.stdout.write("\t".join(str(line[name]) for name in columns) + "\n")

@@ -100,6 +100,7 @@ def measure(label: str, rows: list[Row], planned: dict | None, seed: int) -> Met
 
     def interval(keys: list[tuple]) -> list[float]:
         # What is resampled together are questions, whichever columns of languages and seeds they stand in.
+        # A column's name seeds its draw: with one seed the intervals are those of an ordinary table.
         names = {key: key[0] if len(rows) == 1 else f"{key[0]}, seed {key[1]}" for key in keys}
         columns = [{names[key]: values[key] for key in keys} for values in (asked, marks)]
         return bootstrap_intervals(*columns, seed)[1]
@@ -124,7 +125,10 @@ def compare_with(base: Method, methods: list[Method], seed: int) -> None:
         questions = method.rows[0].questions
         for name, cell in method.cells.items():
             pairs = zip(method.shares(name), base.shares(name), strict=True)
+            # Rounded: means of three seeds that are equal must not differ in the last bit.
             differences[name] = [round(one - other, 12) for one, other in pairs]
+            # Not McNemar's, as in other tables: over several seeds an item is right in a share of them, not right or
+            # wrong.
             cell.p = mean_difference_test({name: questions[name]}, {name: differences[name]}, seed)
         for cell, p in zip(method.cells.values(), holm([one.p for one in method.cells.values()]), strict=True):
             cell.p_holm = p
@@ -141,14 +145,17 @@ def correct_means(methods: list[Method]) -> None:
 def compare(methods: list[Method], base: Method, seed: int) -> None:
     """Makes all tests: bridges and others against `base`, each probe against its own bridge."""
     by_label = {method.label: method for method in methods}
+    # Probes are no rivals: each asks one thing of its own bridge, and together they are a family of their own for Holm.
     compare_with(base, [method for method in methods if method.probed is None], seed)
     probes = [method for method in methods if method.probed in by_label]
     for method in probes:
         compare_with(by_label[method.probed], [method], seed)
+    # Once more, over all of them: `compare_with` saw one probe at a time.
     correct_means(probes)
 
 
 def _spread(one: SeedCell | SeedMean, seeds: int) -> str:
+    # Lowest and highest: a standard deviation of two or three seeds would pretend to more than is known.
     return f" ({one.seeds[0]:.1f} to {one.seeds[1]:.1f})" if seeds > 1 else ""
 
 
@@ -211,6 +218,7 @@ def format_markdown(task: str, methods: list[Method], order: list[str], base: Me
     """
     by_label = {method.label: method for method in methods}
     main = [by_label.get(name, name) for name in order if name not in by_label or by_label[name].probed is None]
+    # `n` counts an item once for each seed.
     sizes = sorted({cell.n // len(base.rows) for cell in base.cells.values()})
     items = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     parts = [
@@ -289,6 +297,7 @@ def read_entries(entries: list[tuple]) -> tuple[dict[str, list[Row]], list[str],
         if kind == "row":
             row = read_row(label, model_path(value))
             label = row.label
+            # One folder twice would pass for two seeds that agree to the last item.
             if Path(row.folder).resolve() in folders:
                 raise ResultsError(f"{row.folder} is given twice: each seed has a folder of its own")
             folders.add(Path(row.folder).resolve())
@@ -352,12 +361,14 @@ def main(argv: list[str] | None = None) -> int:
     methods = [measure(label, seeds, planned.get(label), args.seed) for label, seeds in by_label.items()]
     base = find_base(methods, args.against)
     compare(methods, base, args.seed)
+    # An interval over questions says nothing of another training: a reader takes it for that.
     if min(len(method.rows) for method in methods) == 1:
         notes.append("Where there is one seed, nothing tells how far another training would move the number.")
     task, texts = rows[0].results["task"], {"missing": missing, "rates": dict(args.lr), "notes": notes}
     text = format_markdown(task, methods, order, base, texts)
     write_text_atomic(args.output_dir / f"{args.name}.md", text)
     write_text_atomic(args.output_dir / f"{args.name}.csv", format_csv(methods, texts))
+    # Last: a drawing library that fails must not cost the numbers.
     save_figure(
         make_figure(task, {one.label: (one.cells, one.mean) for one in methods}), args.output_dir / f"{args.name}.png"
     )

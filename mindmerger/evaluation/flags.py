@@ -219,6 +219,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def warn_of_unused(args: argparse.Namespace) -> None:
     """Says which of the given flags have no effect beside the others."""
+    # Said, not refused: published commands have it, and users who mean it should hear what to use.
     if args.gpu is not None:
         warn("--gpu changes nothing: choose GPUs by CUDA_VISIBLE_DEVICES or deepspeed --include localhost:0,1")
     if args.engine == "vllm" and args.attn_implementation is not None:
@@ -226,6 +227,7 @@ def warn_of_unused(args: argparse.Namespace) -> None:
     names = ("init_checkpoint", "bridge", "bridge_option", "augmentation", "mt_path")
     if args.llm_only and args.init_checkpoint is not None and _is_without_mapping(args.init_checkpoint):
         names = names[1:]  # its adapter is read
+    # Warned of, not refused: a script with one set of flags evaluates the LLM alone by adding one.
     unused = [f"--{name}" for name in names if args.llm_only and getattr(args, name) not in (None, [])]
     if unused:
         named = ", of which only the name of its LLM is taken" if args.init_checkpoint and not args.llm_path else ""

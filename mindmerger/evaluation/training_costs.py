@@ -59,8 +59,10 @@ def count_parameters(file: Path) -> int | None:
     """Returns the number of trained parameters in a `.safetensors` file; None for another or an absent one."""
     from safetensors import safe_open
 
+    # A pickle is not opened for a number.
     if file.suffix != ".safetensors" or not file.is_file():
         return None
+    # Shapes stand in the header: no weight is read.
     with safe_open(file, framework="numpy") as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
@@ -76,12 +78,14 @@ def read_trainings(file: Path) -> tuple[int, float] | None:
     # An adapter has a folder of its own in that of its training.
     folder = file.parent if (file.parent / "args.json").is_file() else file.parent.parent
     tokens, seconds, seen = 0, 0.0, set()
+    # `seen`: files that name each other as their start would be walked for ever.
     while (folder / "args.json").is_file() and folder not in seen:
         seen.add(folder)
         settings = _read(folder / "args.json", json.loads)
         for more_tokens, more_seconds in _read(folder / "log.jsonl", read_steps, settings):
             tokens, seconds = tokens + more_tokens, seconds + more_seconds
         before = Path(settings["init_file"]).parent if settings.get("init_file") else None
+        # A mapping of somebody else's run is where this one began, not what it cost.
         if before is None or before.parent.resolve() != folder.parent.resolve():
             break
         folder = before
