@@ -135,7 +135,7 @@ class StageRows:
         }
 
     def parameters(self) -> int:
-        """Number of trained parameters."""
+        """Returns the number of trained parameters."""
         return sum(math.prod(shape) for shape in self.settings.shapes.values())
 
     def flop(self, taken: list, llm, encoder) -> float:

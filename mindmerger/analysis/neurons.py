@@ -411,7 +411,7 @@ def _share(text: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Runs one of the two commands; see the module's docstring."""
     argv = sys.argv[1:] if argv is None else argv
-    # Two parsers and no subparsers: `count` has an evaluation's parser as it is.
+    # Two parsers and no subparsers: `count` has an evaluation's parser, with two flags more.
     if argv[:1] == ["count"]:
         return count(build_count_parser().parse_args(argv[1:]))
     if argv[:1] == ["analyse"]:

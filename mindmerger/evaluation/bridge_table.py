@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     methods = [measure(label, seeds, planned.get(label), args.seed) for label, seeds in by_label.items()]
     base = find_base(methods, args.against)
     compare(methods, base, args.seed)
-    # An interval over questions says nothing of another training: a reader takes it for that.
+    # An interval over questions says nothing of another training; unsaid, a reader would take it for that.
     if min(len(method.rows) for method in methods) == 1:
         notes.append("Where there is one seed, nothing tells how far another training would move the number.")
     task, texts = rows[0].results["task"], {"missing": missing, "rates": dict(args.lr), "notes": notes}

@@ -36,8 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.compare:
-        # argparse does not say which flags were given: one that repeats its default passes for absent, which harms
-        # nobody.
+        # argparse does not say which flags were given: one that repeats its default passes for absent.
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
         ignored = [f"--{name}" for name in given if name not in ("compare", "seed", "deepspeed", "local_rank")]
         if ignored:

@@ -291,6 +291,7 @@ class Record:
     value: object
 
     def fail(self, what: str) -> RowError:
+        """Returns the error that names this row's file and line."""
         return RowError(f"{self.path}:{self.line}: {what}")
 
     def get(self, *keys: str | int) -> object:
