@@ -100,6 +100,8 @@ is_on() {
 refuse_misspelt() {
     local name prefix flag
     for name in $(compgen -e); do
+        flag=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]')
+        if [[ " $value_flags $switches " == *" $flag "* ]]; then continue; fi # ADAPTER_RANK, where a stage is called adapter
         for prefix in $(printf '%s\n' "${stages[@]}" | tr '[:lower:]' '[:upper:]'); do
             if [[ $name != "$prefix"_* ]]; then continue; fi
             flag=$(printf '%s' "${name#"$prefix"_}" | tr '[:upper:]' '[:lower:]')

@@ -164,6 +164,37 @@ def test_the_script_of_a_bridge_runs_its_stages_in_order_with_its_published_sett
     assert list(own) == list(BRIDGES[bridge].stages)
 
 
+def test_the_merlin_style_script_runs_its_four_stages_in_order_with_their_settings(run_script):
+    common = "--deepspeed --llm_path meta-math/MetaMath-7B-V1.0 --mt_path google/mt5-xl --task math --save_name MERLIN "
+    common += "--micro_batch_tokens 4096 --train_batch_size 128 --lr 2e-5 --epoch_num 3 --dev_size 3000 --stage_name "
+    rank_16 = (
+        "--adapter lora --adapter_rank 16 --adapter_alpha 32 --adapter_dropout 0.05 --adapter_targets q_proj,v_proj"
+    )
+    expected = [
+        "mapping --train_num 100000 --train_micro_batch_size_per_gpu 8 --max_seq_len 200 --max_gen_len 200",
+        "question --train_num 30000 --train_micro_batch_size_per_gpu 8",
+        "augmentation --train_num 30000 --train_micro_batch_size_per_gpu 2 --init_checkpoint "
+        "outputs/MERLIN/math/question",
+        f"adapter --train_num 30000 --train_micro_batch_size_per_gpu 2 {rank_16}",
+    ]
+    parse = parser_named("run_training.py").parse_args
+    calls, _ = run_script("training_merlin_style.sh")
+    assert [flags_of(call) for call in calls] == [vars(parse((common + more).split())) for more in expected]
+    calls, _ = run_script(
+        "training_merlin_style.sh", "--save_name", "other", OUTPUT_DIR="there", INIT_CHECKPOINT="m.bin"
+    )
+    starts = [flags_of(call)["init_checkpoint"] for call in calls]
+    assert starts == ["m.bin", None, "there/other/math/question", None]
+    calls, _ = run_script("training_merlin_style.sh", STAGE_NAME="augmentation", INIT_CHECKPOINT="m.bin")
+    assert [flags_of(call)["init_checkpoint"] for call in calls] == ["m.bin"]
+    # The stage's name begins the names of the adapter's own flags: they are no misspelt ones of that stage.
+    calls, _ = run_script("training_merlin_style.sh", ADAPTER_RANK="8", ADAPTER="dora", ADAPTER_LR="1e-4")
+    last = flags_of(calls[-1])
+    assert (last["adapter_rank"], last["adapter"], last["lr"], flags_of(calls[0])["lr"]) == (8, "dora", 1e-4, 2e-5)
+    calls, error = run_script("training_merlin_style.sh", ADAPTER_RANKS="8", expected_exit=2)
+    assert not calls and error.startswith("error: ADAPTER_RANKS is in the environment, but no flag")
+
+
 def test_every_bridge_has_a_training_script():
     from mindmerger.bridges import BRIDGES
 

@@ -62,7 +62,8 @@ class BridgeOutput(NamedTuple):
 class Stage(NamedTuple):
     """One stage of training.
 
-    data: "pairs" (sentences, X → English), "task" (the task's queries) or "english_task" (the English ones alone).
+    data: "pairs" (sentences, X → English), "question_pairs" (the task's questions, likewise), "task" (the task's
+    queries) or "english_task" (the English ones alone).
     with_prompt: whether the LLM reads the prompt after the prefix. encoder_text: what the encoder reads, the "source"
     or the templated "prompt". trains: the parts that get gradients, "bridge" and perhaps "lm_head", or "adapter" alone.
     starts_from: the stage whose best result this one continues. Other values of `data`, `encoder_text` and `trains` are

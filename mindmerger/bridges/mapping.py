@@ -21,6 +21,8 @@ class Mapping(Bridge):
 arXiv 2405.17386."""
     stages = {
         "mapping": Stage(data="pairs", with_prompt=False),
+        # Of MERLIN's curriculum, between the two.
+        "question": Stage(data="question_pairs", with_prompt=False, starts_from="mapping"),
         "augmentation": Stage(data="task", with_prompt=True, starts_from="mapping"),
     }
 

@@ -158,8 +158,8 @@ def warn_of_other_training(config, task, form: str) -> None:
     if config.task not in (None, task.training_name):
         warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
     stage = find_bridge(config.bridge).stages_with(config.bridge_options).get(config.stage)
-    # Sentence pairs are trained without a prompt: the warning of another form would only repeat this one.
-    if stage is not None and stage.data == "pairs":
+    # Pairs are trained without a prompt: the warning of another form would only repeat this one.
+    if stage is not None and "pairs" in stage.data:
         warn(f"this mapping comes from the {config.stage} stage: it has not been trained on the task yet")
     elif config.augmentation not in (None, form == "soft"):
         name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mindmerger.tasks.base import Example, Task, _file_of
 from mindmerger.tasks.languages import LANGUAGES, Language
+from mindmerger.tasks.questions import check_questions, read_question_pairs
 from mindmerger.tasks.readers import DataError, find_file
 from mindmerger.tasks.translation import _mapping_languages, _pair_files, read_pairs
 
@@ -15,8 +16,9 @@ from mindmerger.tasks.translation import _mapping_languages, _pair_files, read_p
 class StageData:
     """The examples that a stage is trained on: of which task and languages, from which data folder, how many.
 
-    `stage` is "mapping" for sentence pairs and "augmentation" for the task's own rows. `languages` are the task's own
-    where it is None; `train_num` is a limit for each of them. The encoder reads each example's `encoder_text`.
+    `stage` is "mapping" for sentence pairs, "question" for pairs of questions and "augmentation" for the task's own
+    rows. `languages` are the task's own where it is None; `train_num` is a limit for each of them. The encoder reads
+    each example's `encoder_text`.
     """
 
     task: Task
@@ -45,8 +47,12 @@ class StageData:
         if self.stage == "augmentation":
             found = self.task.read_augmentation(self.root, self.languages, self.train_num, faults)
             return read_by_encoder(found, self.encoder_text)
+        if self.stage == "question":
+            check_questions(self.task, self.languages)
+            found = read_question_pairs(self.task, self.root, self.languages, self.train_num, faults)
+            return read_by_encoder(found, self.encoder_text)
         if self.stage != "mapping":
-            raise DataError(f"unknown stage {self.stage!r}: choose mapping or augmentation")
+            raise DataError(f"unknown stage {self.stage!r}: choose mapping, question or augmentation")
         chosen = _mapping_languages(self.task, self.languages)
         for language in chosen:  # all files are looked for before the first is read
             for relative in _pair_files(language):

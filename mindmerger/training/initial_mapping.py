@@ -52,10 +52,12 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
     if given and given.lower() == "none" or stage.starts_from is None and not given:
         return None
     folder = given or str(output_dir.parent / stage.starts_from)
+    # An earlier stage of this very run may be named too, where this one starts from it in another curriculum.
+    of_run = not given or Path(folder).parent == output_dir.parent
+    if of_run and args.dry_run and not Path(folder).is_dir():
+        warn(f"there is no {folder} yet: the {Path(folder).name} stage has to run first")
+        return None
     if not given and not Path(folder).is_dir():
-        if args.dry_run:
-            warn(f"there is no {folder} yet: the {stage.starts_from} stage has to run first")
-            return None
         raise UserError(
             f"the {args.stage_name} stage starts from the {stage.starts_from} stage's mapping, but there is no "
             f"{folder}: run --stage_name {stage.starts_from} first, or name a mapping with --init_checkpoint ('none' "

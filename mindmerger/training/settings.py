@@ -191,6 +191,7 @@ def settle(args) -> Settings:
     """
     from mindmerger.model.adapters import adapter_shapes
     from mindmerger.tasks import find_task
+    from mindmerger.tasks.questions import check_questions
 
     # What the flags alone tell comes first, hashing and checking models later: a typing error costs no waiting.
     warn_of_unused(args)
@@ -204,6 +205,8 @@ def settle(args) -> Settings:
     if stage.data != "pairs":
         task.check_augmentation()
     languages = settle_languages(args, stage)
+    if stage.data == "question_pairs":
+        check_questions(task, languages)
     with_prompt = settle_prompt(args, stage)
     config, accumulation = settle_batch(args)
     models = settle_models(args, config)
@@ -341,7 +344,7 @@ def find_stage(bridge: str, name: str, options: dict[str, str] | None = None):
             f"{nearest(name, stages)}"
         )
     stage = stages[name]
-    known = {"data": ("pairs", "task", "english_task"), "encoder_text": ("source", "prompt")}
+    known = {"data": ("pairs", "question_pairs", "task", "english_task"), "encoder_text": ("source", "prompt")}
     known["trains"] = (("bridge",), ("bridge", "lm_head"), ("adapter",))
     for field, values in known.items():
         if getattr(stage, field) not in values:
