@@ -141,6 +141,7 @@ def config_of_models(
         bridge,
         bridge_options,
     )
+    # From the configs: the loaded LLM would refuse the same, after both models have been read.
     if "lm_head" in {
         part for stage in find_bridge(bridge).stages_with(config.bridge_options).values() for part in stage.trains
     }:
@@ -178,15 +179,18 @@ def read_config(path: str) -> MindMergerConfig | None:
     if not file.is_file():
         return None
     values = read_json_object(file)
+    # A model's own folder has a config.json too.
     if values.get("model_type") != "mindmerger":
         return None
     known = {field.name: field.type for field in dataclasses.fields(MindMergerConfig)}
     for name, value in values.items():
         if name in known and not (isinstance(value, known[name]) and _could_name_a_file(value)):
             raise ModelError(f"{file}: {name} cannot be {str(value)[:80]!r}")
+    # A newer format may mean other things by the same entries.
     if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ModelError(f"{file} has format version {values['format_version']}, this program knows {FORMAT_VERSION}")
     try:
+        # Entries that a later version has added are passed over, as long as the format's number stays.
         config = MindMergerConfig(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
         raise ModelError(f"{file} is incomplete: {one_line(error)}") from error
@@ -217,9 +221,11 @@ def find_mapping_file(path: str) -> Path:
         return path
     if not path.is_dir():
         raise ModelError(f"no mapping at {path}: pass a saved folder, a .safetensors file or a pytorch_model.bin")
+    # A run's output folder holds the first two; the third is how XBridge's weights are saved.
     for name in (MAPPING_FILE, RELEASED_FILE, "model.safetensors"):
         if (path / name).is_file():
             return path / name
+    # LangBridge's weights come with both models, in shards.
     shards = sorted(entry for entry in path.iterdir() if SHARD.fullmatch(entry.name))
     if shards:
         return shards[0]
@@ -291,11 +297,15 @@ def _read_pickle(file: Path, wanted: Collection[str] | None) -> dict[str, torch.
             f"{file} is not a plain file of tensors and was not read, since unpickling it could run code: if you trust "
             "its origin, save its tensors alone with safetensors.torch.save_file and pass that"
         ) from error
+    # What torch raises of files that are cut short and of texts in their place.
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{file} cannot be read, it may be cut short: {one_line(error)}") from error
+    # MindMerger's released files have this level; a dictionary of tensors without it is read as well.
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
+    # weights_only lets numbers, texts and lists through as well.
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{file} holds no 'model_state_dict' of tensors, as released mappings do")
+    # Cloned: a view would keep the whole file mapped, both models of a released one included.
     return {key: value.clone() if wanted is None or key in wanted else None for key, value in state.items()}
 
 
@@ -343,10 +353,12 @@ def _by_own_names(path: str, config: MindMergerConfig, bridge: Bridge, expected)
         ModelError: naming what is missing or too many, and the bridge whose weights they are instead.
     """
     released = bridge.released_names()
+    # Only these keys: a released LayAlign checkpoint holds both models, 40 GB of which 134 MB are wanted.
     every = found = read_mapping(path, {*expected, *released})
     if found.keys() == expected.keys():
         return found
     names = expected
+    # MindMerger's own names are its released ones: there is nothing to translate then.
     if any(key in released and key not in expected for key in found):
         names = released
         found = {key: value for key, value in found.items() if key in released or not _of_towers(key, bridge)}
@@ -399,5 +411,6 @@ def save_released(path: str, state: dict[str, torch.Tensor]) -> None:
 
     buffer = io.BytesIO()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # The format before torch 1.6, as the released code writes it. It cannot be mapped: a mapping is small.
     torch.save({"model_state_dict": tensors}, buffer, _use_new_zipfile_serialization=False)
     write_bytes_atomic(path, buffer.getvalue())
