@@ -97,7 +97,7 @@ class MindMerger(nn.Module):
             if self.mapping.uses_memory:
                 check_attention_memory(config.llm_path, llm.config)
                 check_attention_function(llm.config.get_text_config()._attn_implementation)
-                config.memory_key_norm = normalises_keys(llm)
+                config.memory_key_norm = normalises_keys(llm)  # recorded, since the paper is silent on it
         if hasattr(self.mapping, "lm_head"):
             hand_over_head(llm, self.mapping.lm_head, config.llm_path)
         self.bos_token_id = bos_token_id
@@ -205,6 +205,7 @@ class MindMerger(nn.Module):
             ModelError: naming the file and what does not fit.
         """
         state = check_mapping(path, self.config)
+        # Released weights may lack an output head: then the LLM's own stays, which the bridge has already.
         self.mapping.load_state_dict(self.mapping.state_dict() | state, strict=True)
 
     def save_pretrained(
@@ -258,18 +259,16 @@ class MindMerger(nn.Module):
         super().train(mode)
         for frozen in (self.encoder, self.llm, self.mapping if self.adapter is not None else None):
             if frozen is not None:
-                frozen.eval()
+                frozen.eval()  # the released code trains with the encoder's dropout on
         if self.adapter is not None:
             set_mode(self.llm, mode)
         return self
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recomputes the LLM's layers in the backward pass: less memory, about a third more arithmetic.
-
-        transformers' own switch acts in train mode only, which frozen towers never are in.
-        """
+        """Recomputes the LLM's layers in the backward pass: less memory, about a third more arithmetic."""
         remembers = self.mapping is not None and self.mapping.uses_memory
         for layer in self.llm.modules():
+            # Not transformers' own switch, which acts in train mode only: frozen towers are never in it.
             if isinstance(layer, GradientCheckpointingLayer):
                 more = {"context_fn": partial(contexts_of_memory, layer)} if remembers else {}
                 layer.forward = partial(_checkpointed, layer.forward, more)
@@ -302,6 +301,7 @@ class MindMerger(nn.Module):
         with memory, head_on_positions(self.llm.get_output_embeddings(), predictor_M):
             # Causal attention on right-padded rows never looks at padding: no mask, so the fused kernels apply.
             logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False).logits[0]
+        # A sum, for the mean depends on how a batch is split: training divides by the whole batch's tokens.
         loss_sum = ChunkedCrossEntropy.apply(logits_MV, labels_M)
         tokens = loss_sum.new_tensor(labels_M.numel())
         return MindMergerOutput(loss=loss_sum / tokens, loss_sum=loss_sum, target_tokens=tokens)
@@ -354,7 +354,7 @@ class MindMerger(nn.Module):
             raise ModelError("generate() is greedy: do_sample=True is not available")
         if generation_kwargs.get("num_beams", 1) > 1 and self.mapping is not None and self.mapping.uses_memory:
             raise ModelError(f"bridge {self.config.bridge} keeps one memory for each row: num_beams must be 1")
-        watch = FiniteLogits()
+        watch = FiniteLogits()  # of NaN logits argmax makes token 0, which would be scored as an answer
         for name, own in (("logits_processor", watch.note), ("stopping_criteria", watch.stop)):
             generation_kwargs[name] = [own, *generation_kwargs.get(name, ())]
         embeds_BLD, mask_BL, memory = self._merged(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
@@ -416,7 +416,7 @@ class MindMerger(nn.Module):
             self.mapping.llm_dtype = next(self.llm.parameters()).dtype
             prefix = self.mapping(states_BSE, states_mask_BS)
             memory = attention_memory(self.llm, prefix.memory, states_mask_BS)
-            embeds.append(prefix.prefix_BKD.to(self.mapping.llm_dtype))
+            embeds.append(prefix.prefix_BKD.to(self.mapping.llm_dtype))  # the bridge computes in fp32
             masks.append(prefix.prefix_mask_BK)
         if prompt_ids is not None:
             embeds.append(embed(prompt_ids))
@@ -424,24 +424,23 @@ class MindMerger(nn.Module):
         return embeds, masks, memory
 
     def encode(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Returns the frozen encoder's states (B, S', E) that the bridge reads and their mask (B, S'), right-padded.
-
-        Encoders with absolute positions give other states under left padding, so every input is packed first.
-        """
+        """Returns the frozen encoder's states (B, S', E) that the bridge reads and their mask (B, S'), right-padded."""
+        # Encoders with absolute positions give other states under left padding.
         packing = plan_packing([mask_BS], "right")
         packed_BS = take_rows(ids_BS, packing.source_BL)
         mask_BS = packing.mask_BL.to(ids_BS.device, non_blocking=True)
         pad = self.encoder.config.pad_token_id
+        # M2M100 and RoBERTa count positions by what is not their pad id, whatever the mask says.
         if pad is not None:
             packed_BS = packed_BS.masked_fill(mask_BS == 0, pad)
         extra = (
             {}
             if self.encoder.config.is_encoder_decoder or not _is_decoder_only(self.encoder.config)
-            else {"use_cache": False}
+            else {"use_cache": False}  # a decoder-only one would keep keys and values that nobody reads
         )
         layers = self.mapping.encoder_layers
         if any(layer != -1 for layer in layers):
-            extra["output_hidden_states"] = True
+            extra["output_hidden_states"] = True  # n + 1 times the memory of the last states alone
         with torch.no_grad():
             output = self.encoder(input_ids=packed_BS, attention_mask=mask_BS, **extra)
         return [output.last_hidden_state if i == -1 else output.hidden_states[i] for i in layers], packing.mask_BL
@@ -449,7 +448,8 @@ class MindMerger(nn.Module):
 
 def _checkpointed(forward, more, *args, **kwargs):
     if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
+        return forward(*args, **kwargs)  # generation and the dev split: nothing is recomputed
     if torch.compiler.is_compiling():  # what a compiled layer recomputes is given the memory as an input
         more = {}
+    # The reentrant form takes no `context_fn` and no keyword arguments.
     return checkpoint(forward, *args, use_reentrant=False, **more, **kwargs)
