@@ -162,6 +162,7 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
     )
     generation = parser.add_argument_group("generation")
     generation.add_argument(
+        # No default here: --eval_max_tokens alone has to lift the limit of rows.
         "--eval_batch_size",
         type=_at_least(1),
         help="most examples of a batch (default 8; with --eval_max_tokens no limit)",
@@ -190,7 +191,10 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
         help="most new tokens, wins over --max_gen_len (default 512 math, 16 others)",
     )
     generation.add_argument(
-        "--precision", choices=["bf16", "fp32"], help="dtype of both models (default bf16 on a GPU, fp32 on a CPU)"
+        # No fp16: T5 overflows in it.
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="dtype of both models (default bf16 on a GPU, fp32 on a CPU)",
     )
     generation.add_argument(
         "--attn_implementation", help="attention of transformers: sdpa, eager, flash_attention_2, …"

@@ -10,6 +10,7 @@ from functools import lru_cache
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import explain_out_of_memory, is_main
 
+# The released evaluation's defaults.
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_LEN = 512  # tokens, of the encoder's input and of the prompt
 MEMORY_FLAGS = "lower --eval_max_tokens, --eval_batch_size (it continues where this run stopped), --max_new_tokens or "
@@ -210,7 +211,6 @@ def load_model(settings, device):
     from mindmerger.model.adapters import load_adapter
     from mindmerger.model.mindmerger import MindMerger
 
-    # No fp16: T5 overflows in it.
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
     paths = settings.mt_path, settings.llm_path
     between = settings.bridge_name, settings.bridge.options if settings.bridge is not None else None

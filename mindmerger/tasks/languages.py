@@ -76,6 +76,7 @@ def find_language(text: str) -> Language:
     Raises:
         DataError: with the nearest spelling and the nearest of the known languages.
     """
+    # First, since it is the usual case by far: a file of many languages names one in every row.
     exact = LANGUAGES.get(text)
     if exact:
         return exact
