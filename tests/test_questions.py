@@ -6,6 +6,8 @@ import shutil
 import pytest
 from conftest import read_log, run_many
 
+from mindmerger.bridges import BRIDGES
+from mindmerger.model.mapping_files import stages_of
 from mindmerger.tasks import find_task
 from mindmerger.tasks.examples import StageData
 from mindmerger.tasks.languages import parse_languages
@@ -94,3 +96,10 @@ def test_the_question_stage_trains_from_the_mapping_stage_and_a_later_stage_from
         counts["rows"] == {"Swahili": 9, "German": 6}
         and len(read_log(tmp_path / "outputs/MindMerger/math/question")) == 2
     )
+
+
+def test_the_question_stage_is_no_part_of_mindmergers_own_curriculum():
+    """What trains a bridge stage by stage, as published, would else train it too."""
+    assert list(BRIDGES["mindmerger"].stages) == ["mapping", "augmentation"]
+    assert list(stages_of("mindmerger", {})) == ["mapping", "augmentation", "question", "adapter"]
+    assert stages_of("mindmerger", {})["adapter"].starts_from == "augmentation"

@@ -91,6 +91,8 @@ class Bridge(nn.Module):
     choices: ClassVar[dict[str, Option]] = {}
     # By --stage_name, in the order in which they are trained.
     stages: ClassVar[dict[str, Stage]] = {}
+    # By --stage_name too, but no part of the method as published: another curriculum has them.
+    further_stages: ClassVar[dict[str, Stage]] = {}
     # Released weights: how the names of its parameters begin → how their keys begin there. The longest one counts.
     released: ClassVar[dict[str, str]] = {"": ""}
     # How the keys of what else released files hold begin: both towers, which are not read.

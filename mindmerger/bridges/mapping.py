@@ -21,10 +21,10 @@ class Mapping(Bridge):
 arXiv 2405.17386."""
     stages = {
         "mapping": Stage(data="pairs", with_prompt=False),
-        # Of MERLIN's curriculum, between the two.
-        "question": Stage(data="question_pairs", with_prompt=False, starts_from="mapping"),
         "augmentation": Stage(data="task", with_prompt=True, starts_from="mapping"),
     }
+    # Of MERLIN's curriculum, between the two.
+    further_stages = {"question": Stage(data="question_pairs", with_prompt=False, starts_from="mapping")}
 
     def __init__(self, *towers: int, **options):
         super().__init__(*towers, **options)

@@ -153,11 +153,11 @@ def choose_path(args: argparse.Namespace, config, flag: str, default: str) -> st
 
 def warn_of_other_training(config, task, form: str) -> None:
     """Says where a mapping, by its config.json, was trained for another task, stage or form than is evaluated."""
-    from mindmerger.model.mapping_files import find_bridge
+    from mindmerger.model.mapping_files import stages_of
 
     if config.task not in (None, task.training_name):
         warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
-    stage = find_bridge(config.bridge).stages_with(config.bridge_options).get(config.stage)
+    stage = stages_of(config.bridge, config.bridge_options).get(config.stage)
     # Pairs are trained without a prompt: the warning of another form would only repeat this one.
     if stage is not None and "pairs" in stage.data:
         warn(f"this mapping comes from the {config.stage} stage: it has not been trained on the task yet")

@@ -77,13 +77,17 @@ def find_bridge(name: str) -> type[Bridge]:
 
 
 def stages_of(bridge: str, options: dict[str, str]) -> dict[str, Stage]:
-    """Returns a bridge's own stages in their order, and then the adapter stage, which every bridge has.
+    """Returns a bridge's own stages in their order, its further ones, and the adapter stage, which every bridge has.
 
     An adapter is trained on what the bridge's last task stage is trained on, which it starts from.
     """
     own = find_bridge(bridge).stages_with(options)
     last = [name for name, stage in own.items() if "task" in stage.data][-1:] or list(own)[-1:]
-    return own | {ADAPTER_STAGE: own[last[0]]._replace(trains=("adapter",), starts_from=last[0])}
+    return (
+        own
+        | find_bridge(bridge).further_stages
+        | {ADAPTER_STAGE: own[last[0]]._replace(trains=("adapter",), starts_from=last[0])}
+    )
 
 
 def stage_of(config: MindMergerConfig) -> Stage:
