@@ -121,6 +121,7 @@ class Bridge(nn.Module):
                 known = ", ".join(f"{one}={'|'.join(o.values) or 'NUMBER'}" for one, o in cls.choices.items())
                 raise UserError(f"--bridge_option {name}: {cls.__name__} has no such option"
                     f"{nearest(name, cls.choices)}: its options are {known or 'none'}")  # fmt: skip
+            # One spelling of each value: a resume compares options as texts.
             values, text = cls.choices[name].values, str(value).strip().lower()
             if values and text not in values:
                 raise UserError(

@@ -14,6 +14,7 @@ from torch import nn
 
 from mindmerger.bridges.base import Bridge, BridgeOutput, Option, Stage, with_end
 
+# The released code's, whatever the encoder's width.
 HEADS, HEAD_WIDTH = 8, 64
 
 
@@ -29,11 +30,13 @@ arXiv 2401.10695."""
     }
     stages = {"task": Stage(data="english_task", with_prompt=False, encoder_text="prompt")}
     released = {"": "lb.alignment.", "lm_head.": "lb.lm_head."}
+    # The output head is there too: released files hold it, whether or not it is trained here.
     released_others = ("lb.enc.", "lb.lm.", "lb.embeddings.", "lb.lm_head.")
 
     def __init__(self, *towers: int, **options):
         super().__init__(*towers, **options)
         encoder_width, llm_width = self.towers[:2]
+        # Standard normal as released, where the other bridges' ends start at zero.
         self.enc_eos = nn.Parameter(torch.randn(llm_width))
         if self.options["mapper"] == "linear":
             self.linear = nn.Linear(encoder_width, llm_width)
@@ -43,10 +46,12 @@ arXiv 2401.10695."""
             )
         else:
             self.latents = nn.Parameter(torch.randn(int(self.options["latents"]), encoder_width))
+            # Nested as in the released code, so that its keys, `layers.0.0.*` and `layers.0.1.*`, are these.
             self.layers = nn.ModuleList([nn.ModuleList([LatentAttention(encoder_width), _feed_forward(encoder_width)])])
             self.out_proj = nn.Linear(encoder_width, llm_width, bias=False)
             self.norm = nn.LayerNorm(llm_width)
         if self.options["train_lm_head"] == "true":
+            # 2.1 GB of fp32 weights, gradient and Adam's moments for 32,000 tokens and width 4096.
             self.lm_head = nn.Linear(llm_width, self.towers.vocabulary, bias=False)
 
     @classmethod
@@ -66,8 +71,10 @@ arXiv 2401.10695."""
         for attention, feed_forward in self.layers:
             latents_BQE = latents_BQE + attention(states, latents_BQE, mask_BS)
             latents_BQE = latents_BQE + feed_forward(latents_BQE)
+        # Latents stand for all tokens, so that none is padding.
         ones_BQ = mask_BS.new_ones(latents_BQE.shape[:2])
         prefix, mask_BK, _ = with_end(self.out_proj(latents_BQE), ones_BQ, self.enc_eos)
+        # Over the end as well, as the released resampler has it.
         return BridgeOutput(self.norm(prefix), mask_BK)
 
     def prefix_length(self, encoder_tokens):
@@ -98,6 +105,7 @@ class LatentAttention(nn.Module):
         def heads(projected):
             return projected.unflatten(-1, (HEADS, HEAD_WIDTH)).transpose(1, 2)
 
+        # Latents see real tokens and each other, never padding, which depends on a row's company.
         seen_B11K = F.pad(mask_BS.to(both.device).bool(), (0, latents_BQE.shape[1]), value=True)[:, None, None]
         queries, keys, values = self.to_q(latents_BQE), self.to_k(both), self.to_v(both)
         out_BHQW = F.scaled_dot_product_attention(heads(queries), heads(keys), heads(values), attn_mask=seen_B11K)

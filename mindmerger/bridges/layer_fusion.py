@@ -44,6 +44,7 @@ class LayerFusion(Bridge):
     def __init__(self, *towers: int, **options):
         super().__init__(*towers, **options)
         encoder_width, llm_width, depth = self.towers[:3]
+        # Without the embeddings, as published; -1 is layer n behind the encoder's final norm.
         self.encoder_layers = (*range(1, depth), -1)
         if self.options["mix"] == "global":
             self.mix = GlobalMix(depth)
@@ -68,10 +69,13 @@ class GlobalMix(nn.Module):
 
     def __init__(self, depth: int):
         super().__init__()
+        # All equal, so that the mix starts as the plain mean of the layers.
         self.weights, self.temperature = nn.Parameter(torch.full((depth,), 3e-5)), nn.Parameter(torch.tensor(1e-5))
 
     def forward(self, layers_BSnE: torch.Tensor) -> torch.Tensor:
         """Returns (B, S, E)."""
+        # Constants of the released code. In its recordings they make the mix's gradients 4 to 30 times the linear
+        # layer's, which clipping to one norm then starves.
         weights_n = ((100 + 1e5 * self.temperature) * self.weights).softmax(0)
         return torch.einsum("bsne,n->bse", layers_BSnE, weights_n)
 

@@ -29,6 +29,7 @@ arXiv 2405.17386."""
     def __init__(self, *towers: int, **options):
         super().__init__(*towers, **options)
         encoder_width, llm_width = self.towers[:2]
+        # An empty module for the sake of its name: released files have their keys below `mlp`.
         self.mlp = nn.Module()
         self.mlp.linear1 = nn.Linear(encoder_width, 2 * encoder_width)
         self.mlp.linear2 = nn.Linear(2 * encoder_width, llm_width)

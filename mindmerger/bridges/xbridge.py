@@ -27,6 +27,7 @@ class XBridge(Bridge):
     def __init__(self, *towers: int, **options):
         super().__init__(*towers, **options)
         encoder_width, llm_width = self.towers[:2]
+        # eps is the released code's: torch's default depends on the dtype.
         self.input_layernorm = nn.RMSNorm(encoder_width, eps=1e-6)
         self.linear1 = nn.Linear(encoder_width, 4 * encoder_width)
         self.linear2 = nn.Linear(4 * encoder_width, llm_width)
