@@ -26,7 +26,7 @@ from mindmerger.runtime import command, files
 from mindmerger.runtime.command import CommandParser, at_least
 from mindmerger.runtime.errors import UserError
 
-KINDS = ("pairs", "task", "english_task")  # what a stage reads: `Stage.data`
+KINDS = ("pairs", "question_pairs", "task", "english_task")  # what a stage reads: `Stage.data`
 CONTROL = "LLM + adapter"
 REFERENCE = "mindmerger"  # whose published epochs give the target tokens where --target_tokens does not
 
@@ -188,11 +188,17 @@ def towers_without_storage(args):
 
 
 def read_stages(bridge: str, words: dict[str, list[str]]) -> list[StageRows]:
-    """Returns the stages of a bridge, in the order in which they are trained, on their data."""
+    """Returns the stages that lead to a bridge's last one, in the order in which they are trained, on their data.
+
+    One that no other starts from, such as MindMerger's on pairs of questions, is left out.
+    """
     from mindmerger.model.mapping_files import find_bridge
 
     stages = find_bridge(bridge).stages_with(find_bridge(bridge).settle({}))
-    return [StageRows(bridge, name, words[stage.data]) for name, stage in stages.items()]
+    chain = [list(stages)[-1]]
+    while (before := stages[chain[0]].starts_from) is not None:
+        chain.insert(0, before)
+    return [StageRows(bridge, name, words[stages[name].data]) for name in chain]
 
 
 def settle_budget(args, reference: list[StageRows] | None) -> tuple[int, float]:

@@ -7,20 +7,20 @@
 # For each bridge of mindmerger.bridges.BRIDGES: its stages in order with each of LRS and the first seed, the learning
 # rate with the lowest dev loss of the last stage, its stages with that rate and every seed, and an evaluation of each
 # seed, also with the prefix of another question (--probe_prefix shuffled) where the LLM reads a prompt beside it. The
-# same for the control of every bridge: an adapter on the LLM alone, trained on the task's rows. And the LLM alone, once.
-# Rows: the LLM alone, the bridges, the LLM with an adapter, ST-Merge (not reproduced). What cannot be made is listed as
-# missing with the reason. What is finished is kept: the same command continues.
+# same for the control of every bridge, an adapter on the LLM alone that is trained on the task's rows. Then the LLM
+# alone, once. Rows: the LLM alone, the bridges, the LLM with an adapter, ST-Merge (not reproduced). What cannot be made
+# is listed as missing with the reason. What is finished is kept: the same command continues.
 #
-# Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced:
-# TARGET_TOKENS=200000 (about a third of the quickstart's), SEARCH_TOKENS=40000, 50 problems per language, its batches
-# and lengths. Its models are a million parameters small: the numbers show the commands at work, not which bridge is
-# better.
+# Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced
+# (by the times of single steps about 25 minutes on two idle cores): two seeds, TARGET_TOKENS=150000 (about a quarter of
+# the quickstart's two stages), SEARCH_TOKENS=20000, 50 problems per language, its batches and lengths. Its models are a
+# million parameters small: the numbers show the commands at work, not which bridge is better.
 #
 # Environment (as in common.sh, capitals or as the flag is written):
 #   LLM_PATH, MT_PATH     both models; TASK (math_mgsm), BRIDGES (all; names with blanks between them)
 #   SEEDS (0,1,2)         of the trainings
 #   LRS (2e-5 1e-4 6e-4)  the learning rates to choose from, the same for all bridges; LR fixes one for all instead
-#   TARGET_TOKENS         of each bridge, over all its stages (default: what MindMerger's stages read in EPOCH_NUM passes)
+#   TARGET_TOKENS         of each bridge over all its stages (default: what MindMerger's stages read in EPOCH_NUM passes)
 #   SEARCH_TOKENS         of a training that searches a rate (default: as TARGET_TOKENS; the best one then counts)
 #   PAIRS_SHARE           of the target tokens, for bridges with stages on sentence pairs and on the task's rows
 #   ADAPTER (lora)        of the control, with ADAPTER_RANK and the other flags of the adapter stage; none: no control
@@ -48,10 +48,12 @@ if [[ -z $REPLY ]]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(min(4, os.cpu_count() or 1))')}
     LLM_PATH=$world/llm MT_PATH=$world/mt5 DATA_ROOT=$world/datas
     RESULTS_DIR=${RESULTS_DIR:-$world/bridges} OUTPUT_DIR=${OUTPUT_DIR:-$world/outputs}
-    TARGET_TOKENS=${TARGET_TOKENS:-200000} SEARCH_TOKENS=${SEARCH_TOKENS:-40000} LRS=${LRS:-3e-4 1e-3 3e-3}
+    SEEDS=${SEEDS:-0,1} LRS=${LRS:-3e-4 1e-3 3e-3}
+    TARGET_TOKENS=${TARGET_TOKENS:-150000} SEARCH_TOKENS=${SEARCH_TOKENS:-20000}
     PRECISION=${PRECISION:-fp32} TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-64} MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0}
     TRAIN_MICRO_BATCH_SIZE_PER_GPU=${TRAIN_MICRO_BATCH_SIZE_PER_GPU:-32} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}
-    DEV_SIZE=${DEV_SIZE:-256} NUM_WORKERS=${NUM_WORKERS:-0} MAX_SEQ_LEN=${MAX_SEQ_LEN:-200} MAX_GEN_LEN=${MAX_GEN_LEN:-400}
+    DEV_SIZE=${DEV_SIZE:-256} NUM_WORKERS=${NUM_WORKERS:-0}
+    MAX_SEQ_LEN=${MAX_SEQ_LEN:-200} MAX_GEN_LEN=${MAX_GEN_LEN:-400}
     LR_SCHEDULER=${LR_SCHEDULER:-cosine} WARMUP_RATIO=${WARMUP_RATIO:-0.05} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-40}
     LIMIT=${LIMIT:-50}
     PAIRS_LANGUAGES=${PAIRS_LANGUAGES:-Swahili,German,Spanish,Russian,Chinese}
@@ -97,7 +99,8 @@ control="LLM + adapter" # as the plan calls it
 
 # stage_flags DATA: puts the flags of a stage that reads it into `command_line`, without the bridge's own.
 stage_flags() {
-    local prefix=TASK also="" published=(train_num=30000 train_micro_batch_size_per_gpu=2 max_seq_len=512 max_gen_len=512)
+    local prefix=TASK also=""
+    local published=(train_num=30000 train_micro_batch_size_per_gpu=2 max_seq_len=512 max_gen_len=512)
     if [[ $1 == pairs ]]; then
         prefix=PAIRS published=(train_num=100000 train_micro_batch_size_per_gpu=8 max_seq_len=200 max_gen_len=200)
     fi
@@ -209,7 +212,7 @@ encoder=$REPLY
 
 printf '=== Plan, seeds %s\n' "$seeds"
 plan_words=()
-for data in pairs task english_task; do
+for data in pairs question_pairs task english_task; do
     stage_flags "$data"
     add_settings "" epoch_num=3
     for word in "${command_line[@]}" --seed "$first_seed"; do plan_words+=("--$data=$word"); done
@@ -257,7 +260,8 @@ for one in "${names[@]}"; do
             continue
         fi
         if [[ $one == "$control" ]]; then
-            evaluate_row "$one" "adapter-lr$rate-seed$seed" --llm_only --llm_path "$llm" --adapter_path "$trained/adapter"
+            evaluate_row "$one" "adapter-lr$rate-seed$seed" --llm_only --llm_path "$llm" \
+                --adapter_path "$trained/adapter"
             continue
         fi
         given=(--llm_path "$llm" --mt_path "$encoder" --init_checkpoint "$trained")

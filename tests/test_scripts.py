@@ -195,14 +195,6 @@ def test_the_merlin_style_script_runs_its_four_stages_in_order_with_their_settin
     assert not calls and error.startswith("error: ADAPTER_RANKS is in the environment, but no flag")
 
 
-def test_every_bridge_has_a_training_script():
-    from mindmerger.bridges import BRIDGES
-
-    scripts = {"mindmerger": "training_math.sh"}
-    missing = [b for b in BRIDGES if not (ROOT / "scripts" / scripts.get(b, f"training_{b}.sh")).is_file()]
-    assert missing == []
-
-
 @pytest.mark.parametrize(
     "script, task, trained, llm, length",
     [
@@ -905,6 +897,7 @@ PARSERS = {
     "mindmerger.analysis.contamination": ("mindmerger.analysis.contamination", "build_parser"),
     "mindmerger.analysis.embeddings": ("mindmerger.analysis.embeddings", "build_parser"),
     "mindmerger.evaluation.comparison_table": ("mindmerger.evaluation.comparison_table", "build_parser"),
+    "mindmerger.evaluation.bridge_table": ("mindmerger.evaluation.bridge_table", "build_parser"),
     "scripts.benchmarks.speed": ("scripts.benchmarks.speed", "build_parser"),
     "scripts.benchmarks.growth": ("scripts.benchmarks.growth", "build_parser"),
     "scripts.benchmarks.merge_memory": ("scripts.benchmarks.merge_memory", "build_parser"),
@@ -960,7 +953,8 @@ def test_every_flag_the_pages_mention_exists():
 
 
 def test_settings_the_readme_puts_into_the_environment_are_flags_of_the_scripts():
-    common = (ROOT / "scripts" / "common.sh").read_text() + (ROOT / "scripts" / "compare_all.sh").read_text()
+    names = ("common.sh", "compare_all.sh", "compare_bridges.sh")
+    common = "".join((ROOT / "scripts" / name).read_text() for name in names)
     flags = {name.upper() for name in vars(parser_named("run_training.py").parse_args([]))}
     flags |= {name.upper() for name in vars(parser_named("run_evaluation.py").parse_args([]))}
     for command in readme_commands():
