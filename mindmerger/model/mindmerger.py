@@ -226,6 +226,7 @@ class MindMerger(nn.Module):
         if self.mapping is not None:
             state = self.mapping.state_dict() if state is None else state
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            # Not `save_file`: before safetensors 0.8 one that fails destroys the earlier file.
             write_bytes_atomic(folder / MAPPING_FILE, save(tensors, metadata={"format": "pt"}))
         if self.adapter is not None:
             save_adapter(folder / ADAPTER_FOLDER, self.adapter, adapter_state or self.trained_parameters())
@@ -296,6 +297,7 @@ class MindMerger(nn.Module):
         packing = plan_packing(masks, "right", target_segment=len(masks) - 1)
         embeds_BLD = take_rows(torch.cat(embeds, dim=1), packing.source_BL)
         predictor_M = packing.predictor_M.to(embeds_BLD.device, non_blocking=True)
+        # Indices from the mask, which may be on the CPU: a boolean mask would make a GPU wait.
         token_M = torch.nonzero(target_mask.flatten()).squeeze(1).to(target_ids.device, non_blocking=True)
         labels_M = target_ids.flatten().index_select(0, token_M)
         with memory, head_on_positions(self.llm.get_output_embeddings(), predictor_M):

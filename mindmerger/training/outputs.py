@@ -44,6 +44,7 @@ def locked(output_dir: Path, start_over: bool):
         lock = on_all_ranks(lambda: FolderLock(output_dir) if is_main() else None)
         if lock is not None:
             stack.callback(lock.release)
+            # Under the lock: without it they could be those of a run at work.
             remove_leftovers(output_dir)
         if start_over:
             on_all_ranks(clear_outputs, output_dir)

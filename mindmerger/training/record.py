@@ -40,6 +40,7 @@ class TensorBoard:
 
         # What an abandoned course wrote from this step on is hidden, the step itself included.
         self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=step)
+        # Of hyper-parameters the writer refuses lists and leaves None out.
         plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in vars(args).items()}
         self.writer.add_hparams(plain, {}, run_name=".")
 
@@ -122,7 +123,8 @@ class Recorder:
             return
         kept = []
         if step and self.path.is_file():
-            # Behind the last line end stands what a kill cut short.
+            # Behind the last line end stands what a kill cut short. As bytes: one that is not UTF-8 costs its own line
+            # and not the log.
             for line in self.path.read_bytes().split(b"\n")[:-1]:
                 try:
                     values = json.loads(line.decode("utf-8"))
