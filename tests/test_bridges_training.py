@@ -19,6 +19,7 @@ from mindmerger.training.settings import find_stage, settle_languages
 # MindMerger's has tests of its own; of the others the form with most to go wrong.
 OPTIONS = {"langbridge": ["train_lm_head=true"], "layer_fusion": ["mix=token", "feed_forward=24"]}
 TRAINED = [name for name in BRIDGES if name not in ("mindmerger", "toy")]
+LAST_STAGE = {name: list(BRIDGES[name].stages)[-1] for name in TRAINED}
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +29,22 @@ def launch(tiny_llm, tiny_encoder, datas, tmp_path_factory):
     common = [
         *("--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"),
         *("--precision", "fp32", "--dev_size", "0", "--train_batch_size", "2", "--train_micro_batch_size_per_gpu", "1"),
-        *("--max_seq_len", "40", "--max_gen_len", "60", "--lr", "1e-2", "--num_workers", "0", "--stage_name", "task"),
+        *("--max_seq_len", "40", "--max_gen_len", "60", "--lr", "1e-2", "--num_workers", "0"),
         *("--init_checkpoint", "none", "--max_steps", "2"),
     ]
     runs = {}
     for bridge in TRAINED:
         options = [part for option in OPTIONS.get(bridge, []) for part in ("--bridge_option", option)]
-        begun = ["--resume_from_checkpoint", f"outputs/{bridge}-0/math/task/checkpoint-000001"]
+        which = ["--bridge", bridge, "--stage_name", LAST_STAGE[bridge]]
+        begun = ["--resume_from_checkpoint", f"outputs/{bridge}-0/math/{LAST_STAGE[bridge]}/checkpoint-000001"]
         ways = {"0": ["--save_steps", "1"], "again": begun, "1": [], "2": begun, "3": []}
         for way, more in ways.items():
             preset = ROOT / f"scripts/ds_zero{way if way.isdigit() else 0}.json"
             more = [*more, "--deepspeed_config", str(preset), "--save_name", f"{bridge}-{way}"]
-            runs[bridge, way] = [*common, "--bridge", bridge, *options, *more]
+            runs[bridge, way] = [*common, *which, *options, *more]
         other = {"langbridge": "mapper=ffn", "layer_fusion": "mix=global"}.get(bridge)
         if other is not None:
-            changed = ["--bridge", bridge, "--bridge_option", other, "--save_name", f"{bridge}-0"]
+            changed = [*which, "--bridge_option", other, "--save_name", f"{bridge}-0"]
             runs[bridge, "other options"] = [*common, *changed]
     outcomes = run_many(folder, list(runs.values()), ranks=2)
     return folder, dict(zip(runs, outcomes, strict=True))
@@ -52,7 +54,7 @@ def trained(launch, bridge: str, way: str):
     """The folder that a run left, which must have succeeded."""
     folder, outcomes = launch
     assert outcomes[bridge, way]["code"] == 0, outcomes[bridge, way]
-    return folder / f"outputs/{bridge}-{way}/math/task"
+    return folder / f"outputs/{bridge}-{way}/math/{LAST_STAGE[bridge]}"
 
 
 @pytest.mark.slow
