@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -312,6 +313,96 @@ def test_the_control_of_the_script_is_an_adapter_on_the_llm_alone_with_as_many_t
     assert int(control["trained_parameters"]) == costs["trained_parameters"] > 0 and float(control["seconds"]) > 0
     saved = json.loads(next(tmp_path.glob("o/*/math/llm_adapter/adapter/adapter_config.json")).read_text())
     assert (saved["r"], saved["use_dora"]) == (2, True)
+
+
+# Notes each training and evaluation down and leaves what they leave; FAKE_FAULTS names trainings that end otherwise.
+FAKE_PYTHON = """#!{python}
+import fnmatch, json, os, pathlib, sys
+sys.path.insert(0, "{tests}")
+arguments = sys.argv[1:]
+if arguments[0] not in ("run_training.py", "run_evaluation.py"):
+    os.execv("{python}", ["{python}", *arguments])
+from test_comparison_table import write_results
+flags = dict(zip(arguments, arguments[1:]))
+name = "{{}} {{}} {{}} {{}}".format(*(flags.get(f"--{{one}}", "") for one in ("bridge", "stage_name", "lr", "seed")))
+with open("{record}", "a") as record:
+    record.write((name if arguments[0] == "run_training.py" else flags["--save_name"]) + "\\n")
+if arguments[0] == "run_evaluation.py":
+    folder = pathlib.Path(flags["--results_dir"], flags["--save_name"], "math_mgsm")
+    write_results(folder, {{"Swahili": "1100"}})
+    if "--probe_prefix" in flags:
+        results = json.loads((folder / "results.json").read_text())
+        results |= {{"form": "soft", "probe_prefix": {{"kind": "shuffled", "seed": 0}}}}
+        (folder / "results.json").write_text(json.dumps(results))
+    sys.exit(0)
+for pattern, code in json.loads(os.environ.get("FAKE_FAULTS", "{{}}")).items():
+    if fnmatch.fnmatch(name, pattern):
+        print("error: loss nan at step 3 is not finite", file=sys.stderr)
+        sys.exit(code)
+folder = pathlib.Path(flags["--output_dir"], flags["--save_name"], "math", flags["--stage_name"])
+folder.mkdir(parents=True)
+(folder / "config.json").write_text("{{}}")
+loss = {{"1e-4": 0.9, "1e-3": 0.4, "1e-2": 0.1}}[flags["--lr"]]
+(folder / "log.jsonl").write_text(json.dumps({{"step": 1, "dev_loss": loss}}))
+"""
+
+
+@pytest.fixture
+def noted(script, tmp_path):
+    """Returns a function that runs the script with programs that only note down how they were called."""
+    command, environment = script
+    record, fake = tmp_path / "record", tmp_path / "bin/python"
+    fake.parent.mkdir()
+    fake.write_text(FAKE_PYTHON.format(python=sys.executable, tests=ROOT / "tests", record=record))
+    fake.chmod(0o755)
+    environment |= {"PATH": f"{fake.parent}:{environment['PATH']}", "LRS": "1e-4 1e-3 1e-2", "SEEDS": "0,1,2"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+
+    def run(faults, **more):
+        record.write_text("")
+        environment["FAKE_FAULTS"] = json.dumps(faults)
+        done = subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=120)
+        return done, record.read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_is_out_and_a_bridge_that_no_rate_trains_is_missing(noted, tmp_path):
+    done, calls = noted({"mindmerger * 1e-2 *": 2, "langbridge *": 2})
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = ("mapping", "augmentation")
+    tried = [f"mindmerger {stage} {rate} 0" for rate in ("1e-4", "1e-3") for stage in stages]
+    seeds = [
+        [
+            *(f"mindmerger {stage} 1e-3 {seed}" for stage in stages if seed),
+            *(f"{name}{end}" for end in ("", "-shuffled")),
+        ]
+        for seed in range(3)
+        for name in [f"mindmerger-lr1e-3-seed{seed}"]
+    ]
+    others = [f"langbridge task {rate} 0" for rate in ("1e-4", "1e-3", "1e-2")]
+    # The first seed's trainings are those of the search; of the rate that diverges, the second stage is not tried.
+    assert calls == ["llm", *tried, "mindmerger mapping 1e-2 0", *(call for seed in seeds for call in seed), *others]
+    rows = list(csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines()))
+    assert {row["method"]: row["seeds"] for row in rows if not row["missing"]} == {
+        "LLM alone": "1",
+        "mindmerger": "3",
+        "mindmerger (shuffled prefix)": "3",
+    }
+    missing = {row["method"]: row["missing"] for row in rows if row["missing"]}
+    reason = "no learning rate of 1e-4 1e-3 1e-2 trains it: loss nan at step 3 is not finite"
+    assert missing["langbridge"] == reason
+    # Given again, only what was refused is tried again.
+    done, calls = noted({"mindmerger * 1e-2 *": 2, "langbridge *": 2})
+    assert done.returncode == 0 and calls == ["mindmerger mapping 1e-2 0", *others]
+
+
+@pytest.mark.slow
+def test_a_crash_ends_the_script_with_its_exit_code_and_no_table(noted, tmp_path):
+    done, calls = noted({"mindmerger augmentation *": 70}, LR="1e-3")
+    assert done.returncode == 70 and calls == ["llm", "mindmerger mapping 1e-3 0", "mindmerger augmentation 1e-3 0"]
+    assert "ended with exit code 70; its messages are in" in done.stderr and not (tmp_path / "r/bridges.md").exists()
 
 
 def test_the_script_refuses_half_a_pair_of_models_an_unknown_bridge_and_a_misspelt_variable(script, tmp_path):
