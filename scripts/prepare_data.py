@@ -311,7 +311,7 @@ def fetch(data_root: Path, names: list[str], mirror: Path | None, overwrite: boo
                     continue
                 source.write(path, load_rows(source, mirror))
                 log(f"written  {path}")
-        # One data set that cannot be had is no reason to leave the others out.
+        # One data set that cannot be had is not a reason to leave the others out.
         except UserError as error:
             failed.append(name)
             log(f"failed   {name}: {error}")

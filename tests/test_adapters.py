@@ -173,7 +173,7 @@ def test_an_adapter_of_the_llm_alone_evaluates_without_an_encoder(runs, datas, t
     plain = evaluate(tmp_path, datas, "--llm_only", "--llm_path", tiny_llm)
     losses = [plain[name]["gold"]["gold_loss"] for name in ("math_mgsm-llm_only-adapter", "math_mgsm-llm_only")]
     assert abs(losses[0] - losses[1]) > 0.01
-    # The adapter over a mapping is no part of the LLM alone.
+    # The adapter over a mapping is not part of the LLM alone.
     over = str(runs[0] / "outputs/MindMerger/math/adapter")
     assert evaluate(tmp_path, datas, "--llm_only", "--init_checkpoint", over).keys() == plain.keys()
     with pytest.raises(
@@ -412,6 +412,6 @@ def test_an_adapter_that_cannot_be_merged_leaves_nothing_behind(saved, tiny_llm,
     change_config(folder, use_dora=False)
     change_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "magnitude" in name])
     change_tensors(folder, lambda tensors: tensors.update({n: torch.ones(size) for n, size in biases.items()}))
-    with pytest.raises(UserError, match=r"lora_B.bias, which is no part of LoRA's or DoRA's formula"):
+    with pytest.raises(UserError, match=r"lora_B.bias, which is not part of LoRA's or DoRA's formula"):
         merge_adapter.main(["--llm_path", tiny_llm, "--adapter_path", str(folder), *flags[2:]])
     assert not (tmp_path / "out").exists()

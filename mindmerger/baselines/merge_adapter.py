@@ -69,8 +69,8 @@ def read_changes(saved, llm_path: str) -> dict[str, Change]:
         changes[f"{name}.weight"] = Change(layer.scaling[NAME], *parts, magnitude)
     if tensors:
         raise UserError(
-            f"the adapter {saved.folder} holds {next(iter(tensors))}, which is no part of LoRA's or DoRA's formula: it "
-            "cannot be merged here"
+            f"the adapter {saved.folder} holds {next(iter(tensors))}, which is not part of LoRA's or DoRA's formula: "
+            "it cannot be merged here"
         )
     return changes
 

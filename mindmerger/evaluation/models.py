@@ -144,7 +144,7 @@ def choose_path(args: argparse.Namespace, config, flag: str, default: str) -> st
     given, recorded = getattr(args, flag), getattr(config, flag, None)
     if given is None and recorded is not None:
         log(f"--{flag} not given: taking {recorded}, named by the mapping's config.json")
-    # Resolved: the released scripts write a slash at the end, and a link or ./ names the same folder. A warning and no
+    # Resolved: the released scripts write a slash at the end, and a link or ./ names the same folder. A warning, not an
     # error, since a model that was moved or copied has another path.
     elif given is not None and recorded is not None and Path(given).resolve() != Path(recorded).resolve():
         warn(f"this mapping was trained with --{flag} {recorded}, not {given}")

@@ -56,7 +56,7 @@ def save_figure(figure, path) -> None:
     """Writes a PNG, whole or not at all, with every text as it is.
 
     A byte of a label that is not UTF-8 becomes \\udcXX, as in the tables, since fonts have no glyph for it; two dollars
-    in a label are no formula.
+    in a label are not a formula.
     """
     from matplotlib.text import Text
 

@@ -63,6 +63,7 @@ def load_config(path: str):
 
 
 def refuse_own_code(path: str, values: dict, needed: bool) -> None:
+    """Refuses a model whose config names code in its own folder, where it is `needed` to load the model."""
     if needed and isinstance(values.get("auto_map"), dict):
         raise ModelError(
             f"{path} needs code of its own ({', '.join(sorted(values['auto_map']))} in auto_map), which is never run "

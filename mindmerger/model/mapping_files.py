@@ -391,6 +391,7 @@ def _released_fits(found: dict, config: MindMergerConfig, name: str) -> bool:
 
 
 def shown_options(config: MindMergerConfig) -> str:
+    """Returns a bridge's options as they stand behind its name in messages, "" where it has none."""
     shown = ", ".join(f"{name}={value}" for name, value in config.bridge_options.items())
     return f" ({shown})" if shown else ""
 

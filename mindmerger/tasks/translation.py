@@ -10,7 +10,7 @@ from mindmerger.tasks.readers import DataError, count_lines, find_file, read_lin
 from mindmerger.tasks.scoring import score_text
 
 
-# The stage's default is no prompt; this one is for --augmentation True alone.
+# By default the stage has none; this one is for --augmentation True alone.
 def translation_prompt(sentence: str, language: str) -> tuple[str, tuple[int, int]]:
     """Returns the prompt of the mapping stage, where one is asked for."""
     return _fill(
@@ -23,7 +23,7 @@ def translation_prompt(sentence: str, language: str) -> tuple[str, tuple[int, in
 
 
 def _pair_files(language: Language) -> tuple[str, str]:
-    # The released name, whatever the number of lines: it is no limit.
+    # The released name, whatever the number of lines: it is not a limit.
     folder = f"bilingual_pairs/en-{language.code}/train_100k"
     return f"{folder}.{language.code}", f"{folder}.en"
 

@@ -7,6 +7,7 @@ towers, and where the optimizer's state lives. Heavy imports happen inside the f
 import os
 from contextlib import contextmanager
 
+from mindmerger.hub.model_files import one_line
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import rank, world_size
 from mindmerger.training.deepspeed_config import zero_stage
@@ -107,8 +108,7 @@ def make_engine(model, config: dict, lr: float):
         # What it asserts of its settings, one beside another; some of that it raises as a plain `Exception`.
         if not (isinstance(error, AssertionError | ValueError | DeepSpeedConfigError) or type(error) is Exception):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"DeepSpeed refuses this configuration: {reason}; see --deepspeed_config") from error
+        raise UserError(f"DeepSpeed refuses this configuration: {one_line(error)}; see --deepspeed_config") from error
     return engine
 
 

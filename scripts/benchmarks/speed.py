@@ -272,7 +272,7 @@ class Ours:
             for micro in batch.micro_batches:
                 rows = micro.rows
                 total["processed"] += len(rows) * int(lengths[rows].max())
-                # Rows of weight 0 only keep ranks in step: their work is no useful one.
+                # Rows of weight 0 only keep ranks in step: their work is not useful.
                 if micro.weight:
                     total["targets"] += int(data.target_lengths[rows].sum())
                     total["useful"] += int(lengths[rows].sum())
@@ -398,7 +398,7 @@ def matmul_rate(precision: str, device) -> float:
 
 def flop(model, window: dict, head_on_all: bool) -> float:
     """Returns the useful FLOP of a window, the output head's on all useful positions or on target tokens alone."""
-    # Looking an embedding up is no arithmetic.
+    # Looking an embedding up is not arithmetic.
     llm = sum(p.numel() for name, p in model.llm.named_parameters() if "embed_tokens" not in name)
     head = model.llm.get_output_embeddings().weight.numel()
     encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "shared" not in name)
