@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mindmerger.bridges import BRIDGES
+from mindmerger.model.adapters import adapter_values, add_adapter
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
 
@@ -156,6 +157,26 @@ def test_a_saved_bridge_is_itself_again(model, tmp_path):
     assert recorded == (model.config.bridge, model.mapping.options, list(model.mapping.encoder_layers))
     card = (tmp_path / "saved/README.md").read_text()
     assert all(text in card for text in (config["bridge"], *config["bridge_options"].values()))
+
+
+def test_an_adapter_over_it_starts_as_nothing_learns_alone_and_is_itself_again(model, tmp_path):
+    tensors, before = batch(rows_of(model)), {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = model(**tensors).loss_sum
+    add_adapter(model, adapter_values("lora", 4, 8.0, 0.1, ["q_proj", "v_proj"], model.config.llm_path))
+    assert torch.equal(model(**tensors).loss_sum, start)
+    optimizer = torch.optim.AdamW(model.train().trained_parameters().values(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**tensors).loss.backward()
+        optimizer.step()
+    model.eval()
+    after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if ".lora_" not in name}
+    assert after.keys() == before.keys() and all(torch.equal(before[name], p) for name, p in after.items())
+    assert model(**tensors).loss_sum < start
+    model.save_pretrained(tmp_path / "saved")
+    again = MindMerger.from_pretrained(str(tmp_path / "saved"), dtype=torch.float32)
+    ids = [one.generate(**question(tensors), max_new_tokens=4) for one in (model, again)]
+    assert torch.equal(again(**tensors).loss_sum, model(**tensors).loss_sum) and torch.equal(*ids)
 
 
 def test_generation_equals_a_loop_without_a_cache(model):
