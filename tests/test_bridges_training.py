@@ -125,3 +125,32 @@ def test_langbridge_is_trained_on_english_rows_whose_prompt_its_encoder_reads(ti
     assert not any(data.dataset["prompt_ids"][:])
     assert plain_data.dataset["encoder_ids"][:] == [tokenizers.encoder(one.source)["input_ids"] for one in examples]
     assert data.fingerprint != plain_data.fingerprint
+
+
+@pytest.mark.slow
+def test_a_parameter_without_a_dimension_trains_at_each_zero_stage_and_resumes(tmp_path, tiny_llm, tiny_encoder, datas):
+    """Layer fusion's default form ended in a traceback before its first step: DeepSpeed sends parameters as bytes."""
+    common = [
+        *("--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"),
+        *("--precision", "fp32", "--dev_size", "0", "--train_batch_size", "2", "--train_micro_batch_size_per_gpu", "1"),
+        *("--max_seq_len", "40", "--max_gen_len", "60", "--lr", "1e-4", "--num_workers", "0", "--max_steps", "2"),
+        *("--bridge", "layer_fusion", "--save_steps", "1"),
+    ]
+    runs = []
+    for zero in range(4):
+        preset = ["--deepspeed_config", str(ROOT / f"scripts/ds_zero{zero}.json")]
+        begun = ["--resume_from_checkpoint", f"outputs/{zero}/math/task/checkpoint-000001"]
+        runs += [
+            [*common, *preset, "--save_name", f"{zero}"],
+            [*common, *preset, *begun, "--save_name", f"{zero}again"],
+        ]
+    outcomes = run_many(tmp_path, runs, ranks=2)
+    assert [one["code"] for one in outcomes] == [0] * 8, outcomes
+    first = [read_log(tmp_path / f"outputs/{zero}/math/task")[0] for zero in range(4)]
+    assert first == pytest.approx([first[0]] * 4, rel=1e-6)
+    for zero in range(4):
+        made = [
+            load_file(tmp_path / f"outputs/{name}/math/task/mapping.safetensors") for name in (zero, f"{zero}again")
+        ]
+        assert made[0]["mix.temperature"].shape == () and made[0]["mix.temperature"] != torch.tensor(1e-5)
+        assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])

@@ -77,6 +77,40 @@ def sharded_loading(config: dict, bf16: bool):
         del live  # transformers holds it weakly: from here on nothing is sharded at construction
 
 
+@contextmanager
+def broadcastable_scalars():
+    """Context manager: DeepSpeed takes parameters without a dimension, such as layer fusion's temperature.
+
+    It sends every parameter as bytes from rank 0, and torch views no scalar as bytes: not even one process would start.
+    At ZeRO 0 to 2 they are sent as vectors. At ZeRO 3 they are not sent: all ranks have the same, from seed or file.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    broadcast, take = DeepSpeedEngine._broadcast_model, Init._zero_init_param
+
+    def broadcast_as_vectors(engine):
+        scalars = [parameter for parameter in engine.module.parameters() if parameter.dim() == 0]
+        for parameter in scalars:
+            parameter.data = parameter.data.reshape(1)
+        broadcast(engine)
+        for parameter in scalars:
+            parameter.data = parameter.data.reshape(())
+
+    def take_without_sending(init, parameter):
+        if parameter.dim():
+            take(init, parameter)
+        else:
+            init._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+    DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast_as_vectors, take_without_sending
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast, take
+
+
 def make_engine(model, config: dict, lr: float):
     """Wraps the model in a DeepSpeed engine that optimises its trained parameters with AdamW.
 
@@ -101,9 +135,10 @@ def make_engine(model, config: dict, lr: float):
         # The loop clips by itself there: DeepSpeed neither reports the norm nor stops at one that is not finite.
         config = config | {"gradient_clipping": 0.0}
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with broadcastable_scalars():
+            engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=parameters, optimizer=optimizer, config=config, dist_init_required=False
+            )
     except Exception as error:
         # What it asserts of its settings, one beside another; some of that it raises as a plain `Exception`.
         if not (isinstance(error, AssertionError | ValueError | DeepSpeedConfigError) or type(error) is Exception):
