@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, make_tiny_llm, read_log, run_many
+from conftest import ROOT, make_tiny_llm, read_log, run_many, run_prepared
 from safetensors.torch import load_file, save_file
 from test_every_bridge import batch, rows
 
@@ -18,12 +18,15 @@ from mindmerger.model.adapters import adapter_shapes, adapter_values, add_adapte
 from mindmerger.model.mapping_files import read_config
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
+from mindmerger.training.checkpoints import remove_leftovers
+from mindmerger.training.outputs import clear_outputs
 from mindmerger.training.settings import find_stage, parse, settle
 
 ADAPTER = ["--stage_name", "adapter", "--adapter_rank", "4", "--max_gen_len", "300", "--max_steps", "4"]
 ADAPTER += ["--eval_steps", "2"]
 BRIDGE = ["--stage_name", "augmentation", "--init_checkpoint", "none", "--max_gen_len", "300", "--max_steps", "2"]
 TRAINED = "outputs/MindMerger/math/augmentation"
+FEW = ["--task", "math_mgsm", "--languages", "sw,de", "--limit", "3", "--score_gold", "--max_new_tokens", "4"]
 
 
 def stage_flags(llm, encoder, datas):
@@ -140,9 +143,7 @@ def test_the_llm_alone_trains_an_adapter_on_the_same_rows_without_an_encoder(run
 
 def evaluate(results, datas, *flags):
     """Evaluates six questions and returns the results."""
-    common = ["--data_root", datas, "--task", "math_mgsm", "--languages", "sw,de", "--limit", "3", "--score_gold"]
-    common += ["--max_new_tokens", "4", "--results_dir", str(results)]
-    assert run_evaluation.main([*common, *flags]) == 0
+    assert run_evaluation.main([*FEW, "--data_root", datas, "--results_dir", str(results), *flags]) == 0
     return {path.parent.name: json.loads(path.read_text()) for path in results.glob("MindMerger/*/results.json")}
 
 
@@ -160,6 +161,19 @@ def test_an_evaluation_takes_the_adapter_beside_the_mapping_and_says_so(runs, da
     line = (tmp_path / "MindMerger/math_mgsm-adapter/predictions/Swahili.jsonl").read_text().split("\n")[0]
     model = MindMerger.from_pretrained(trained, dtype=torch.float32)
     assert answer(model, [json.loads(line)["source"]], languages="sw", max_new_tokens=4) == [json.loads(line)["output"]]
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_with_the_adapter_that_rank_0_has_read(runs, datas, tmp_path):
+    trained = str(runs[0] / "outputs/MindMerger/math/adapter")
+    results = evaluate(tmp_path / "one", datas, "--init_checkpoint", trained)["math_mgsm-adapter"]
+    flags = ["--init_checkpoint", trained, "--results_dir", str(tmp_path / "two")]
+    program = [ROOT / "run_evaluation.py", *FEW, "--data_root", datas, *flags]
+    codes, printed = run_prepared(*program, cwd=tmp_path, ranks=2)
+    assert codes == [0, 0], printed
+    again = json.loads((tmp_path / "two/MindMerger/math_mgsm-adapter/results.json").read_text())
+    assert again["gold"]["gold_loss"] == pytest.approx(results["gold"]["gold_loss"], abs=1e-5)
+    assert again["identity"] == results["identity"]
 
 
 @pytest.mark.slow
@@ -207,6 +221,17 @@ def test_zero_0_to_3_train_the_same_adapter_on_two_ranks(tiny_llm, tiny_encoder,
             assert (found[key] - expected[key]).abs().max() <= 1e-5, (name, key)
         assert read_log(folder) == pytest.approx(read_log(folders["zero0"]), abs=1e-5), name
     assert read_log(folders["half"]) == read_log(folders["zero3"])
+
+
+def test_starting_over_removes_the_adapter_folder_and_a_kill_leaves_no_half_file_in_it(tmp_path):
+    for folder in (tmp_path / "adapter", tmp_path / "last/adapter"):
+        folder.mkdir(parents=True)
+        (folder / ".adapter_model.safetensors.7.tmp").touch()
+        (folder / "adapter_config.json").touch()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*")} == {"adapter", "last", "adapter_config.json"}
+    clear_outputs(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(params=["lora", "dora"])
@@ -400,6 +425,7 @@ def test_a_merged_llm_is_an_ordinary_folder_that_answers_as_with_the_adapter(
         assert torch.equal(*ids) and not torch.equal(ids[0], plain.generate(**tensors, max_new_tokens=8))
 
 
+@pytest.mark.filterwarnings("ignore:.*lora_bias")
 def test_an_adapter_that_cannot_be_merged_leaves_nothing_behind(saved, tiny_llm, tmp_path):
     flags = ["--adapter_path", str(saved), "--output", str(tmp_path / "out")]
     with pytest.raises(UserError, match="was trained on the LLM"):
