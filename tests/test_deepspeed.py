@@ -186,6 +186,17 @@ def test_a_wrong_value_in_a_deepspeed_json_is_refused_by_file_and_key_path(read,
     assert message.startswith(f"{tmp_path / 'ds.json'}") and named in message and "\n" not in message
 
 
+@pytest.mark.parametrize(("section", "flag"), [("optimizer", "--lr"), ("scheduler", "--lr_scheduler")])
+def test_a_section_that_flags_settle_is_refused_with_the_flag(read, section, flag):
+    with pytest.raises(UserError, match=f"remove the section '{section}', its settings come from {flag}"):
+        read({section: {"type": "x"}})
+
+
+def test_a_deepspeed_json_that_is_not_there_is_answered_with_the_presets(tmp_path):
+    with pytest.raises(UserError, match=r"no DeepSpeed config .*absent\.json: presets are scripts/ds_zero0\.json"):
+        read_deepspeed_config(str(tmp_path / "absent.json"))
+
+
 def test_deepspeed_values_as_its_documentation_writes_them_are_taken(read, capsys):
     written = '{"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8, "overlap_comm": null,'
     written += (

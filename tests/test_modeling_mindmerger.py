@@ -366,6 +366,20 @@ def test_llm_alone_reads_bos_and_prompt(tiny_llm):
     assert torch.equal(ids, expected)
     with pytest.raises(ModelError, match="needs"):
         model.generate()
+    with pytest.raises(ModelError, match="greedy: do_sample=True is not available"):
+        model.generate(prompt_ids=prompt, prompt_mask=torch.ones_like(prompt), do_sample=True)
+
+
+def test_a_t5_in_fp16_is_refused_before_its_weights_load(tiny_encoder, monkeypatch):
+    """Its activations overflow there: every answer would be of NaN."""
+    monkeypatch.setattr("mindmerger.model.towers._from_pretrained", None)
+    with pytest.raises(ModelError, match="overflows in fp16, use bf16 or fp32"):
+        load_encoder(tiny_encoder, torch.float16)
+
+
+def test_a_mapping_without_a_config_names_the_way_to_load_it(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json: use from_models and load_mapping"):
+        MindMerger.from_pretrained(str(tmp_path))
 
 
 def test_bos_is_the_tokenizers_where_the_folder_has_one(tmp_path):

@@ -335,6 +335,8 @@ def test_a_border_among_equal_counts_is_announced(counted, tmp_path, capsys):
     flat = np.sort(run.counts["all"].reshape(-1))[::-1]
     assert flat[1] == flat[2], "the two kept neurons are not tied with a third one here"
     assert f"have the count {flat[1]} at which --peak 0.02 ends" in capsys.readouterr().err
+    assert analysis_neurons.main(["analyse", alone, "--peak", "1e-9", "--output_dir", str(tmp_path)]) == 0
+    assert f"--peak 1e-09 of {flat.size} neurons keeps none" in capsys.readouterr().err
 
 
 def test_a_heatmap_of_more_neurons_than_columns_shows_means(tmp_path):
@@ -354,6 +356,7 @@ def test_wrong_input_of_the_commands_is_one_line(counted, merged, datas, tmp_pat
         ([], "say what to do"),
         (few, "few holds counts already: pass --overwrite"),
         ([*few, "--tower", "encoder"], "needs an encoder"),
+        ([*few, "--score_gold"], "greedy answers alone: leave --score_gold out"),
         (["analyse", str(tmp_path)], "holds no counts: neurons.safetensors is missing"),
         (["analyse", "/nonexistent"], "^/nonexistent holds no counts: neurons.safetensors is missing"),
         (["analyse", alone, str(tmp_path / "few"), "--names", "a", "b"], r"few \(1 items\).*different items"),

@@ -542,8 +542,29 @@ def test_the_estimated_arithmetic_is_what_torch_counts_in_the_matrix_products(
 def test_flags_without_effect_are_said(flags, capsys):
     settled(flags, "--dev_size", 0, "--eval_steps", 2)
     assert "--eval_steps is ignored: with --dev_size 0 nothing is evaluated" in capsys.readouterr().err
-    settled(flags, "--dry_run", "--overwrite_output_dir")
-    assert "--overwrite_output_dir is ignored" in capsys.readouterr().err
+    for given in (["--overwrite_output_dir"], ["--allow_changed", "lr"], ["--resume_from_checkpoint", "x"]):
+        settled(flags, "--dry_run", *given)
+        assert f"{given[0]} is ignored: --dry_run neither resumes nor removes anything" in capsys.readouterr().err
+    settled(flags, "--gpu", "0,1")
+    assert "--gpu is ignored: choose GPUs with the launcher" in capsys.readouterr().err
+
+
+def test_a_stage_with_another_form_than_its_own_is_obeyed_and_said(flags, capsys):
+    """The published README has False for the augmentation stage, which silently trained Hard."""
+    fresh = ["--stage_name", "augmentation", "--init_checkpoint", "none"]
+    assert not settled(flags, *fresh, "--augmentation", "False").with_prompt
+    assert "--augmentation False in the augmentation stage: trains MindMerger-Hard" in capsys.readouterr().err
+    assert settled(flags, "--stage_name", "mapping", "--augmentation", "True").with_prompt
+    assert "trains with the translation prompt after the mapped source" in capsys.readouterr().err
+
+
+def test_an_adapter_on_the_llm_alone_takes_neither_a_form_without_prompt_nor_a_mapping(flags, capsys):
+    alone = ["--llm_only", "--stage_name", "adapter"]
+    with pytest.raises(UserError, match="--llm_only reads nothing but the prompt: leave --augmentation False out"):
+        settled(flags, *alone, "--augmentation", "False")
+    settings = settled(flags, *alone, "--init_checkpoint", "outputs/some/mapping")
+    assert "--init_checkpoint is ignored: --llm_only trains without a bridge" in capsys.readouterr().err
+    assert settings.init_file is None and settings.with_prompt
 
 
 def test_an_automatic_dev_split_of_nothing_is_said(flags, tmp_path, monkeypatch, capsys):
