@@ -506,3 +506,21 @@ def test_the_first_line_of_an_error_is_bounded_and_names_the_type_of_one_without
     assert first_line(RuntimeError("\nconnection lost\nframe #0: c10::Error")) == "connection lost"
     assert first_line(EOFError()) == "EOFError"
     assert len(first_line(ValueError("long " * 1000))) == 160
+
+
+def test_a_rank_that_reads_other_data_or_models_than_rank_0_is_named(monkeypatch):
+    """Nodes with copies of their own would train on one half of this and one half of that."""
+    monkeypatch.setattr(processes, "broadcast_object", lambda mine: {"data": "a", "mapping": "rank 0's alone"})
+    monkeypatch.setattr(processes, "rank", lambda: 3)
+    agreed = processes.agree_on({"data": "a", "mapping": None}, but="mapping")
+    assert agreed == {"data": "a", "mapping": "rank 0's alone"}
+    with pytest.raises(UserError, match="^rank 3 reads another data than rank 0: every node needs the same"):
+        processes.agree_on({"data": "b", "mapping": None}, but="mapping")
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes, "local_rank", lambda: 2)
+    with pytest.raises(UserError, match="needs GPU 2 but this node shows 2: start no more processes than there are"):
+        processes.init_distributed()
