@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import run_evaluation
 from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime.errors import UserError
 
 OLD = DATA / "version_0_1_0"
 MODELS = ["--llm_path", "llm", "--mt_path", "mt5", "--data_root", "datas", "--languages", "sw,de"]
@@ -69,10 +70,19 @@ def test_an_evaluation_that_an_earlier_version_left_unfinished_continues_to_the_
         assert (folders[0] / name).read_text() == (folders[1] / name).read_text(), name
 
 
-def test_results_of_an_earlier_version_are_shown_and_compared(old, capsys):
-    assert run_evaluation.main([*EVALUATION, "--save_name", "finished"]) == 0
-    assert "holds this evaluation already" in capsys.readouterr().err
-    shutil.copytree("results/finished", "results/again")
+def test_results_of_an_earlier_version_are_compared_and_shown_unless_the_scorer_has_changed_since(old, capsys):
+    again = [*EVALUATION, "--save_name", "again"]
+    assert run_evaluation.main(again) == 0
     folders = [f"results/{name}/math_mgsm-hard" for name in ("finished", "again")]
     assert run_evaluation.main(["--compare", *folders]) == 0
-    assert "6 items in common" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "6 items in common" in printed.out and "were scored by different versions" in printed.err
+    # As good as new but for the scores: in the place of a row they would be taken for today's.
+    with pytest.raises(UserError, match="another version of the scorer: 2 then, 3 now: pass --overwrite"):
+        run_evaluation.main([*EVALUATION, "--save_name", "finished"])
+    file = old / folders[0] / "results.json"
+    results = json.loads(file.read_text())
+    results["identity"]["version of the scorer"] = 3
+    file.write_text(json.dumps(results))
+    assert run_evaluation.main([*EVALUATION, "--save_name", "finished"]) == 0
+    assert "holds this evaluation already" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from mindmerger.evaluation.comparison import read_row
 from mindmerger.evaluation.flags import build_parser
 from mindmerger.evaluation.probes import exchange_rows
 from mindmerger.evaluation.settings import settle
-from mindmerger.generation import answers
+from mindmerger.generation import answers, gold
 from mindmerger.generation.answers import Generation, answer, generate_batch, split_batches
 from mindmerger.model.mapping_files import save_released
 from mindmerger.model.mindmerger import MindMerger
@@ -257,11 +258,11 @@ def test_results_of_an_older_scorer_compare_but_are_not_taken_for_this_evaluatio
     new, old = tmp_path / "results/MindMerger/math_mgsm", tmp_path / "older/MindMerger/math_mgsm"
     shutil.copytree(new, old)
     results = json.loads((old / "results.json").read_text())
-    assert results["identity"].pop("version of the scorer") == 2
+    assert results["identity"].pop("version of the scorer") == 3
     (old / "results.json").write_text(json.dumps(results))
     assert main(["--compare", str(old), str(new)]) == 0
     assert "were scored by different versions" in capsys.readouterr().err
-    with pytest.raises(UserError, match="finished evaluation with another version of the scorer: None then, 2 now"):
+    with pytest.raises(UserError, match="finished evaluation with another version of the scorer: None then, 3 now"):
         evaluate(*FEW, "--results_dir", tmp_path / "older")
     # Answers without scores are as good as new: an unfinished evaluation continues.
     partial = old / ".partial"
@@ -919,6 +920,18 @@ def test_gold_answers_change_no_answer_and_nothing_else_in_the_results(evaluate,
     for one in (*scored["languages"].values(), scored["mean"]):
         one.pop("gold_loss"), one.pop("gold_tokens", None)
     assert scored["languages"] == without["languages"] and scored["mean"] == without["mean"]
+
+
+def test_a_gold_loss_that_is_not_a_number_names_the_weight_that_makes_it_so(world):
+    tokenizers = answers._cached_tokenizers(world.encoder, world.llm)
+    columns = {"encoder_ids": [[5, 6]], "prompt_ids": [[7]], "target_ids": [[8, 2]]}
+    settings = SimpleNamespace(tokenizers=tokenizers, columns=columns, max_new_tokens=1)
+    assert gold.score_gold(world.model, settings, [0])[0]["gold_tokens"] == 2
+    broken = deepcopy(world.model)
+    with torch.no_grad():
+        broken.llm.model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match=r"llm\.model\.norm\.weight of the LLM .* has values that are NaN"):
+        gold.score_gold(broken, settings, [0])
 
 
 def test_comparisons_name_the_probe_and_both_gold_losses(evaluate, tmp_path, capsys):

@@ -21,7 +21,7 @@ def score_gold(model, settings, batch: list[int]) -> list[dict]:
     with explain_batch_out_of_memory(inputs, settings.max_new_tokens), torch.no_grad():
         losses = row_losses(model, inputs)
     if not all(loss.isfinite() for loss in losses):
-        raise model.not_finite()
+        raise model.not_finite_error()
     tokens = [len(settings.columns["target_ids"][i]) for i in batch]
     return [{"gold_loss": loss.item(), "gold_tokens": n} for loss, n in zip(losses, tokens, strict=True)]
 

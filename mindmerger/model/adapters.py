@@ -46,7 +46,7 @@ def require_peft() -> None:
         ModelError: naming what installs it.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ModelError('adapters need the package peft: pip install "mindmerger[adapters]", or pip install peft')
+        raise ModelError("adapters need the package peft: pip install peft")
 
 
 def adapter_values(
