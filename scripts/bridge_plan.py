@@ -131,7 +131,6 @@ class StageRows:
             "steps": len(taken),
             "epochs": -(-len(taken) // per_epoch),
             "target_tokens": total,
-            "prompt": self.stage.with_prompt,
         }
 
     def parameters(self) -> int:
@@ -300,7 +299,7 @@ def main(argv=None) -> int:
     files.write_json_atomic(args.output, plan)
     # Tabs, for a shell to read.
     for line in plan["lines"]:
-        columns = ("phase", "bridge", "seed", "stage", "data", "steps", "epochs", "prompt")
+        columns = ("phase", "bridge", "seed", "stage", "data", "steps", "epochs")
         sys.stdout.write("\t".join(str(line[name]) for name in columns) + "\n")
     return 0
 

@@ -6,9 +6,8 @@
 #
 # For each bridge of mindmerger.bridges.BRIDGES: its stages in order with each of LRS and the first seed, the learning
 # rate with the lowest dev loss of the last stage, its stages with that rate and every seed, and an evaluation of each
-# seed, also with the prefix of another question (--probe_prefix shuffled) where the LLM reads a prompt beside it. The
-# same for the control of every bridge, an adapter on the LLM alone that is trained on the task's rows. Then the LLM
-# alone, once. Rows: the LLM alone, the bridges, the LLM with an adapter, ST-Merge (not reproduced). What cannot be made
+# seed, also with the prefix of another question (--probe_prefix shuffled). The same but for the prefix for the control
+# of every bridge, an adapter on the LLM alone that is trained on the task's rows. Then the LLM alone, once. Rows: the LLM alone, the bridges, the LLM with an adapter, ST-Merge (not reproduced). What cannot be made
 # is listed as missing with the reason. What is finished is kept: the same command continues.
 #
 # Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced
@@ -129,18 +128,18 @@ finish() {
     printf '%s' "$*" >"$stamp"
 }
 
-# train_bridge BRIDGE LR SEED PHASE: trains its stages in order. The last one's folder is then in `trained`, and whether
-# it reads a prompt in `prompted`. False, with the reason in REPLY, when a stage is refused.
+# train_bridge BRIDGE LR SEED PHASE: trains its stages in order. The last one's folder is then in `trained`. False, with
+# the reason in REPLY, when a stage is refused.
 train_bridge() {
-    local name=$save_name-$1-lr$2-seed$3 command_line=() program=() phase bridge seed stage data steps epochs prompt
+    local name=$save_name-$1-lr$2-seed$3 command_line=() program=() phase bridge seed stage data steps epochs
     if [[ $1 == "$control" ]]; then name=$save_name-adapter-lr$2-seed$3; fi
     if [[ $4 == search ]]; then name+=-search; fi
-    while IFS=$'\t' read -r phase bridge seed stage data steps epochs prompt <&4; do
+    while IFS=$'\t' read -r phase bridge seed stage data steps epochs <&4; do
         if [[ "$phase|$bridge|$seed" != "$4|$1|$3" ]]; then continue; fi
         stage_flags "$data"
         program=(python run_training.py)
         if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then program=(launch run_training.py --deepspeed); fi
-        trained=$output_dir/$name/$trained_task/$stage prompted=$prompt
+        trained=$output_dir/$name/$trained_task/$stage
         if [[ $bridge == "$control" ]]; then
             command_line+=(--llm_only "${adapter_words[@]}")
             trained=$output_dir/$name/$trained_task/llm_adapter
@@ -266,14 +265,8 @@ for one in "${names[@]}"; do
         fi
         given=(--llm_path "$llm" --mt_path "$encoder" --init_checkpoint "$trained")
         evaluate_row "$one" "$one-lr$rate-seed$seed" "${given[@]}"
-        if [[ $prompted == True ]]; then
-            evaluate_row "$one (shuffled prefix)" "$one-lr$rate-seed$seed-shuffled" "${given[@]}" \
-                --probe_prefix shuffled
-        fi
+        evaluate_row "$one (shuffled prefix)" "$one-lr$rate-seed$seed-shuffled" "${given[@]}" --probe_prefix shuffled
     done
-    if [[ ${prompted-} == False && $one != "$control" ]]; then
-        missing "$one (shuffled prefix)" "the LLM reads no prompt beside the prefix, so nothing would be left to answer"
-    fi
 done
 if [[ -n $no_control ]]; then missing "$control" "$no_control"; fi
 missing "st_merge" "not reproduced: its code is not published; docs/bridges.md has the published numbers"
