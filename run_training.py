@@ -55,8 +55,12 @@ if TYPE_CHECKING:  # numpy and torch are imported where they are used: --help an
     from mindmerger.data.loader import GlobalBatch, TrainingData
 
 # What a stage trains on, by the names that tokenised data of earlier versions is found under.
-DATA_OF_STAGE = {"pairs": "mapping", "task": "augmentation", "english_task": "augmentation"}
-DATA_OF_STAGE |= {"question_pairs": "question"}
+DATA_OF_STAGE = {
+    "pairs": "mapping",
+    "question_pairs": "question",
+    "task": "augmentation",
+    "english_task": "augmentation",
+}
 STEPS_PER_RELEASE = 4  # how often pages of the data set are given back: a step may touch 10 MB of them
 
 
