@@ -32,7 +32,7 @@ The output is an ordinary model folder: python run_evaluation.py --llm_only --ll
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one weight (O, I): s, A (r, I), B (O, r) in fp32, and for DoRA m (O,)."""
+    """Change of one weight (O, I) by an adapter: s, A (r, I), B (O, r) in fp32, and for DoRA m (O,)."""
 
     scaling: float
     a: "torch.Tensor"

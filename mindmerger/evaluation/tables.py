@@ -91,7 +91,7 @@ def format_results(results: dict) -> str:
     return "\n".join(lines)
 
 
-# What a merge or an adapter leaves in a model folder: then it is no longer the model that its name says.
+# Files that a merge or an adapter leaves in a model folder, which then holds another model than its name says.
 CHANGED_MODEL = ("merge.json", "mergekit_config.yml", "adapter_config.json")
 
 
@@ -111,7 +111,7 @@ def is_model(path: str, hub_name: str | None, name: str) -> bool:
     # Asked before the name: a merge may stand under the name of the model that it started from.
     if any((folder / file).exists() for file in CHANGED_MODEL):
         return False
-    # A link to the hub's cache is as good as its place there.
+    # A link into the hub's cache counts as the place there.
     folder = folder.resolve()
     cached = [part for part in folder.parts if part.startswith("models--")]
     if cached:
@@ -132,8 +132,8 @@ def published_scores(task: Task, form: str, llm_path: str, mt_path: str | None, 
         rows: language to its number of rows in the run.
 
     Returns:
-        label, note (what the mean covers, and whether the rows are others), scores by language, mean; None where there
-        is no such row: the Hard form has none, nor has an average alone a place beside fewer languages than it covers.
+        label, note (what the mean covers, and whether the rows are others), scores by language, mean; None without
+        such a row: for the Hard form, and where an average covers more languages than the run.
     """
     if form == "hard" or (form == "soft" and not is_model(mt_path, PUBLISHED_ENCODER, "mt5-xl")):
         return None

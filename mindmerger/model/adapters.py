@@ -2,7 +2,7 @@
 
 An adapter is a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`), which plain `peft` loads. What it is
 travels as the values of that config: the layers it changes, and with it the names and shapes of its tensors, follow
-from them and the LLM. PEFT is imported where an adapter is used, and nowhere else.
+from them and the LLM. PEFT is imported inside functions: it is an extra.
 """
 
 import hashlib

@@ -129,7 +129,7 @@ class FiniteLogits:
 
     Of NaN, infinity and nothing but -inf `argmax` makes a token, as if it were an answer. A mask of single tokens, -inf
     each, is legal. `generate` gets `note` as a logits processor and `stop` as a stopping criterion. The result stays on
-    the device, where `generate` looks at it with its own end-of-text flags: nothing more is synchronised per token.
+    the device, where `generate` looks at it with its own end-of-text flags.
     """
 
     def __init__(self):

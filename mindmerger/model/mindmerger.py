@@ -289,7 +289,7 @@ class MindMerger(nn.Module):
             encoder_input_ids, encoder_attention_mask: (B, S), any padding side; None for the LLM alone.
             target_ids, target_mask: (B, T), ending in EOS where they should.
             prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
-            Masks may stay on the CPU while ids are on the model's device: packing then costs no synchronisation.
+            Masks may stay on the CPU while ids are on the model's device: packing is planned where they are.
         """
         embeds, masks, memory = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
         embeds.append(self.llm.get_input_embeddings()(target_ids))

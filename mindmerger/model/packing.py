@@ -26,8 +26,8 @@ def plan_packing(masks: list[torch.Tensor], padding_side: str, target_segment: i
     """Plans how segments, each padded on any side, become rows with contiguous real tokens.
 
     Args:
-        masks: one (B, n_i) mask of 0/1 for each segment, in merged order, all on one device. On the CPU the plan
-            costs no device synchronisation, which is why callers may leave masks there.
+        masks: one (B, n_i) mask of 0/1 for each segment, in merged order, all on one device, which may be the
+            CPU while the model is elsewhere.
         padding_side: "right" for training, "left" for generation.
         target_segment: the segment whose tokens are predicted.
     """

@@ -210,7 +210,7 @@ def make_run(args, folder: Path, stage: str, model, device, token_budget: int | 
 
 
 class NoSignals:
-    """Stands for `Signals` where nothing has to be interrupted; its reading is the same one synchronisation."""
+    """Stands for `Signals` where nothing has to be interrupted; it reads the same values."""
 
     save_agreed = False
 
