@@ -8,7 +8,6 @@ Read it from `main`, the order of an evaluation: settings, the results folder an
 summary. `answer()`, for use from Python, can be imported from here.
 """
 
-import contextlib
 import time
 from dataclasses import asdict
 
@@ -18,7 +17,6 @@ from mindmerger.evaluation.summary import summarise
 from mindmerger.generation.answers import answer, answer_batches, load_model, split_evaluation, start_engine
 from mindmerger.generation.gold import score_gold
 from mindmerger.runtime.command import run_main
-from mindmerger.runtime.files import FolderLock
 from mindmerger.runtime.processes import (
     agree_on,
     broadcast_object,
@@ -26,8 +24,10 @@ from mindmerger.runtime.processes import (
     gather_objects,
     init_distributed,
     is_main,
+    locked_folder,
     log,
     on_all_ranks,
+    on_rank_0,
     progress_bar,
     rank,
     warn,
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = on_all_ranks(settle, args, on_gpu=device.type == "cuda")
     settings.identity = agree_on(settings.identity, but=MAPPING_HASH)
     # A second run in one folder would mix its answers into these.
-    with locked(settings.folder):
+    with locked_folder(settings.folder):
         results, finished = open_folder(settings)
         if results is None:
             results = evaluate(settings, device, finished)
@@ -76,17 +76,6 @@ def check_engine(engine: str, device) -> None:
         log(f"--engine vllm: version {check_vllm(device.type)}")
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Context manager: the results folder belongs to this run alone. Rank 0 holds the lock for all ranks."""
-    lock = on_all_ranks(lambda: FolderLock(folder) if is_main() else None)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
-
-
 def open_folder(settings: Settings) -> tuple[dict | None, dict[int, dict]]:
     """Makes the results folders of all ranks ready for this evaluation.
 
@@ -97,8 +86,7 @@ def open_folder(settings: Settings) -> tuple[dict | None, dict[int, dict]]:
     from mindmerger.evaluation.results import join_results, open_results
 
     folder, identity, number = settings.folder, settings.identity, len(settings.examples)
-    opened = on_all_ranks(lambda: open_results(folder, identity, number, settings.overwrite) if is_main() else None)
-    results, finished = broadcast_object(opened)
+    results, finished = on_rank_0(open_results, folder, identity, number, settings.overwrite)
     if results is not None:
         log(f"{folder} holds this evaluation already, nothing is generated; --overwrite starts over")
         if "resampling" not in results and len(results["languages"]) > 1:

@@ -25,6 +25,7 @@ from mindmerger.runtime.processes import (
     is_main,
     log,
     on_all_ranks,
+    on_rank_0,
     progress_bar,
     rank,
     warn,
@@ -181,7 +182,7 @@ def train_step(run: Run, step: int, batch: "GlobalBatch") -> tuple[dict, int]:
         losses.append(loss.detach())  # read together with the norm: `.item()` here would wait once a micro-batch
         run.signals.alive()
     with explain_step_out_of_memory(inputs, UPDATE_MEMORY_FLAGS, f"in the update of step {step + 1}, "):
-        norm, loss, code = apply_gradient(run, step, batch, losses)  # the step's only wait for the GPU
+        norm, loss, code = apply_gradient(run, step, batch, losses)
     # --------------------------------------------------------------------------------------------------------------
     return {"loss": loss, "lr": rate, "grad_norm": norm, **throughput(run, batch, time.perf_counter() - started)}, code
 
@@ -212,7 +213,7 @@ def apply_gradient(run: Run, step: int, batch: "GlobalBatch", losses: list) -> t
     if by_hand:
         trained = list(engine.module.trained_parameters().values())
         norm = torch.nn.utils.clip_grad_norm_(trained, run.args.max_grad_norm)
-    # The one synchronisation of the step. At ZeRO 0 all ranks have the same norm.
+    # Loss, norm and what a signal asked for go through one call. At ZeRO 0 all ranks have the same norm.
     code, sums = run.signals.agree(run.device, step_loss, norm / world_size())
     loss, norm = sums.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -312,7 +313,7 @@ def prepare(args, cache_dir=None) -> tuple[Settings, "TrainingData"]:
 def run_stage(settings: Settings, data: "TrainingData", device) -> int:
     """Trains the stage in its locked output folder; returns the exit code."""
     with locked(settings.output_dir, start_over=settings.args.overwrite_output_dir):
-        checkpoint = broadcast_object(on_all_ranks(find_checkpoint_to_resume, settings, data.examples))
+        checkpoint = on_rank_0(find_checkpoint_to_resume, settings, data.examples)
         run, progress = build(settings, data, device, checkpoint)
         with recording(settings.args, settings.output_dir) as run.record:
             on_all_ranks(write_settings, settings, data.examples)

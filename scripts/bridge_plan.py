@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from mindmerger.runtime import command, files
-from mindmerger.runtime.command import CommandParser, at_least
+from mindmerger.runtime.command import CommandParser, at_least, number_where
 from mindmerger.runtime.errors import UserError
 
 KINDS = ("pairs", "question_pairs", "task", "english_task")  # what a stage reads: `Stage.data`
@@ -39,19 +39,6 @@ def _seeds(text: str) -> list[int]:
     return [at_least(0)(name) for name in _names(text)]
 
 
-def _share(text: str) -> float:
-    from argparse import ArgumentTypeError
-
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    # Written so that NaN, which compares as false, is refused too.
-    if not 0 < value < 1:
-        raise ArgumentTypeError(f"expected a number above 0 and below 1, got {text[:40]!r}")
-    return value
-
-
 def build_parser():
     """Returns the parser."""
     parser = CommandParser(prog="python -m scripts.bridge_plan", description=__doc__)
@@ -65,7 +52,8 @@ def build_parser():
         "stages read in the passes that the flags give them)")  # fmt: skip
     add("--search_tokens", type=at_least(1), help="of each training that searches a learning rate (default: as "
         "--target_tokens, and the best one counts as the first seed's training)")  # fmt: skip
-    add("--pairs_share", type=_share, help="share of the target tokens for stages on sentence pairs, of a bridge that "
+    share = number_where(lambda value: 0 < value < 1, "a number above 0 and below 1")
+    add("--pairs_share", type=share, help="share of the target tokens for stages on sentence pairs, of a bridge that "
         "has both kinds (default: as mindmerger's stages share them, 0.5 with --target_tokens)")  # fmt: skip
     add("--control", action="store_true", help="also an adapter on the LLM alone, with the words for stages on task "
         "and those of --adapter_word")  # fmt: skip

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindmerger.evaluation.items import add_item_flags, find_items
-from mindmerger.runtime.command import CommandParser, run_main, versions
+from mindmerger.runtime.command import CommandParser, number_where, run_main, versions
 from mindmerger.runtime.files import model_path, write_csv_atomic, write_json_atomic
 from mindmerger.runtime.processes import log, progress_bar
 from mindmerger.tasks.base import Task
@@ -367,16 +367,6 @@ def format_table(rows: list[dict], results: list[str]) -> str:
     return text
 
 
-def _threshold(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of the command line."""
     parser = CommandParser(prog="python -m mindmerger.analysis.contamination", description=__doc__)
@@ -400,7 +390,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="results folders of evaluations: adds their accuracy on all, clean and dirty items",
     )
     parser.add_argument(
-        "--threshold", type=_threshold, default=THRESHOLD, help="share from which an item is contaminated (default 0.7)"
+        "--threshold",
+        type=number_where(lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+        default=THRESHOLD,
+        help="share from which an item is contaminated (default 0.7)",
     )
     parser.add_argument(
         "--output_dir", default="results/contamination", help="folder of the result (default results/contamination)"

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindmerger.analysis.activations import NeuronError, find_activations, observe_answers, observe_encoder
-from mindmerger.runtime.command import CommandParser, run_main, versions
+from mindmerger.runtime.command import CommandParser, number_where, run_main, versions
 from mindmerger.runtime.files import write_bytes_atomic, write_csv_atomic, write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import log, progress_bar, warn, world_size
 
@@ -387,7 +387,7 @@ def build_analyse_parser() -> argparse.ArgumentParser:
     parser.add_argument("--names", nargs="+", help="names of the runs in tables and legends, one per folder")
     parser.add_argument(
         "--peak",
-        type=_share,
+        type=number_where(lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         default=0.01,
         help="the share p of all N neurons to keep as the most active: the first floor(N * p) (default 0.01)",
     )
@@ -395,17 +395,6 @@ def build_analyse_parser() -> argparse.ArgumentParser:
         "--output_dir", default="results/neurons", help="folder of tables and pictures (default results/neurons)"
     )
     return parser
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    # Written so that NaN, which compares as false, is refused too.
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:

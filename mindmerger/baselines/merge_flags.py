@@ -1,9 +1,12 @@
 """Flags that the merging commands share. Imports nothing heavy, so that `--help` answers at once."""
 
 import argparse
+import math
 import shlex
 from fractions import Fraction
 from pathlib import Path
+
+from mindmerger.runtime.command import number_where
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -55,19 +58,7 @@ def ratio(text: str) -> Fraction:
     return value
 
 
-def number(text: str) -> float:
-    """Reads a finite number.
-
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not abs(value) < float("inf"):  # a NaN too
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return value
+number = number_where(math.isfinite, "a number")
 
 
 def count(text: str) -> int:
@@ -82,13 +73,5 @@ def count(text: str) -> int:
     return int(text)
 
 
-def shard_gb(text: str) -> float:
-    """Reads a shard size in units of 10^9 bytes.
-
-    Raises:
-        argparse.ArgumentTypeError: unless it is above 0 and at most 5.
-    """
-    value = number(text)
-    if not 0 < value <= 5:
-        raise argparse.ArgumentTypeError(f"expected a size above 0 and at most 5, got {text!r}")
-    return value
+# In units of 10^9 bytes.
+shard_gb = number_where(lambda value: 0 < value <= 5, "a size above 0 and at most 5")

@@ -7,24 +7,15 @@ from mindmerger.evaluation.parallel_input import add_arguments as add_parallel_a
 from mindmerger.evaluation.parallel_input import options_of
 from mindmerger.evaluation.probes import PROBES
 from mindmerger.generation.answers import DEFAULT_MAX_LEN
-from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, parse_bool
+from mindmerger.runtime.command import CommandParser, at_least, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import warn
 
 
 def _at_least(minimum: int):
-    def parse_number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        # An upper end too: numpy's generators and torch's sizes overflow with a traceback.
-        if value is None or not minimum <= value < 2**64:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text[:40]!r}")
-        return value
-
-    return parse_number
+    # An upper end too: numpy's generators and torch's sizes overflow with a traceback.
+    return at_least(minimum, below=2**64)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.processes import broadcast_object, is_main, log, on_all_ranks, warn
+from mindmerger.runtime.processes import is_main, log, on_rank_0, warn
 
 # The released scripts' defaults, which published commands rely on.
 DEFAULT_LLM = "../LLMs/Llama-2-7b-hf"
@@ -30,7 +30,7 @@ class Models(NamedTuple):
 def find_models_on_rank_0(args: argparse.Namespace, task) -> Models:
     """Returns on every rank what `find_models` finds on rank 0, whose node alone may have the mapping."""
     # Rank 0's answer: a node without the file would otherwise end the run.
-    return broadcast_object(on_all_ranks(lambda: find_models(args, task) if is_main() else None))
+    return on_rank_0(find_models, args, task)
 
 
 def find_models(args: argparse.Namespace, task) -> Models:
@@ -92,7 +92,7 @@ def check_adapter_fits(models: Models, engine: str):
             f"--engine {engine} takes no adapter: merge it first (python -m mindmerger.baselines.merge_adapter), and "
             "pass the merged LLM with --adapter_path none"
         )
-    return broadcast_object(on_all_ranks(lambda: check_adapter(models.adapter, models.llm) if is_main() else None))
+    return on_rank_0(check_adapter, models.adapter, models.llm)
 
 
 def choose_bridge(args: argparse.Namespace, recorded, mapping_file: str) -> tuple[str, dict[str, str]]:

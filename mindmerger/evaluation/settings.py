@@ -84,7 +84,7 @@ class Settings:
 
     @property
     def two_scorers(self) -> bool:
-        """Whether the released scorer reads this task's outputs otherwise than ours, which shows on an empty one."""
+        """Whether the released scorer and ours read this task's outputs differently, which an empty one shows."""
         empty = self.task.score("", "0")
         return empty.prediction != empty.reference_prediction
 

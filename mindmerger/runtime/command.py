@@ -2,9 +2,11 @@
 
 import argparse
 import io
+import math
 import os
 import sys
 import unicodedata
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -77,6 +79,27 @@ def at_least(minimum: int, below: int = 2**63):
         return value
 
     return parse
+
+
+def number_where(accepts: Callable[[float], bool], what: str):
+    """Returns a flag's type: the numbers that `accepts` takes, which a message calls `what`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            # Fails every comparison, so that one check refuses a text and a NaN alike.
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text[:40]!r}")
+        return value
+
+    return parse
+
+
+# Finite: DeepSpeed's JSON and the checkpoint's hold no infinity.
+positive = number_where(lambda value: 0 < value < math.inf, "a finite number above 0")
+share = number_where(lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
 
 def check_save_name(name: str, flag: str = "--save_name") -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 from mindmerger.runtime.errors import ReportedError, StartError, UserError, first_line
+from mindmerger.runtime.files import FolderLock
 from mindmerger.runtime.messages import _Lines, say, say_error
 from mindmerger.runtime.place import LAUNCHER_VARIABLES, Place, _place_or_alone, find_place
 from mindmerger.runtime.watch import LEAVING_WAIT_S, _Watch, kill_children
@@ -236,6 +237,31 @@ def first_on_each_node(function, *args, **kwargs):
     first = on_all_ranks(call, local_rank() == 0)
     others = on_all_ranks(call, local_rank() != 0)
     return first if local_rank() == 0 else others
+
+
+def on_rank_0(function, *args, **kwargs):
+    """Calls `function` on rank 0 alone and returns its result on every rank; where it fails, all fail.
+
+    Raises:
+        ReportedError: on every rank, when `function` raised `UserError`.
+    """
+    return broadcast_object(on_all_ranks(lambda: function(*args, **kwargs) if is_main() else None))
+
+
+@contextlib.contextmanager
+def locked_folder(folder):
+    """Context manager: a folder belongs to this run alone.
+
+    Raises:
+        ReportedError: on every rank, when another run holds it.
+    """
+    # Rank 0's lock alone: it writes everything, and on another node the folder may be another disk's.
+    lock = on_all_ranks(lambda: FolderLock(folder) if is_main() else None)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def broadcast_object(value):

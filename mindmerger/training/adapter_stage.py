@@ -1,9 +1,8 @@
 """The adapter stage: its flags, what they come to, and the LLM that is trained without a bridge as its control."""
 
 import argparse
-import math
 
-from mindmerger.runtime.command import at_least
+from mindmerger.runtime.command import at_least, positive, share
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import warn
 
@@ -19,34 +18,13 @@ DEFAULTS = {
 }
 
 
-def _dropout(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0 and below 1, got {text[:40]!r}")
-    return value
-
-
-def _alpha(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text[:40]!r}")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that count in the adapter stage; none has a default there, so that a given one shows."""
     add = parser.add_argument_group("adapter (--stage_name adapter)").add_argument
     add("--adapter", choices=("lora", "dora"), help="kind of adapter on the LLM (default: lora)")
     add("--adapter_rank", type=at_least(1, 2**31), help="rank of its matrices (default: 16)")
-    add("--adapter_alpha", type=_alpha, help="its output is scaled by alpha / rank (default: 32)")
-    add("--adapter_dropout", type=_dropout, help="dropout of its input in training (default: 0.05)")
+    add("--adapter_alpha", type=positive, help="its output is scaled by alpha / rank (default: 32)")
+    add("--adapter_dropout", type=share, help="dropout of its input in training (default: 0.05)")
     add("--adapter_targets", help="the LLM's linear layers that have one, by the end of their names, separated by "
         "commas (default: q_proj,v_proj)")  # fmt: skip
     add("--llm_only", action="store_true", help="train an adapter on the LLM alone, on the same rows with their "

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import FolderLock, remove, write_json_atomic, write_text_atomic
-from mindmerger.runtime.processes import is_main, log, on_all_ranks, warn, world_size
+from mindmerger.runtime.files import remove, write_json_atomic, write_text_atomic
+from mindmerger.runtime.processes import is_main, locked_folder, log, on_all_ranks, warn, world_size
 from mindmerger.training.checkpoints import (
     check_state,
     check_tensors,
@@ -39,11 +39,8 @@ def locked(output_dir: Path, start_over: bool):
     Raises:
         UserError: when another run holds the folder, or something cannot be removed.
     """
-    with contextlib.ExitStack() as stack:
-        # Rank 0's alone: it writes everything, and on another node the folder may be another disk's.
-        lock = on_all_ranks(lambda: FolderLock(output_dir) if is_main() else None)
-        if lock is not None:
-            stack.callback(lock.release)
+    with locked_folder(output_dir):
+        if is_main():
             # Under the lock: without it they could be those of a run at work.
             remove_leftovers(output_dir)
         if start_over:
@@ -146,14 +143,12 @@ def clear_outputs(output_dir: Path) -> None:
 
 
 def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
-    """Returns the checkpoint to resume from as (folder, tensors, state), or three times None. Rank 0 reads it.
+    """Returns the checkpoint to resume from as (folder, tensors, state), or three times None. For rank 0.
 
     Raises:
         UserError: when it belongs to another run, naming the first difference, or a named one is damaged, or its
             content is not training state of these models.
     """
-    if not is_main():
-        return None, None, None
     args = settings.args
     given = None if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
     folder = given

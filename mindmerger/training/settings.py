@@ -1,7 +1,6 @@
 """Training's command line, and everything that can be settled before anything loads."""
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from mindmerger.runtime.command import (
     check_save_name,
     check_seed,
     parse_bool,
+    positive,
+    share,
 )
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
@@ -41,29 +42,6 @@ def _dev_size(text: str) -> int | str:
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number of examples of at least 0, or auto, got {text!r}")
     return text if text == "auto" else int(text)
-
-
-def _positive(text: str) -> float:
-    """Reads a number that must be finite: DeepSpeed's JSON and the checkpoint's hold no infinity."""
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text[:40]!r}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0 and below 1, got {text[:40]!r}")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        # Fails every comparison, so that one check refuses a text and a NaN alike.
-        return math.nan
 
 
 # Names and defaults of published flags are the released scripts', so that their commands run unchanged.
@@ -106,10 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     adapter_stage.add_arguments(parser)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=_positive, default=2e-5, help="learning rate of AdamW")
+    add("--lr", type=positive, default=2e-5, help="learning rate of AdamW")
     add("--lr_scheduler", choices=("constant", "cosine", "linear"), default="constant", help="decay after warm-up")
-    add("--warmup_ratio", type=_share, default=0.0, help="share of the steps with a linearly rising learning rate")
-    add("--max_grad_norm", type=_positive, help="gradient clipping (default: the DeepSpeed config's, else 1.0)")
+    add("--warmup_ratio", type=share, default=0.0, help="share of the steps with a linearly rising learning rate")
+    add("--max_grad_norm", type=positive, help="gradient clipping (default: the DeepSpeed config's, else 1.0)")
     add("--epoch_num", type=at_least(1), default=3, help="passes over the training set")
     add("--max_steps", type=at_least(1), help="end after this many optimizer steps")
     add("--train_batch_size", type=at_least(1), default=24, help="examples of one optimizer step, over all processes")
