@@ -257,8 +257,8 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
     from mindmerger.model.mapping_files import mapping_sha256
     from mindmerger.model.towers import model_fingerprint
 
-    # Without the question, which no answer depends on.
-    rows = [astuple(example)[:-1] for example in settings.examples]
+    # Without the question, which no answer depends on, and the labels, which generating does not know.
+    rows = [astuple(example)[:6] for example in settings.examples]
     parallel = settings.parallel_input or {}
     return {
         "--task": settings.task.name,

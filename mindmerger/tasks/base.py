@@ -17,7 +17,8 @@ class Example:
     `shrinkable` is the span of the prompt that may be shortened when the prompt is too long, never the template's end.
     `id` is the language's code and the row's number within its language: parallel test sets share the numbers.
     `question` is the record's own id where the data have one, which its translations share: X-CSQA's files hold their
-    rows in another order in every language.
+    rows in another order in every language. `labels` are the answers that the row may have, in the data's order, where
+    they are given beforehand.
     """
 
     id: str
@@ -27,10 +28,12 @@ class Example:
     target: str
     shrinkable: tuple[int, int] = (0, 0)
     question: str = ""
+    labels: tuple[str, ...] = ()
 
 
-# What a task's parse function makes of a record: source, prompt, shrinkable span of the prompt, target.
-Parsed = tuple[str, str, tuple[int, int], str]
+# What a task's parse function makes of a record: source, prompt, shrinkable span of the prompt, target; and the labels
+# that the row can be answered with, where rows differ in them.
+Parsed = tuple[str, str, tuple[int, int], str] | tuple[str, str, tuple[int, int], str, tuple[str, ...]]
 
 
 def _fill(before: str, text: str, after: str) -> tuple[str, tuple[int, int]]:
@@ -47,7 +50,9 @@ class Task:
 
     In file patterns {code} and {name} stand for the language; a file without them mixes languages and tells each
     row's by `language_field`. `published` is {row label: {language name or "avg": accuracy in percent}}, measured on
-    `published_rows` rows of each language; a label holds its LLM's name in PUBLISHED_LLMS.
+    `published_rows` rows of each language; a label holds its LLM's name in PUBLISHED_LLMS. `labels` are all answers
+    that a row can have, None where answers are free text; where rows differ in them, the parse function says which are
+    the row's own.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Task:
     published: Mapping[str, Mapping[str, float]]
     published_rows: int | None = None
     scorer_version: int | None = None  # None where no other version has ever scored the task
+    labels: tuple[str, ...] | None = None
 
     def gold_key(self, target: str, language: str) -> str:
         """Returns a gold answer in a form that translations of one row share: 1,450 in English is 1.450 in German."""
@@ -147,7 +153,7 @@ class Task:
                     # Passed over unparsed: nothing is asked of rows that nobody trains on.
                     if languages is not None and language not in languages or given[language.name] == limit:
                         continue
-                    example = _example(parse, record, language, seen[language.name], mixed)
+                    example = self._example(parse, record, language, seen[language.name], mixed)
                 except RowError as error:
                     if faults is None or language is None and parse is self.parse_evaluation:
                         raise
@@ -165,13 +171,14 @@ class Task:
             held = ", ".join(f"{name} ({count})" for name, count in seen.items())
             raise DataError(f"{path}: no rows in {', '.join(absent)}; the file holds {held}")
 
-
-def _example(parse, record: Record, language: Language, number: int, mixed: bool) -> Example:
-    source, prompt, shrinkable, target = parse(record, language)
-    # In a file of several languages an id would be a row's, not a question's.
-    has_own = not mixed and isinstance(record.value, dict) and isinstance(record.value.get("id"), str)
-    question = record.text("id", may_be_empty=True).strip() if has_own else ""
-    return Example(f"{language.code}-{number}", language.name, source, prompt, target, shrinkable, question)
+    def _example(self, parse, record: Record, language: Language, number: int, mixed: bool) -> Example:
+        source, prompt, shrinkable, target, *own = parse(record, language)
+        [labels] = own or [self.labels or ()]
+        # In a file of several languages an id would be a row's, not a question's.
+        has_own = not mixed and isinstance(record.value, dict) and isinstance(record.value.get("id"), str)
+        question = record.text("id", may_be_empty=True).strip() if has_own else ""
+        id = f"{language.code}-{number}"
+        return Example(id, language.name, source, prompt, target, shrinkable, question, labels)
 
 
 def _file_of(pattern: str, language: Language) -> str:

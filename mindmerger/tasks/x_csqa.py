@@ -42,7 +42,7 @@ def _x_csqa(record: Record, language: Language) -> Parsed:
         raise record.fail(f"answerKey must be one of {preview(', '.join(labels))}, found {found}")
     prompt, shrinkable = x_csqa_prompt(stem, options)
     # The encoder reads what the LLM reads, as released; in math it reads the bare question.
-    return prompt, prompt, shrinkable, answer
+    return prompt, prompt, shrinkable, answer, tuple(labels)
 
 
 _X_CSQA = "sw ur hi ar vi ja pl zh nl ru it de pt fr es en"
@@ -63,6 +63,7 @@ X_CSQA = Task(
     published_rows=1000,
     format_query=_whole_text,
     score=score_text,
+    labels=("A", "B", "C", "D", "E"),
     published={
         "Llama2-7B-X-CSQA": _row(
             _X_CSQA, 50.9, "23.2 24.7 32.9 32.4 51.0 50.0 51.5 55.6 56.9 55.8 58.8 59.9 60.4 61.8 61.9 78.1"

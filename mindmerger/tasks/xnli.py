@@ -47,6 +47,7 @@ XNLI = Task(
     published_rows=5010,
     format_query=_whole_text,
     score=score_text,
+    labels=XNLI_LABELS,
     published={
         "Llama2-7B-X-XNLI": _row(
             _XNLI, 70.6, "44.6 55.1 62.2 58.4 64.7 64.9 65.6 75.4 75.9 78.9 78.6 80.7 81.7 83.1 89.5"
