@@ -80,13 +80,14 @@ def open_folder(settings: Settings) -> tuple[dict | None, dict[int, dict]]:
     """Makes the results folders of all ranks ready for this evaluation.
 
     Returns:
-        the results where this very evaluation is finished, else None; and what earlier runs finished of it, wherever a
+        the results where all that is asked is finished, else None; and what earlier runs finished of it, wherever a
         rank has it: nodes may have results folders of their own.
     """
+    from mindmerger.evaluation.extension import asked_rows
     from mindmerger.evaluation.results import join_results, open_results
 
-    folder, identity, number = settings.folder, settings.identity, len(settings.examples)
-    results, finished = on_rank_0(open_results, folder, identity, number, settings.overwrite)
+    folder, identity = settings.folder, settings.identity
+    results, finished = on_rank_0(open_results, folder, identity, asked_rows(settings), settings.overwrite)
     if results is not None:
         log(f"{folder} holds this evaluation already, nothing is generated; --overwrite starts over")
         if "resampling" not in results and len(results["languages"]) > 1:

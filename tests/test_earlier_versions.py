@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import run_evaluation
 from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
 
 OLD = DATA / "version_0_1_0"
@@ -70,19 +71,38 @@ def test_an_evaluation_that_an_earlier_version_left_unfinished_continues_to_the_
         assert (folders[0] / name).read_text() == (folders[1] / name).read_text(), name
 
 
-def test_results_of_an_earlier_version_are_compared_and_shown_unless_the_scorer_has_changed_since(old, capsys):
+def test_results_of_an_earlier_version_are_compared_shown_and_scored_again_without_generating(old, capsys, monkeypatch):
     again = [*EVALUATION, "--save_name", "again"]
     assert run_evaluation.main(again) == 0
     folders = [f"results/{name}/math_mgsm-hard" for name in ("finished", "again")]
     assert run_evaluation.main(["--compare", *folders]) == 0
     printed = capsys.readouterr()
     assert "6 items in common" in printed.out and "were scored by different versions" in printed.err
-    # As good as new but for the scores: in the place of a row they would be taken for today's.
-    with pytest.raises(UserError, match="another version of the scorer: 2 then, 3 now: pass --overwrite"):
-        run_evaluation.main([*EVALUATION, "--save_name", "finished"])
-    file = old / folders[0] / "results.json"
-    results = json.loads(file.read_text())
-    results["identity"]["version of the scorer"] = 3
-    file.write_text(json.dumps(results))
+    monkeypatch.setattr(run_evaluation, "load_model", None)
+    earlier = json.loads((old / folders[0] / "results.json").read_text())
+    assert run_evaluation.main([*EVALUATION, "--save_name", "finished"]) == 0
+    assert "scored by version 2 of the scorer, now 3: 6 kept answers are scored again" in capsys.readouterr().err
+    results = json.loads((old / folders[0] / "results.json").read_text())
+    assert results["timing"] == earlier["timing"] and results["versions"] == earlier["versions"]
+    assert results["identity"]["version of the scorer"] == 3
+    for name in ("predictions/German.jsonl", "predictions/Swahili.jsonl", "scores.tsv"):
+        assert (old / folders[0] / name).read_text() == (old / folders[1] / name).read_text(), name
     assert run_evaluation.main([*EVALUATION, "--save_name", "finished"]) == 0
     assert "holds this evaluation already" in capsys.readouterr().err
+
+
+def test_results_of_an_earlier_version_are_extended_where_the_same_libraries_are_installed(old, capsys):
+    file = old / "results/finished/math_mgsm-hard/results.json"
+    results = json.loads(file.read_text())
+    more = [*EVALUATION, "--limit", "4", "--languages", "sw,de,en"]
+    results["versions"]["torch"] = "2.0.0"
+    file.write_text(json.dumps(results))
+    with pytest.raises(UserError, match="was generated with torch 2.0.0.*now installed: torch .*; one table"):
+        run_evaluation.main([*more, "--save_name", "finished"])
+    results["versions"] = versions()
+    file.write_text(json.dumps(results))
+    assert run_evaluation.main([*more, "--save_name", "finished"]) == 0
+    assert "6 answers are kept, 6 rows (Swahili 1, German 1, English 4) are to come" in capsys.readouterr().err
+    assert run_evaluation.main([*more, "--save_name", "again"]) == 0
+    for name in ("predictions/German.jsonl", "predictions/Swahili.jsonl", "predictions/English.jsonl", "scores.tsv"):
+        assert (file.parent / name).read_text() == (old / "results/again/math_mgsm-hard" / name).read_text(), name

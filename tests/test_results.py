@@ -524,9 +524,9 @@ def test_a_line_that_is_not_a_record_counts_as_lost(partial, line):
 
 
 def test_a_rank_that_outlives_its_run_writes_nothing_into_the_next_ones_folder(tmp_path):
-    open_results(tmp_path, {"--limit": 1}, 9, overwrite=False)
+    open_results(tmp_path, {"--limit": 1}, [], overwrite=False)
     with open_shard(tmp_path, 1) as of_the_dead_run:
-        open_results(tmp_path, {"--limit": 2}, 9, overwrite=True)
+        open_results(tmp_path, {"--limit": 2}, [], overwrite=True)
         append_records(of_the_dead_run, batch(1))
     assert read_finished(tmp_path / evaluation_results.PARTIAL) == {}
 
@@ -541,13 +541,13 @@ def test_a_full_disk_names_file_and_bytes(partial, tmp_path):
 
 def test_reopening_leaves_no_cut_line_for_new_ones_to_follow(tmp_path):
     """A line appended to one without its end would be lost, and then be generated for ever."""
-    assert open_results(tmp_path, {"--limit": 1}, 9, overwrite=False) == (None, {})
+    assert open_results(tmp_path, {"--limit": 1}, [], overwrite=False) == (None, {})
     partial = tmp_path / evaluation_results.PARTIAL
     append(partial, 0, batch(5, 2))
     with open(partial / "rank0.jsonl", "a") as file:
         file.write('{"index": 7, "outp')
     for _ in range(2):
-        results, finished = open_results(tmp_path, {"--limit": 1}, 9, overwrite=False)
+        results, finished = open_results(tmp_path, {"--limit": 1}, [], overwrite=False)
         assert results is None and finished.keys() == {5, 2}
         append(partial, 0, batch(1))
         assert read_finished(partial).keys() == {1, 2, 5}
@@ -556,19 +556,19 @@ def test_reopening_leaves_no_cut_line_for_new_ones_to_follow(tmp_path):
 
 @pytest.mark.parametrize("state", ["unfinished", "finished"])
 def test_another_identity_is_refused_by_name_and_loses_nothing(tmp_path, state):
-    open_results(tmp_path, {"--task": "xnli", "--limit": 1}, 9, overwrite=False)
+    open_results(tmp_path, {"--task": "xnli", "--max_gen_len": 1}, [], overwrite=False)
     if state == "finished":
-        (tmp_path / "results.json").write_text(json.dumps({"identity": {"--task": "xnli", "--limit": 1}}))
+        (tmp_path / "results.json").write_text(json.dumps({"identity": {"--task": "xnli", "--max_gen_len": 1}}))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ResultsError, match=rf"{state} evaluation with another --limit: 1 then, 2 now.*--overwrite"):
-        open_results(tmp_path, {"--task": "xnli", "--limit": 2}, 9, overwrite=False)
+    with pytest.raises(ResultsError, match=rf"{state} evaluation with another --max_gen_len: 1 then, 2 now.*overwrite"):
+        open_results(tmp_path, {"--task": "xnli", "--max_gen_len": 2}, [], overwrite=False)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert open_results(tmp_path, {"--task": "xnli", "--limit": 2}, 9, overwrite=True) == (None, {})
+    assert open_results(tmp_path, {"--task": "xnli", "--max_gen_len": 2}, [], overwrite=True) == (None, {})
 
 
 @pytest.mark.parametrize("state", ["unfinished", "finished"])
 def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path, state):
-    open_results(tmp_path, {}, 9, overwrite=False)
+    open_results(tmp_path, {}, [], overwrite=False)
     (tmp_path / "predictions").mkdir()
     expected = {".notes.tmp", "predictions"}
     if state == "finished":  # and .partial was not removed any more
@@ -579,37 +579,37 @@ def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path, state):
     names = (".results.json.1.tmp", ".scores.tsv.1.tmp", "predictions/.Thai.jsonl.1.tmp", ".partial/.run.json.1.tmp")
     for name in (*names, ".notes.tmp"):
         (tmp_path / name).write_text("{")
-    open_results(tmp_path, {}, 9, overwrite=False)
+    open_results(tmp_path, {}, [], overwrite=False)
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert not [path for path in tmp_path.glob("*/*") if path.suffix == ".tmp"]
 
 
 def test_overwrite_leaves_what_is_not_an_evaluations(tmp_path):
-    open_results(tmp_path, {}, 9, overwrite=False)
+    open_results(tmp_path, {}, [], overwrite=False)
     append(tmp_path / evaluation_results.PARTIAL, 0, batch(1))
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "Thai.jsonl").write_text("{}\n")
     (tmp_path / "notes.txt").write_text("mine")
-    assert open_results(tmp_path, {}, 9, overwrite=True) == (None, {})
+    assert open_results(tmp_path, {}, [], overwrite=True) == (None, {})
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", evaluation_results.PARTIAL}
 
 
 def test_unreadable_state_is_one_line(tmp_path):
     (tmp_path / "results.json").write_text('{"identity": ')
     with pytest.raises(ResultsError, match="results.json cannot be read.*--overwrite"):
-        open_results(tmp_path, {}, 9, overwrite=False)
+        open_results(tmp_path, {}, [], overwrite=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultsError, match="cannot use the results folder .*file/xnli: Not a directory"):
-        open_results(tmp_path / "file" / "xnli", {}, 9, overwrite=False)
+        open_results(tmp_path / "file" / "xnli", {}, [], overwrite=False)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"identity": [1]}', '{"identity": {}, "versions": [1]}'])
 @pytest.mark.parametrize("name", ["results.json", ".partial/run.json"])
 def test_hostile_state_is_one_line(tmp_path, name, content):
-    open_results(tmp_path, {}, 9, overwrite=False)
+    open_results(tmp_path, {}, [], overwrite=False)
     (tmp_path / name).write_text(content)
     with pytest.raises(ResultsError, match=f"{name} (cannot be read|is not what an evaluation writes).*--overwrite"):
-        open_results(tmp_path, {}, 9, overwrite=False)
+        open_results(tmp_path, {}, [], overwrite=False)
 
 
 @pytest.mark.parametrize(
@@ -655,15 +655,15 @@ def test_overwrite_removes_a_link_and_leaves_what_it_points_to(tmp_path, name):
     (target / "Thai.jsonl").write_text("{}\n")
     (folder / "results.json").write_text("{}")
     (folder / name).symlink_to(target)
-    assert open_results(folder, {}, 9, overwrite=True) == (None, {})
+    assert open_results(folder, {}, [], overwrite=True) == (None, {})
     assert {path.name for path in folder.iterdir()} == {evaluation_results.PARTIAL}
     assert not (folder / name).is_symlink() and (target / "Thai.jsonl").read_text() == "{}\n"
 
 
 def test_overwrite_never_continues_over_what_it_cannot_remove(tmp_path, monkeypatch):
-    open_results(tmp_path, {}, 9, overwrite=False)
+    open_results(tmp_path, {}, [], overwrite=False)
     append(tmp_path / evaluation_results.PARTIAL, 0, batch(1))
     # As a folder of another user: root may remove any.
     monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
     with pytest.raises(ResultsError, match="--overwrite cannot remove .*/.partial: remove it"):
-        open_results(tmp_path, {}, 9, overwrite=True)
+        open_results(tmp_path, {}, [], overwrite=True)

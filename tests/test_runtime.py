@@ -375,12 +375,12 @@ def test_unfinished_answers_and_logs_never_go_through_a_link(tmp_path, victim):
     (folder / ".partial" / "rank0.jsonl").symlink_to(victim)
     with pytest.raises(UserError, match=r"rank0\.jsonl"):
         results.open_shard(folder, 0)
-    results.open_results(folder, {}, 1, False)
+    results.open_results(folder, {}, [], False)
     results.open_shard(folder, 0).close()
     other = tmp_path / "others"
     other.mkdir()
     (other / ".partial").symlink_to(victim.parent)
-    results.open_results(other, {}, 1, False)
+    results.open_results(other, {}, [], False)
     assert [entry.name for entry in victim.parent.iterdir()] == ["victim"]
     (tmp_path / "log.jsonl").symlink_to(victim)
     record = Recorder(argparse.Namespace(report_to="none", logging_steps=1), tmp_path)

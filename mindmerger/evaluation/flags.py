@@ -144,7 +144,10 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
         "--languages", help="languages to evaluate, by name or code, with commas: Swahili,th (default: all of the task)"
     )
     data.add_argument(
-        "--limit", type=_at_least(1), help="number of examples of each language, from the first on (default: all)"
+        "--limit",
+        type=_at_least(1),
+        help="number of examples of each language, from the first on (default: all); a larger one, or more languages, "
+        "extends a finished evaluation",
     )
     data.add_argument(
         "--skip_faulty_rows",

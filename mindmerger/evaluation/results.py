@@ -2,7 +2,8 @@
 
 A finished folder (`results/<save_name>/<task>/`) holds `results.json`, `scores.tsv` and `predictions/<language>.jsonl`.
 An unfinished one holds `.partial/run.json` (what is being evaluated) and `.partial/*.jsonl` (one line per finished
-example, a file per rank). `results.json` is written last, and then `.partial` is removed.
+example, a file per rank). `results.json` is written last, and then `.partial` is removed. A finished one that is being
+extended has both: until the new answers are complete, the old files stay as they are.
 """
 
 import contextlib
@@ -21,8 +22,10 @@ PARTIAL = ".partial"
 
 # The entry of an identity that no answer depends on: an unfinished evaluation is scored when it ends.
 SCORER = "version of the scorer"
-# What a line of an unfinished evaluation holds.
-RECORD = {"index": int, "output": str, "generated_tokens": int, "hit_limit": bool, "batch": int, "batch_size": int}
+# What a line of an unfinished evaluation holds; None for what is not known of an answer that a finished one gave.
+RECORD = {"index": int, "output": str, "generated_tokens": int | None, "hit_limit": bool | None}
+RECORD |= {"batch": int, "batch_size": int}
+START_OVER = "pass --overwrite to start over, or another --save_name or --results_dir to keep both"
 # What a process that was killed while it wrote can leave beside the whole files.
 LEFTOVERS = (".results.json.*.tmp", ".scores.tsv.*.tmp", "predictions/.*.jsonl.*.tmp", f"{PARTIAL}/.*.tmp")
 
@@ -31,33 +34,36 @@ class ResultsError(UserError):
     """A results folder that cannot be read or compared; the message is one line."""
 
 
-def open_results(folder: Path, identity: dict, number: int, overwrite: bool) -> tuple[dict | None, dict[int, dict]]:
+def open_results(folder: Path, identity: dict, rows: list, overwrite: bool) -> tuple[dict | None, dict[int, dict]]:
     """Makes a results folder ready for the evaluation that `identity` describes. Call it on rank 0 only.
 
     Args:
         identity: everything the answers and scores depend on, by the name the user knows it by.
-        number: of examples.
+        rows: that are asked, as `extension.asked_rows` returns them.
         overwrite: delete what an earlier evaluation left.
 
     Returns:
-        the results when this very evaluation is finished already, else None; and the finished records by example index.
+        the results when the folder holds all that is asked, else None; and the finished records by example index.
 
     Raises:
-        ResultsError: when the folder holds an evaluation of another identity, naming the first difference, or what it
-            holds cannot be read, or the disk refuses it.
+        ResultsError: when the folder holds an evaluation of another identity that cannot be extended to this one,
+            naming the first difference, or what it holds cannot be read, or the disk refuses it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             clear_results(folder)
+        kept = None
         if (folder / "results.json").is_file():
-            return reopen_finished(folder, identity), {}
-        finished = open_unfinished(folder, identity)
+            results, kept = reopen_finished(folder, identity, rows)
+            if kept is None:
+                return results, {}
+        finished = open_unfinished(folder, identity, kept)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
         raise ResultsError(f"cannot use the results folder {folder}: {what}") from error
-    if finished:
-        log(f"continuing: {len(finished)} of {number} examples are finished")
+    if len(finished) > (len(kept.records) if kept is not None else 0):
+        log(f"continuing: {len(finished)} of {len(rows)} examples are finished")
     return None, finished
 
 
@@ -76,24 +82,46 @@ def clear_results(folder: Path) -> None:
             raise ResultsError(f"--overwrite cannot remove {part}: remove it, or use another --save_name")
 
 
-def reopen_finished(folder: Path, identity: dict) -> dict:
-    """Returns the results of a finished evaluation, and removes what a kill at its end left beside them.
+def reopen_finished(folder: Path, identity: dict, rows: list) -> tuple:
+    """Looks into a finished evaluation, and removes what a kill at its end left beside it.
+
+    Returns:
+        its results, and what a larger evaluation keeps of it: None where it holds all that is asked.
 
     Raises:
         ResultsError: when it is of another identity, or cannot be read.
     """
-    results = _read_json(folder / "results.json")
-    _require_same(folder, identity, results, "a finished evaluation")
+    from mindmerger.evaluation.extension import WHICH_ROWS, find_kept
+
+    results, kept = _read_json(folder / "results.json"), None
+    if _difference(identity, results) is not None:
+        deciding = {name: value for name, value in identity.items() if name not in (*WHICH_ROWS, SCORER)}
+        _require_same(folder, deciding, results, "a finished evaluation")
+        kept = find_kept(folder, identity, rows)
+    if kept is None:
+        _warn_of_versions(folder, results, "a finished evaluation")
     _remove_leftovers(folder)
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-    return results
+    if not _is_being_extended(folder, results):
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    return results, kept
 
 
-def open_unfinished(folder: Path, identity: dict) -> dict[int, dict]:
+def _is_being_extended(folder: Path, results: dict) -> bool:
+    run_file = folder / PARTIAL / "run.json"
+    try:
+        return run_file.is_file() and _read_json(run_file).get("identity") != results.get("identity")
+    except ResultsError:
+        return False  # answers of nobody knows what, which no run could take up
+
+
+def open_unfinished(folder: Path, identity: dict, kept=None) -> dict[int, dict]:
     """Begins an evaluation in a folder, or continues one.
 
+    Args:
+        kept: what the finished evaluation in the folder gives to it, as `extension.find_kept` returns it.
+
     Returns:
-        the finished records by example index.
+        the finished records by example index, the kept ones too.
 
     Raises:
         ResultsError: when the folder holds an unfinished evaluation of another identity, or it cannot be read.
@@ -103,20 +131,32 @@ def open_unfinished(folder: Path, identity: dict) -> dict[int, dict]:
         partial.unlink()
     partial.mkdir(exist_ok=True)
     run_file = partial / "run.json"
+    run = {"versions": versions()}
     if run_file.is_file():
+        run = _read_json(run_file)
         # Outputs are kept and scored at the end: a new scorer costs no second generation.
         unscored = {name: value for name, value in identity.items() if name != SCORER}
-        _require_same(folder, unscored, _read_json(run_file), "an unfinished evaluation")
-    else:
-        write_json_atomic(run_file, {"identity": identity, "versions": versions()})
+        _require_same(folder, unscored, run, "an unfinished evaluation")
+        _warn_of_versions(folder, run, "an unfinished evaluation")
+    run |= {"identity": identity} | ({"kept": {"hit_limit": kept.hit_limit, "carried": kept.carried}} if kept else {})
+    # Written again where nothing differs but the scorer, too: ranks know this evaluation's folder by the identity.
+    write_json_atomic(run_file, run)
     _remove_leftovers(folder)
-    finished = read_finished(partial)
-    # One clean file replaces the shards, so that new lines never follow a line that a crash cut short.
-    records = sorted(finished.values(), key=lambda record: record["index"])
+    finished = read_finished(partial) | (kept.records if kept is not None else {})
+    # One clean file replaces the shards, so that new lines never follow a line that a crash cut short. Each line is a
+    # batch of its own there: kept answers have none.
+    records = [finished[i] | {"batch": i, "batch_size": 1} for i in sorted(finished)]
     write_text_atomic(partial / "finished.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for shard in partial.glob("rank*.jsonl"):
         shard.unlink()
     return finished
+
+
+def read_kept(folder: Path) -> tuple[dict[str, int], dict]:
+    """Reads what an unfinished evaluation took over from a finished one besides its answers: how many of them hit the
+    limit, by language, and entries of results.json. Both are empty where it took over none."""
+    kept = _read_json(folder / PARTIAL / "run.json").get("kept", {})
+    return kept.get("hit_limit", {}), kept.get("carried", {})
 
 
 def join_results(folder: Path, identity: dict, overwrite: bool) -> dict[int, dict]:
@@ -173,14 +213,26 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _require_same(folder: Path, identity: dict, stored: dict, what: str) -> None:
+def _difference(identity: dict, stored: dict) -> str | None:
     before = stored.get("identity", {})
-    for name, now in identity.items():
-        if before.get(name) != now:
-            raise ResultsError(
-                f"{folder} holds {what} with another {name}: {before.get(name)} then, {now} now: pass --overwrite to "
-                "start over, or another --save_name or --results_dir to keep both"
-            )
+    return next((name for name, now in identity.items() if before.get(name) != now), None)
+
+
+def _require_same(folder: Path, identity: dict, stored: dict, what: str) -> None:
+    from mindmerger.evaluation.extension import WHICH_ROWS
+
+    name = _difference(identity, stored)
+    if name is None:
+        return
+    # Only what is finished is extended: unfinished answers are numbered among the rows that were asked then.
+    first = "finish it as it was begun, then it can be extended, or " if name in WHICH_ROWS else ""
+    before = stored.get("identity", {}).get(name)
+    raise ResultsError(
+        f"{folder} holds {what} with another {name}: {before} then, {identity[name]} now: {first}{START_OVER}"
+    )
+
+
+def _warn_of_versions(folder: Path, stored: dict, what: str) -> None:
     # A warning alone: were versions part of the identity, an update would start a long evaluation over.
     installed = versions()
     changed = [f"{k} {v}" for k, v in stored.get("versions", {}).items() if installed.get(k) != v]
@@ -203,7 +255,7 @@ def read_finished(partial: Path) -> dict[int, dict]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 continue  # the empty end of the file, or a line cut short, which its batch then lacks
-            if isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
+            if isinstance(record, dict) and all(isinstance(record.get(name, ...), RECORD[name]) for name in RECORD):
                 # By index, not as a list: a batch that was written twice is whole all the same.
                 batches.setdefault((record["batch"], record["batch_size"]), {})[record["index"]] = record
         for (_, size), records in batches.items():
@@ -289,7 +341,17 @@ def read_results(folder: str) -> dict:
 
 
 def read_predictions(folder: str, language: str) -> dict[str, dict]:
-    """Reads one language's predictions, by item id.
+    """Reads of one language's predictions what comparisons need, by item id.
+
+    Raises:
+        ResultsError: as `read_items`.
+    """
+    names = ("id", "source", "answer", "question", "correct")
+    return {id: {name: item[name] for name in names} for id, item in read_items(folder, language).items()}
+
+
+def read_items(folder: str, language: str) -> dict[str, dict]:
+    """Reads one language's predictions whole, by item id.
 
     Raises:
         ResultsError: naming file and line, and the id where one stands twice, or both numbers where `results.json`
@@ -307,15 +369,15 @@ def read_predictions(folder: str, language: str) -> dict[str, dict]:
             item = json.loads(line)
             if item["correct"] not in (True, False):
                 raise TypeError(f"correct is {item['correct']!r:.40}, not true or false")
-            texts = {name: item[name] for name in ("id", "source", "answer")} | {"question": item.get("question", "")}
-            wrong = [name for name, text in texts.items() if not isinstance(text, str)]
+            item |= {"question": item.get("question", ""), "correct": bool(item["correct"])}
+            wrong = [name for name in ("id", "source", "answer", "question") if not isinstance(item[name], str)]
             if wrong:
-                raise TypeError(f"{wrong[0]} is {texts[wrong[0]]!r:.40}, not text")
+                raise TypeError(f"{wrong[0]} is {item[wrong[0]]!r:.40}, not text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ResultsError(f"{file}:{number}: not a prediction ({type(error).__name__} {error})") from error
         if item["id"] in items:
             raise ResultsError(f"{file}:{number}: the id {item['id']!r:.80} stands twice: evaluate again")
-        items[item["id"]] = {**texts, "correct": bool(item["correct"])}
+        items[item["id"]] = item
     # A lost last line leaves a valid file, and an accuracy over fewer items.
     counted = read_results(folder)["languages"].get(language, {"n": len(items)})["n"]
     if len(items) != counted:

@@ -4,9 +4,7 @@
 """
 
 import argparse
-import hashlib
-import json
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -253,12 +251,11 @@ def check_inputs(settings: Settings) -> None:
 
 def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -> dict:
     """Returns everything that answers and scores depend on, by the names that the user knows it by."""
+    from mindmerger.evaluation.extension import DATA, hash_rows
     from mindmerger.evaluation.results import SCORER
     from mindmerger.model.mapping_files import mapping_sha256
     from mindmerger.model.towers import model_fingerprint
 
-    # Without the question, which no answer depends on, and the labels, which generating does not know.
-    rows = [astuple(example)[:6] for example in settings.examples]
     parallel = settings.parallel_input or {}
     return {
         "--task": settings.task.name,
@@ -274,7 +271,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--parallel_input": args.parallel_input,
         "--translations": parallel.get("translations"),
         "--order": parallel.get("order"),
-        "data (sha256)": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        DATA: hash_rows(settings.examples),
         "--max_seq_len": args.max_seq_len,
         "--max_gen_len": prompt_limit(args),
         "--max_new_tokens": settings.max_new_tokens,

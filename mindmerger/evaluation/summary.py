@@ -26,11 +26,18 @@ def summarise(settings: Settings, generated_now: set[int], seconds: float) -> di
     Raises:
         UserError: when answers are missing, or the disk refuses what is written.
     """
+    from mindmerger.evaluation.results import read_kept
+
     records = read_answers(settings)
     items = score_answers(settings, records)
     results = build_results(settings, items, records)
     # Only what this run has answered: with the earlier answers its speed would grow with every continuation.
     results["timing"] = measure_speed([records[i] for i in sorted(generated_now)], seconds)
+    hit_limit, carried = read_kept(settings.folder)
+    for name, number in hit_limit.items():
+        for counts in (results["languages"][name], results["counts"]):
+            counts["hit_limit"] += number
+    results |= carried
     write_results(settings.folder, items, results)
     return results
 
@@ -70,6 +77,9 @@ def write_results(folder, items: dict[str, list[dict]], results: dict) -> None:
     """Writes the files of a finished evaluation, results.json as the last one: it says that the others are complete."""
     from mindmerger.evaluation.results import PARTIAL
 
+    # That of a smaller evaluation, which is extended, would say something else of them. Its answers are in .partial.
+    if (folder / "results.json").is_file():
+        (folder / "results.json").unlink()
     for language, rows in items.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text_atomic(folder / "predictions" / f"{language}.jsonl", lines)
@@ -144,7 +154,8 @@ def mark_examples(settings: Settings, records: dict[int, dict]) -> dict[str, lis
     """Returns what is counted beside the scores, each with a mark for every example."""
     number, columns = len(settings.examples), settings.columns
     return {
-        "hit_limit": [records[i]["hit_limit"] for i in range(number)],
+        # None of a finished evaluation's answers, which are counted as that one counted them.
+        "hit_limit": [records[i]["hit_limit"] is True for i in range(number)],
         "cut_sources": columns.get("source_cut", [False] * number),
         "cut_prompts": columns.get("prompt_cut", [False] * number),
     }
