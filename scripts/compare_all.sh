@@ -5,7 +5,7 @@
 #       HARD_CHECKPOINT=hard SOFT_CHECKPOINT=soft bash scripts/compare_all.sh [arguments of run_evaluation.py]
 #
 # Rows: task LLM alone; language expert alone; soup; task arithmetic; layer swap; MAET-style; PMI-3; PMI-6;
-# MindMerger-Hard; MindMerger-Soft. A row whose models are not given, or whose command refuses its input, is listed as
+# translate-test; MindMerger-Hard; MindMerger-Soft. A row whose models are not given, or whose command refuses its input, is listed as
 # missing with the reason. Finished rows are kept: the same command continues.
 #
 # Environment (as in common.sh, capitals or as the flag is written):
@@ -19,6 +19,9 @@
 #   PROBE_PREFIX        shuffled or zero: one more row, MindMerger-Soft with another question's prefix, or one of zeros
 #   TRANSLATIONS        aligned (default, an oracle) or a .jsonl file of machine translations: PMI
 #   PARALLEL_LANGUAGES, ORDER                     of PMI
+#   TRANSLATOR          a model that translates into English (NLLB, M2M100, mBART, MADLAD-400): translate-test
+#   TRANSLATE_TEST      its translations where they are made already; without both, the file of TRANSLATIONS is tried
+#   TRANSLATOR_ARGS                               more arguments of the translation
 #   LAYER_SWAP_ARGS, MAET_ARGS                    more arguments of those merges
 #   TASK (math_mgsm), AGAINST (task LLM alone), RESULTS_DIR (results), MERGED_DIR (<RESULTS_DIR>/merged), PYTHON
 #   any other flag of run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, EVAL_MAX_TOKENS, PRECISION, ...
@@ -44,6 +47,8 @@ results_dir=$(need results_dir results)
 merged_dir=$(need merged_dir "$results_dir/merged")
 against=$(need against "task LLM alone")
 probe=$(need probe_prefix)
+translator=$(need translator)
+translate_test=$(need translate_test)
 [[ -n $llm ]] || fail "LLM_PATH is not given: the task's LLM, which every other row is compared with"
 read -r -a experts <<<"$language_experts"
 
@@ -59,7 +64,7 @@ evaluate_row() {
         train_micro_batch_size_per_gpu
     # The rows differ in these, so no variable may set them for all.
     add_variables "" results_dir save_name llm_path mt_path init_checkpoint augmentation llm_only parallel_input \
-        translations parallel_languages order
+        translations parallel_languages order translate_test
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py)
         command_line+=(--deepspeed)
@@ -144,6 +149,33 @@ for k in 3 6; do
     evaluate_row "PMI-$k ($kind)" "pmi$k" "-pmi$k-$kind" --llm_only --llm_path "$llm" --parallel_input "$k" \
         --translations "$translations" ${command_line[@]+"${command_line[@]}"}
 done
+
+label="translate-test (machine)"
+if [[ -n $translator && -z $translate_test ]]; then
+    command_line=(--task "$task" --translator "$translator" --output_dir "$results_dir/translations")
+    # What is evaluated is translated, whether a variable or an argument says what that is.
+    for name in data_root languages limit precision; do
+        setting "" "$name"
+        last_argument "$name" "$REPLY" ${extra[@]+"${extra[@]}"}
+        if [[ -n $REPLY ]]; then command_line+=("--$name" "$REPLY"); fi
+    done
+    setting "" skip_faulty_rows
+    if is_on skip_faulty_rows "$REPLY"; then command_line+=(--skip_faulty_rows); fi
+    # shellcheck disable=SC2086
+    if attempt "$label" "$results_dir/logs/translations.log" python -m mindmerger.baselines.translate_test \
+        "${command_line[@]}" ${TRANSLATOR_ARGS-}; then
+        translate_test=$results_dir/translations
+    else
+        missing "$label" "$REPLY"
+    fi
+elif [[ -z $translate_test && $translations != aligned ]]; then
+    translate_test=$translations
+elif [[ -z $translate_test ]]; then
+    missing "$label" "neither TRANSLATOR nor TRANSLATE_TEST is given"
+fi
+if [[ -n $translate_test ]]; then
+    evaluate_row "$label" translate-test -translate_test --llm_only --llm_path "$llm" --translate_test "$translate_test"
+fi
 
 for form in Hard Soft; do
     capitals=HARD augmentation=False suffix=-hard

@@ -188,7 +188,7 @@ evaluate_row() {
     stages=(EVALUATION)
     refuse_misspelt run_evaluation.py
     add_variables EVALUATION results_dir save_name llm_path mt_path init_checkpoint bridge bridge_option augmentation \
-        llm_only probe_prefix parallel_input translations parallel_languages order adapter_path seed
+        llm_only probe_prefix parallel_input translations parallel_languages order translate_test adapter_path seed
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py --deepspeed)
     fi

@@ -2,8 +2,8 @@
 # MindMerger from nothing on a CPU, in one command: `bash scripts/quickstart.sh`.
 #
 # Makes a small world (word problems in six languages, a tiny LLM that knows only English, a tiny encoder), trains both
-# stages and compares the LLM alone with MindMerger-Hard and MindMerger-Soft on unseen problems. No downloads after
-# the packages. Run again, it continues where it stopped; to start over, remove the folder.
+# stages and compares the LLM alone with MindMerger-Hard and MindMerger-Soft on unseen problems, and with a control:
+# Soft with the prefix of another question before each prompt. No downloads after the packages. Run again, it continues where it stopped; to start over, remove the folder.
 #
 # Environment: QUICKSTART_DIR (default: quickstart in the project's root), QUICKSTART_SEED (default: 0),
 #              QUICKSTART_WORLD_ARGS (more arguments of scripts.tiny_world), PYTHON (see setup_venv.sh).
@@ -65,9 +65,12 @@ step "Evaluation of MindMerger-Hard" "${evaluation[@]}" --augmentation False \
     --init_checkpoint "$folder/outputs/quickstart-hard/math/augmentation"
 step "Evaluation of MindMerger-Soft" "${evaluation[@]}" --augmentation True \
     --init_checkpoint "$folder/outputs/quickstart/math/augmentation"
+step "Evaluation of MindMerger-Soft, shuffled prefix" "${evaluation[@]}" --augmentation True \
+    --init_checkpoint "$folder/outputs/quickstart/math/augmentation" --probe_prefix shuffled
 
 printf '\n=== The LLM alone, MindMerger-Hard and MindMerger-Soft on the same unseen problems\n'
 results=$folder/results/quickstart/math_mgsm
 python -m mindmerger.evaluation.comparison_table --output_dir "$folder/results" --row "LLM alone=$results-llm_only" \
-    --row "MindMerger-Hard=$results-hard" --row "MindMerger-Soft=$results"
+    --row "MindMerger-Hard=$results-hard" --row "MindMerger-Soft=$results" \
+    --row "MindMerger-Soft, shuffled prefix=$results-prefix_shuffled"
 printf '=== All steps: %d s\n' "$SECONDS"

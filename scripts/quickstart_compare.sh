@@ -44,11 +44,13 @@ else
     printf '=== Experts: %d s\n' "$SECONDS"
 fi
 
+# The world's encoder has a decoder too and translates into English, all of its languages but French, without tags.
 # The order of parallel_input.py as far as this world has the languages: es, ru, fr, zh, de, then English and Swahili.
 LLM_PATH=$folder/math_expert BASE_PATH=$folder/llm LANGUAGE_EXPERT=$folder/language_expert ENGLISH_EXPERT="" \
     MT_PATH=$folder/mt5 MINDMERGER_LLM=$folder/llm HARD_CHECKPOINT=$folder/outputs/quickstart-hard/math/augmentation \
     SOFT_CHECKPOINT=$folder/outputs/quickstart/math/augmentation \
-    TASK=math_mgsm TRANSLATIONS=aligned PARALLEL_LANGUAGES=es,ru,fr,zh,de,en,sw \
+    TASK=math_mgsm TRANSLATIONS=aligned PARALLEL_LANGUAGES=es,ru,fr,zh,de,en,sw PROBE_PREFIX=shuffled \
+    TRANSLATOR=$folder/mt5 TRANSLATOR_ARGS="--untagged --max_seq_len 200 --max_new_tokens 200" \
     DATA_ROOT=$folder/datas LANGUAGES=English,Swahili,German,Spanish,Russian,Chinese \
     LIMIT=${QUICKSTART_COMPARE_LIMIT:-100} EVAL_BATCH_SIZE=50 MAX_NEW_TOKENS=40 PRECISION=fp32 \
     RESULTS_DIR=$folder/comparison bash scripts/compare_all.sh "$@"

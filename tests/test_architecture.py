@@ -104,6 +104,7 @@ def test_no_file_and_no_function_is_too_long_to_hold_in_the_head():
         ["-m", "mindmerger.baselines.maet"],
         ["-m", "mindmerger.baselines.merge_adapter"],
         ["-m", "mindmerger.baselines.parallel_input"],
+        ["-m", "mindmerger.baselines.translate_test"],
         ["-m", "mindmerger.analysis.neurons"],
         ["-m", "mindmerger.analysis.contamination"],
         ["-m", "mindmerger.analysis.embeddings"],

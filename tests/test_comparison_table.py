@@ -255,6 +255,7 @@ def test_the_script_fills_the_rows_it_can_and_lists_the_others(datas, tmp_path, 
         "MAET-style": "BASE_PATH is not given",
         "PMI-6 (oracle)": "--parallel_input 6 needs 6 languages besides Swahili, there are 3 (es, de, fr): name more "
         "by --parallel_languages or take a smaller number",
+        "translate-test (machine)": "neither TRANSLATOR nor TRANSLATE_TEST is given",
         "MindMerger-Hard": "HARD_CHECKPOINT is not given",
         "MindMerger-Soft": "SOFT_CHECKPOINT is not given",
     }

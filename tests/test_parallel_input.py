@@ -312,7 +312,7 @@ def test_a_finished_run_with_another_order_or_translation_is_not_taken_for_this_
     with pytest.raises(UserError, match="finished evaluation with another --order: source-first then, shuffled now"):
         evaluate(*flags, "--order", "shuffled")
     (tmp_path / "t.jsonl").write_text((tmp_path / "t.jsonl").read_text().replace("es of", "otra"))
-    with pytest.raises(UserError, match="finished evaluation with another data"):
+    with pytest.raises(UserError, match="finished evaluation of other rows, the data have changed: prompt of sw-1"):
         evaluate(*flags)
 
 

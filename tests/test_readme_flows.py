@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import DATA, ROOT, make_tiny_encoder, make_tiny_llm
 from expert_folders import base_state, save_expert, tiny_config, tuned
+from test_translate_test import make_translator
 
 FEW = ["--languages", "sw,th", "--limit", "2"]
 # What keeps each program short; given after the page's own flags, so that these count.
@@ -16,6 +17,7 @@ SHORTER = {
     "run_evaluation": [*FEW, "--max_new_tokens", "2"],
     "mindmerger.analysis.neurons count": [*FEW, "--max_new_tokens", "2"],
     "mindmerger.baselines.parallel_input": FEW,
+    "mindmerger.baselines.translate_test": [*FEW, "--max_new_tokens", "8"],
     "mindmerger.analysis.contamination": FEW[:2],
     "mindmerger.analysis.embeddings": ["--languages", "sw,en", "--limit", "3"],
 }
@@ -52,6 +54,7 @@ def newcomer(tmp_path_factory):
     (root / "google").mkdir()
     llm = make_tiny_llm(root / "meta-math/MetaMath-7B-V1.0")
     encoder = make_tiny_encoder(root / "google/mt5-xl")
+    make_translator("nllb", root / "facebook/nllb-200-distilled-600M")
     model = MindMerger.from_models(encoder, llm, torch.float32)
     for task, stage in (("math", "mapping"), ("math", "augmentation"), ("xnli", "augmentation")):
         model.config.task, model.config.stage, model.config.augmentation = task, stage, stage == "augmentation"
@@ -79,7 +82,10 @@ def run(command: str) -> None:
 @pytest.mark.parametrize(
     ("page", "needed"),
     [
-        ("docs/baselines.md", ("layer_swap", "--middle", "maet", "--task_arithmetic", "--soup", "--parallel_input")),
+        (
+            "docs/baselines.md",
+            ("layer_swap", "--middle", "maet", "--task_arithmetic", "--soup", "--parallel_input", "--translate_test"),
+        ),
         ("docs/analysis.md", ("neurons count", "neurons analyse", "contamination", "embeddings")),
     ],
 )

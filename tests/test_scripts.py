@@ -892,6 +892,7 @@ PARSERS = {
     "mindmerger.baselines.maet": ("mindmerger.baselines.maet", "build_parser"),
     "mindmerger.baselines.merge_adapter": ("mindmerger.baselines.merge_adapter", "build_parser"),
     "mindmerger.baselines.parallel_input": ("mindmerger.baselines.parallel_input", "build_parser"),
+    "mindmerger.baselines.translate_test": ("mindmerger.baselines.translate_test", "build_parser"),
     "mindmerger.analysis.neurons count": ("mindmerger.analysis.neurons", "build_count_parser"),
     "mindmerger.analysis.neurons analyse": ("mindmerger.analysis.neurons", "build_analyse_parser"),
     "mindmerger.analysis.contamination": ("mindmerger.analysis.contamination", "build_parser"),

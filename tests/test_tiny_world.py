@@ -441,13 +441,34 @@ def test_comparison_makes_experts_once_and_hands_over_every_model(tmp_path):
     assert (tmp_path / "calls").read_text().splitlines() == [*first, first[0], first[2]]
     given = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
     models = {"LLM_PATH": "math_expert", "BASE_PATH": "llm", "LANGUAGE_EXPERT": "language_expert", "MT_PATH": "mt5"}
-    models |= {"MINDMERGER_LLM": "llm", "DATA_ROOT": "datas", "RESULTS_DIR": "comparison"}
+    models |= {"MINDMERGER_LLM": "llm", "DATA_ROOT": "datas", "RESULTS_DIR": "comparison", "TRANSLATOR": "mt5"}
     assert {name: given[name] for name in models} == {name: f"w/{path}" for name, path in models.items()}
+    assert given["PROBE_PREFIX"] == "shuffled"
     # The quickstart trains under these very names.
     quickstart = (ROOT / "scripts" / "quickstart.sh").read_text()
     for name, run in (("HARD_CHECKPOINT", "quickstart-hard"), ("SOFT_CHECKPOINT", "quickstart")):
         assert given[name] == f"w/outputs/{run}/math/augmentation"
         assert f'--init_checkpoint "$folder/outputs/{run}/math/augmentation"' in quickstart
+
+
+def test_the_quickstart_ends_with_a_table_that_has_softs_own_control(tmp_path):
+    """Soft above the LLM alone may be a learned prompt: with another question's prefix it has to fall."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    shutil.copy(ROOT / "scripts" / "quickstart.sh", scripts)
+    (scripts / "setup_venv.sh").write_text("")
+    for name in ("python", "deepspeed"):
+        fake_command(tmp_path / "bin" / name, f'[[ $1 == -c ]] && echo 2 && exit; echo "$*" >>{tmp_path}/calls')
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "QUICKSTART_DIR": "w"}
+    command = ["bash", "scripts/quickstart.sh"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, soft, control, table = (tmp_path / "calls").read_text().splitlines()
+    assert soft.endswith("--augmentation True --init_checkpoint w/outputs/quickstart/math/augmentation")
+    assert control == f"{soft} --probe_prefix shuffled"
+    results = "w/results/quickstart/math_mgsm"
+    rows = f"--row MindMerger-Soft={results} --row MindMerger-Soft, shuffled prefix={results}-prefix_shuffled"
+    assert table.startswith("-m mindmerger.evaluation.comparison_table") and table.endswith(rows)
 
 
 def test_comparison_refuses_a_folder_with_blanks_in_one_line(tmp_path):

@@ -111,8 +111,8 @@ def write_counts(folder: Path, tower: str, settings, tensors: dict, records: lis
 
     from mindmerger.evaluation.tables import form_title
 
-    if settings.parallel_input is not None:
-        name = f"LLM alone, {settings.parallel_input['name']}"
+    if (translated := settings.parallel_input or settings.translate_test) is not None:
+        name = f"LLM alone, {translated['name']}"
     else:
         # A legend has room for the form alone: its explanation in brackets goes.
         shown = {"form": settings.form, "bridge": settings.bridge_name if settings.bridge is not None else None}

@@ -162,14 +162,14 @@ class Mean:
 
 
 def read_row(label: str, folder: str) -> Row:
-    """Reads a results folder; a row with parallel input gets "oracle" or "machine" into its label, one with
+    """Reads a results folder; a row with translations gets "oracle" or "machine" into its label, one with
     a probe "shuffled prefix" or "zero prefix".
 
     Raises:
         ResultsError: when the folder holds no finished evaluation.
     """
     results = read_results(folder)
-    parallel = results.get("parallel_input")
+    parallel = results.get("parallel_input") or results.get("translate_test")
     # An oracle beside a machine's row, unlabelled, would be read as the fair setting.
     if parallel is not None and parallel["translations"] not in label:
         label = f"{label} ({parallel['translations']})"

@@ -19,7 +19,7 @@ The difference in avg is tested by flipping the signs of whole questions' differ
     p = (1 + number of flips with |sum_k s_k D_k| >= |sum_k D_k|) / (1 + number of flips),
     D_k: what question k adds to the difference, over all languages; s_k: 1 or -1 at random; 100,000 flips.
 
-Writes table.md, table.csv and table.png. Rows with parallel input always say who translated (oracle or machine).
+Writes table.md, table.csv and table.png. Rows with translations always say who translated (oracle or machine).
 """
 
 import argparse
@@ -108,7 +108,7 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
     base_cells, base_mean = table[against]
     for row in rows:
         cells, mean = table[row.label]
-        parallel = row.results.get("parallel_input")
+        parallel = row.results.get("parallel_input") or row.results.get("translate_test")
         common = {
             "method": row.label,
             "folder": row.folder,

@@ -6,6 +6,7 @@ from mindmerger.evaluation.models import DEFAULT_ENCODER, DEFAULT_LLM
 from mindmerger.evaluation.parallel_input import add_arguments as add_parallel_arguments
 from mindmerger.evaluation.parallel_input import options_of
 from mindmerger.evaluation.probes import PROBES
+from mindmerger.evaluation.translate_test import add_argument as add_translate_test
 from mindmerger.generation.answers import DEFAULT_MAX_LEN
 from mindmerger.runtime.command import CommandParser, at_least, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="prefix that takes the own one's place, to see whether the LLM reads it: of another question in the same "
         "language (shuffled, by --seed), or zeros (zero); the prompt stays",
     )
+    add_translate_test(what)
     add_parallel_arguments(parser.add_argument_group("parallel multilingual input (PMI), with --llm_only"))
     _add_data_and_generation(parser)
     output = parser.add_argument_group("results")
@@ -211,6 +213,9 @@ def check_flags(args: argparse.Namespace) -> None:
     check_save_name(args.save_name)
     if options_of(args) is not None and not args.llm_only:
         raise UserError("--parallel_input is for the LLM alone: pass --llm_only too")
+    if args.translate_test is not None and (not args.llm_only or args.parallel_input is not None):
+        what = "without --parallel_input: leave that out" if args.llm_only else "pass --llm_only too"
+        raise UserError(f"--translate_test is for the LLM alone, {what}")
     warn_of_unused(args)
 
 

@@ -129,22 +129,31 @@ class AlignedTranslations:
 
 
 class FileTranslations:
-    """Machine translations from a .jsonl file of {"id", "language", "text"}; id is the source item's, such as sw-12."""
+    """Machine translations from a .jsonl file of {"id", "language", "text"}; id is the source item's, such as sw-12.
+
+    Further texts of an item, which PMI does not use, have a "field". "source" may hold the text that was translated.
+    """
 
     def __init__(self, path: str):
         self.path = path
-        self.texts: dict[tuple[str, Language], str] = {}
+        self.texts: dict[tuple[str, Language, str], str] = {}
+        self.sources: dict[tuple[str, Language, str], object] = {}
         for record in read_records(find_file(".", path)):
             try:
                 language = find_language(record.text("language"))
             except DataError as error:
                 # Once: the error may name this very line already.
                 raise record.fail(str(error).removeprefix(f"{record.path}:{record.line}: ")) from None
-            key = record.text("id"), language
+            field = record.text("field") if "field" in record.value else ""
+            key = record.text("id"), language, field
             # The later one would replace the earlier unseen.
             if key in self.texts:
-                raise record.fail(f"item {key[0]} has a second translation into {language.name}")
+                raise record.fail(
+                    f"item {key[0]} has a second translation into {language.name}" + (f" of {field}" if field else "")
+                )
             self.texts[key] = record.text("text")
+            if "source" in record.value:
+                self.sources[key] = record.value["source"]
 
     def text(self, example: Example, language: Language) -> str:
         """Returns the machine's translation of `example` into `language`.
@@ -152,9 +161,9 @@ class FileTranslations:
         Raises:
             DataError: when the file holds none.
         """
-        found = self.texts.get((example.id, language))
+        found = self.texts.get((example.id, language, ""))
         if found is None:
-            have = [lang.code for key, lang in self.texts if key == example.id]
+            have = [lang.code for key, lang, field in self.texts if key == example.id and not field]
             raise DataError(
                 f"{self.path}: no translation of item {example.id} into {language.name} (it has: "
                 f"{', '.join(have) or 'none'}): add it, or name other languages by --parallel_languages"

@@ -329,6 +329,10 @@ def read_results(folder: str) -> dict:
             found = parallel if isinstance(parallel, dict) else {}
             texts = ("translations", "order", "name")
             wrong += [f"{name} of parallel_input" for name in texts if not isinstance(found.get(name), str)]
+        if (translated := results.get("translate_test")) is not None:
+            found = translated if isinstance(translated, dict) else {}
+            texts = ("translations", "name")
+            wrong += [f"{name} of translate_test" for name in texts if not isinstance(found.get(name), str)]
         probe, gold = results.get("probe_prefix", {"kind": PROBES[0]}), results.get("gold", {"gold_loss": 0.0})
         wrong += ["probe_prefix"] * (not isinstance(probe, dict) or probe.get("kind") not in PROBES)
         wrong += ["bridge"] * (not isinstance(results.get("bridge"), str | None))

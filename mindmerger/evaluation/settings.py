@@ -38,14 +38,15 @@ FORM_SUFFIX = {"soft": "", "hard": "-hard", "llm_only": "-llm_only"}
 class Items(NamedTuple):
     """The questions of all languages, in table order.
 
-    faults: of the rows that --skip_faulty_rows left out. parallel_input: as results.json records --parallel_input.
-    suffix: of the results folder, where not the form decides it.
+    faults: of the rows that --skip_faulty_rows left out. parallel_input, translate_test: as results.json records the
+    flags. suffix: of the results folder, where not the form decides it.
     """
 
     examples: list
     faults: list[str] | None
     parallel_input: dict | None
     suffix: str | None
+    translate_test: dict | None = None
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Settings:
     overwrite: bool
     faults: list[str] | None
     parallel_input: dict | None
+    translate_test: dict | None
     probe_prefix: dict | None  # as results.json records it
     prefix_of: list[int] | None  # number of the example whose source each one's prefix comes from; None: its own
     score_gold: bool
@@ -136,6 +138,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         overwrite=args.overwrite,
         faults=items.faults,
         parallel_input=items.parallel_input,
+        translate_test=items.translate_test,
         probe_prefix=probe,
         prefix_of=partner,
         score_gold=args.score_gold,
@@ -176,12 +179,13 @@ def choose_task(args: argparse.Namespace) -> tuple:
 
 
 def read_items(args: argparse.Namespace, task, languages: list) -> Items:
-    """Reads the test sets, and puts the prompts of --parallel_input in their place where it is given.
+    """Reads the test sets, and puts the prompts of --parallel_input or --translate_test in the place of their own.
 
     Raises:
         UserError: for missing or faulty data.
     """
     from mindmerger.evaluation.parallel_input import apply_parallel_input
+    from mindmerger.evaluation.translate_test import SUFFIX, apply_translate_test
     from mindmerger.tasks.examples import evaluation_examples
     from mindmerger.tasks.readers import describe_faults, name_skip_flag
 
@@ -191,6 +195,9 @@ def read_items(args: argparse.Namespace, task, languages: list) -> Items:
         examples = [e for one in languages for e in evaluation_examples(*source, one, args.limit, faults)]
     if faults:
         warn(describe_faults(faults, ", all of them listed in results.json"))
+    if args.translate_test is not None:
+        examples, record = apply_translate_test(task, args.data_root, examples, args.translate_test)
+        return Items(examples, faults, None, SUFFIX, record)
     options = options_of(args)
     if options is None:
         return Items(examples, faults, None, None)
@@ -271,6 +278,8 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--parallel_input": args.parallel_input,
         "--translations": parallel.get("translations"),
         "--order": parallel.get("order"),
+        # None without, as in folders that are older than the flag. The texts themselves are part of the data.
+        "--translate_test": (settings.translate_test or {}).get("translations"),
         DATA: hash_rows(settings.examples),
         "--max_seq_len": args.max_seq_len,
         "--max_gen_len": prompt_limit(args),

@@ -138,6 +138,7 @@ def build_results(settings: Settings, items: dict[str, list[dict]], records: dic
         "form": settings.form,
         "parallel_input": settings.parallel_input,
         # Entries that came later are left out where they say nothing: the files of other runs stay as they were.
+        **({"translate_test": settings.translate_test} if settings.translate_test else {}),
         **({"probe_prefix": settings.probe_prefix} if settings.probe_prefix else {}),
         "mean": {**mean, "interval": mean_interval},
         **({"gold": mean_gold([row for rows in items.values() for row in rows])} if settings.score_gold else {}),
@@ -187,7 +188,7 @@ def find_published(settings: Settings, languages: dict[str, dict]) -> dict | Non
     from mindmerger.evaluation.tables import published_scores
 
     # The published rows have none of these: they would be taken for this run's.
-    others = settings.parallel_input or settings.probe_prefix or settings.adapter
+    others = settings.parallel_input or settings.translate_test or settings.probe_prefix or settings.adapter
     if others or settings.bridge_name != DEFAULT_BRIDGE:
         return None
     rows = {name: one["n"] for name, one in languages.items()}

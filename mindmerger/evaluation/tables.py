@@ -15,7 +15,7 @@ FORM_TITLES = {
 
 
 def form_title(results: dict) -> str:
-    """Returns in words what was evaluated, from the content of a `results.json`; parallel input says who translated."""
+    """Returns in words what was evaluated, from the content of a `results.json`; translations say who made them."""
     # Folders of earlier versions have no "bridge": they hold MindMerger's results.
     title, bridge = FORM_TITLES.get(results["form"], results["form"]), results.get("bridge")
     if bridge not in (None, DEFAULT_BRIDGE):
@@ -25,11 +25,14 @@ def form_title(results: dict) -> str:
         title = f"{title}, {kind} adapter on the LLM"
     parallel, probe = results.get("parallel_input"), results.get("probe_prefix")
     if probe is not None:
-        return f"{title}, {PROBE_TITLES[probe['kind']]}"
-    if parallel is None:
-        return title
-    who = "the benchmark's own rows" if parallel["translations"] == "oracle" else "machine translations"
-    return f"LLM alone with parallel input, {parallel['name']}: {who}, {parallel['order']}"
+        title = f"{title}, {PROBE_TITLES[probe['kind']]}"
+    elif (translated := results.get("translate_test")) is not None:
+        # The label stands before a bracket, as the names of the forms do.
+        title = f"{title.replace(' (prompt only)', '')}, {translated['name']}: translations into English in the prompt"
+    elif parallel is not None:
+        who = "the benchmark's own rows" if parallel["translations"] == "oracle" else "machine translations"
+        title = f"LLM alone with parallel input, {parallel['name']}: {who}, {parallel['order']}"
+    return title
 
 
 def align(rows: list[list[str]], rule_before_last: bool = False) -> str:

@@ -52,7 +52,8 @@ class Task:
     row's by `language_field`. `published` is {row label: {language name or "avg": accuracy in percent}}, measured on
     `published_rows` rows of each language; a label holds its LLM's name in PUBLISHED_LLMS. `labels` are all answers
     that a row can have, None where answers are free text; where rows differ in them, the parse function says which are
-    the row's own.
+    the row's own. `text_fields` are the keys, in a test record, that lead to its texts in the question's language ("*":
+    every entry of a list), the question, stem or premise first: translate-test translates them.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Task:
     published_rows: int | None = None
     scorer_version: int | None = None  # None where no other version has ever scored the task
     labels: tuple[str, ...] | None = None
+    text_fields: tuple[tuple[str | int, ...], ...] = ()
 
     def gold_key(self, target: str, language: str) -> str:
         """Returns a gold answer in a form that translations of one row share: 1,450 in English is 1.450 in German."""

@@ -74,6 +74,7 @@ MGSM = Task(
     evaluation_languages=_names(_MGSM),
     evaluation_file="evaluation/mgsm/mgsm_{code}.tsv",
     parse_evaluation=_mgsm,
+    text_fields=((0,),),
     published_rows=250,
     published={
         # Only the average is published, without Telugu.
@@ -88,6 +89,7 @@ MSVAMP = Task(
     evaluation_languages=_names(f"{_NINE} en"),
     evaluation_file="evaluation/msvamp/test_{name}.jsonl",
     parse_evaluation=_msvamp,
+    text_fields=(("m_query",),),
     published_rows=1000,
     published={
         "LLM alone (MetaMath-7B, over all ten languages)": {"avg": 47.5},

@@ -60,6 +60,11 @@ X_CSQA = Task(
     language_field="lang",
     parse_augmentation=_x_csqa,
     parse_evaluation=_x_csqa,
+    text_fields=(
+        ("question", "stem"),
+        ("question", "choices", "*", "text"),
+        ("question", "choices", "text", "*"),
+    ),
     published_rows=1000,
     format_query=_whole_text,
     score=score_text,

@@ -44,6 +44,7 @@ XNLI = Task(
     language_field="language",
     parse_augmentation=_xnli,
     parse_evaluation=_xnli,
+    text_fields=(("sentence1",), ("sentence2",)),
     published_rows=5010,
     format_query=_whole_text,
     score=score_text,
