@@ -13,7 +13,7 @@ from mindmerger.data.training_set import TrainingSet, open_or_build
 from mindmerger.tasks import TASKS, find_task
 from mindmerger.tasks.base import Example, Task
 from mindmerger.tasks.examples import StageData, evaluation_examples
-from mindmerger.tasks.languages import LANGUAGES, Language, find_language, parse_languages
+from mindmerger.tasks.languages import LANGUAGES, Language, find_language, parse_languages, use_languages_file
 from mindmerger.tasks.readers import DataError
 from mindmerger.tasks.scoring import Score, corrected_number, reference_number
 from mindmerger.tasks.translation import read_pairs
@@ -45,4 +45,5 @@ __all__ = [
     "split_dev",
     "split_global_batch",
     "tokenise",
+    "use_languages_file",
 ]

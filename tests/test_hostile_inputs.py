@@ -105,9 +105,12 @@ def text_at(value, *keys) -> str:
 
 
 def language_name(written: str) -> str:
-    known = {key: name for name in LANGUAGES for key in (name.lower(), LANGUAGES[name].code)} | {"dutch": "Flemish"}
-    need(written.strip().lower() in known)
-    return known[written.strip().lower()]
+    for one in LANGUAGES.values():
+        spellings = [one.name, one.code, one.nllb, *one.also]
+        spellings += [one.iso1, one.iso3] if one.code in (one.iso1, one.iso3) else []
+        if written.strip().casefold() in [spelling.casefold() for spelling in spellings if spelling]:
+            return one.name
+    raise Faulty
 
 
 def number(answer: str) -> str:

@@ -7,14 +7,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mindmerger.tasks import find_task
-from mindmerger.tasks import languages as tasks_languages
 from mindmerger.tasks.examples import StageData, evaluation_examples
-from mindmerger.tasks.languages import LANGUAGES, Language, find_language, parse_languages
+from mindmerger.tasks.languages import LANGUAGES, parse_languages
 from mindmerger.tasks.readers import DataError, read_lines, read_records
 from mindmerger.tasks.translation import read_pairs
 
@@ -104,31 +102,7 @@ def test_unicode_line_separators_do_not_split_a_line():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Languages and tasks
-
-
-def test_languages_are_found_by_name_and_code_in_any_case():
-    assert find_language("swahili") is find_language("SW") is find_language(" Swahili ") is SWAHILI
-    assert find_language("Dutch") is find_language("nl") is LANGUAGES["Flemish"]
-    assert parse_languages("Swahili, th,sw,") == [SWAHILI, THAI]
-
-
-@pytest.mark.parametrize(("given_name", "nearest"), [("Swahilli", "Swahili"), ("Duch", "Flemish"), ("germn", "German")])
-def test_unknown_language_is_answered_with_the_nearest_ten_only(given_name, nearest):
-    message = error_of(lambda: find_language(given_name))
-    assert f"did you mean {nearest}?" in message
-    listed = [language.name for language in LANGUAGES.values() if f"{language.name} ({language.code})" in message]
-    assert nearest in listed and len(listed) == 10
-
-
-def test_a_code_of_no_language_is_answered_with_codes_like_it():
-    message = error_of(lambda: find_language("eb"))
-    assert all(name in message for name in ("German (de)", "Greek (el)", "English (en)", "Spanish (es)"))
-
-
-@pytest.mark.parametrize("text", ["", " , "])
-def test_empty_language_list_is_refused(text):
-    error_of(lambda: parse_languages(text))
+# Tasks
 
 
 def test_tasks_are_found_by_alias_and_unknown_ones_get_the_list():
@@ -137,39 +111,6 @@ def test_tasks_are_found_by_alias_and_unknown_ones_get_the_list():
     assert "did you mean xnli?" in message and "math_msvamp" in message
     for near in ("mgms", "mgsm"):
         assert "did you mean math_mgsm?" in error_of(lambda near=near: find_task(near))
-
-
-def test_language_table_has_the_28_released_rows_with_unique_codes():
-    shipped = [find_language(code) for code in SHIPPED]
-    assert len(set(shipped)) == 28
-    for field in ("code", "nllb", "m2m100", "mbart"):
-        values = [getattr(row, field) for row in LANGUAGES.values() if getattr(row, field)]
-        assert len(set(values)) == len(values)
-    assert [row.name for row in shipped if row.m2m100 is None] == ["Telugu"]
-    assert {row.code for row in shipped if row.mbart is None} == {"el", "bg", "hu", "sq", "sr"}
-
-
-def test_language_codes_are_those_of_the_installed_tokenizers():
-    from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as m2m100
-    from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as mbart
-    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as nllb
-
-    for row in LANGUAGES.values():
-        assert row.nllb in nllb
-        assert row.m2m100 is None or row.m2m100 in m2m100["m2m100"]
-        assert row.mbart is None or row.mbart in mbart
-
-
-def test_own_language_needs_one_row_and_its_files(tmp_path, monkeypatch):
-    monkeypatch.setitem(tasks_languages.LANGUAGES, "Amharic", Language("Amharic", "am", "amh_Ethi", "am", None))
-    write(tmp_path / "bilingual_pairs/en-am/train_100k.am", "ሰላም\n")
-    write(tmp_path / "bilingual_pairs/en-am/train_100k.en", "Peace\n")
-    write(tmp_path / "evaluation/mgsm/mgsm_am.tsv", "ስንት?\t3\n")
-    math_rows(tmp_path, [{"lang": "Amharic", "query": "ስንት?", "response": "The answer is 3."}])
-    task, languages = find_task("math"), parse_languages("Amharic")
-    assert [e.target for e in StageData(task, "mapping", tmp_path, languages).examples()] == ["Peace"]
-    assert [e.source for e in StageData(task, "augmentation", tmp_path, languages).examples()] == ["ስንት?"]
-    assert [e.id for e in evaluation_examples(task, tmp_path, languages[0])] == ["am-1"]
 
 
 def test_translation_task_has_a_mapping_stage_only():

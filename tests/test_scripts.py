@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED, clean_environment, free_port
+from conftest import clean_environment, free_port
 
 from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import find_task
@@ -972,17 +972,6 @@ def test_readme_python_imports_only_what_exists():
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module)
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
-
-
-def test_the_amharic_row_of_the_readme_is_a_language():
-    from mindmerger.tasks.languages import Language
-
-    row = ast.literal_eval(re.search(r'\("Amharic".*?\)', README).group(0))
-    file = re.search(r"`LANGUAGES` in `([\w/]+\.py)`", README).group(1)
-    assert "\nLANGUAGES" in (ROOT / file).read_text()
-    language = Language(*row)
-    assert (language.name, language.code, language.nllb) == ("Amharic", "am", "amh_Ethi")
-    assert language.code not in SHIPPED
 
 
 def test_versions_of_the_package_agree():

@@ -34,8 +34,8 @@ from mindmerger.tasks.readers import DataError, Record, find_file, read_lines, r
 
 WORDS_PER_GRAM = 13
 CHARACTERS_PER_GRAM = 30
-# The languages of `LANGUAGES` that put no blanks between words: as words, an item would be two or three units long.
-CHARACTER_LANGUAGES = ("zh", "ja", "th")
+# Scripts that put no blanks between words: as words, an item would be two or three units long.
+CHARACTER_SCRIPTS = ("Hans", "Hant", "Jpan", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")
 THRESHOLD = 0.7
 
 _CHUNK = 1 << 20  # characters read at once from a .json file
@@ -71,8 +71,8 @@ def normalise(text: str) -> str:
 
 
 def splits_into_words(language: Language) -> bool:
-    """Tells whether the language's n-grams are of words (else of characters)."""
-    return language.code not in CHARACTER_LANGUAGES
+    """Tells whether the language's n-grams are of words (else of characters); they are where its script is unknown."""
+    return (language.nllb or "").rpartition("_")[2] not in CHARACTER_SCRIPTS
 
 
 @dataclass

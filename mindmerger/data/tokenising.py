@@ -9,8 +9,12 @@ from dataclasses import dataclass
 
 from mindmerger.runtime.files import model_path
 from mindmerger.tasks.base import Example
-from mindmerger.tasks.languages import LANGUAGES, Language, find_language
+from mindmerger.tasks.languages import LANGUAGES, Language, _names, find_language
 from mindmerger.tasks.readers import DataError
+
+# Languages of version 0.1.0. Their tags stand in the name of every cache of an encoder that takes tags; those of later
+# languages do not, or each row added would have all data tokenised anew.
+_FIRST_LANGUAGES = _names("sq ar bn bg zh hr en nl fr de el hi hu it ja lt mk pl pt ru sr es sw te th tr ur vi")
 
 
 @dataclass
@@ -252,7 +256,8 @@ def _tokenizer_identity(tokenizer) -> str | None:
     if tokenizer is None:
         return None
     column = _tag_column(tokenizer)
-    parts = [type(tokenizer).__name__, column, [getattr(row, column) for row in LANGUAGES.values()] if column else None]
+    tags = [getattr(LANGUAGES[name], column) for name in _FIRST_LANGUAGES] if column else None
+    parts = [type(tokenizer).__name__, column, tags]
     if column:
         # Whoever used the tokenizer last has left a language in its state.
         tokenizer.src_lang = getattr(LANGUAGES["English"], column)

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from mindmerger.runtime.files import is_utf8, sha256_of_file
 from mindmerger.runtime.processes import is_main, log, progress_bar
 from mindmerger.tasks.base import Example
 from mindmerger.tasks.examples import StageData
+from mindmerger.tasks.languages import own_languages, use_languages
 from mindmerger.tasks.readers import DataError, name_skip_flag
 from mindmerger.tasks.translation import warn_of_empty_pairs
 
@@ -162,6 +163,9 @@ def cache_key(stage: StageData, hashes: dict[str, str], tokenizers: Tokenizers, 
         settings["skip_faulty_rows"] = True
     if stage.encoder_text != "source":
         settings["encoder_text"] = stage.encoder_text
+    # Those alone that the rows may be in: an own language added for another run leaves this one its cache.
+    if own := own_languages(stage.languages):
+        settings["own_languages"] = [astuple(language) for language in own]
     # A template changed by the user shows in the first example.
     with name_skip_flag():
         first = next(stage.examples([] if stage.skip_faulty_rows else None))
@@ -276,7 +280,9 @@ def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> 
     return dict(rows)
 
 
-def _tokenise_columns(columns: dict[str, list], tokenizers: Tokenizers, limits: dict) -> dict[str, list]:
+def _tokenise_columns(columns: dict[str, list], tokenizers: Tokenizers, limits: dict, own: list) -> dict[str, list]:
+    if own != own_languages():  # a process started for this, which has read no --languages_file
+        use_languages(own)
     rows = zip(*(columns[name] for name in _TEXT_COLUMNS), strict=True)
     return tokenise(tokenizers, [Example(*row[:5], shrinkable=row[5:]) for row in rows], with_target=True, **limits)
 
@@ -311,7 +317,7 @@ def _tokenise_file(folder: Path, rows: int, tokenizers: Tokenizers, limits: dict
             _tokenise_columns,
             batched=True,
             batch_size=_ROWS_PER_BATCH,
-            fn_kwargs={"tokenizers": tokenizers, "limits": limits},
+            fn_kwargs={"tokenizers": tokenizers, "limits": limits, "own": own_languages()},
             remove_columns=[name for name in _TEXT_COLUMNS if name not in features],
             features=datasets.Features(features),
             num_proc=num_proc if num_proc > 1 else None,

@@ -50,7 +50,7 @@ from mindmerger.evaluation.training_costs import Costs, read_costs
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, run_main
 from mindmerger.runtime.files import model_path, write_text_atomic
 from mindmerger.runtime.processes import log, warn
-from mindmerger.tasks.languages import find_language
+from mindmerger.tasks.languages import code_of
 
 REFERENCE = "mindmerger"  # tested against, where --against names no other
 
@@ -165,7 +165,7 @@ def _number(value, form: str) -> str:
 
 def accuracy_tables(methods: list[Method | str], base: Method) -> list[str]:
     """Returns the two tables of accuracy and of differences; a label alone is a missing row."""
-    codes = [find_language(name).code for name in base.cells]
+    codes = [code_of(name) for name in base.cells]
     accuracy, differences = [["method", "seeds", *codes, "avg"]], [["method", *codes, "avg"]]
     for method in methods:
         if isinstance(method, str):
@@ -249,7 +249,7 @@ def format_csv(methods: list[Method], texts: dict) -> str:
         common = {"method": method.label, "seeds": seeds, "learning_rate": texts["rates"].get(method.label, "")}
         common |= {name: "" if value is None else value for name, value in method.costs._asdict().items()}
         for name, one in [*method.cells.items(), ("avg", method.mean)]:
-            line = common | {"language": name if name == "avg" else find_language(name).code}
+            line = common | {"language": name if name == "avg" else code_of(name)}
             line |= {"items": one.n // seeds} if isinstance(one, SeedCell) else {}
             line |= {"accuracy": round(one.accuracy, 4), "low": one.interval[0], "high": one.interval[1]}
             line |= {"lowest_seed": round(one.seeds[0], 4), "highest_seed": round(one.seeds[1], 4)}

@@ -33,7 +33,7 @@ from mindmerger.evaluation.statistics import describe_questions, format_p, resam
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, run_main
 from mindmerger.runtime.files import model_path, write_text_atomic
 from mindmerger.runtime.processes import log
-from mindmerger.tasks.languages import find_language
+from mindmerger.tasks.languages import code_of
 
 SIGNIFICANT = 0.05
 
@@ -65,7 +65,7 @@ def format_markdown(task: str, table: dict, against: str, missing: dict[str, str
         missing: the reason of each missing row.
     """
     languages = list(table[against][0])
-    codes = [find_language(language).code for language in languages]
+    codes = [code_of(language) for language in languages]
     sizes = sorted({cell.n for cell in table[against][0].values()})
     accuracy, difference = [["method", *codes, "avg"]], [["method", *codes, "avg"]]
     base_cells, base_mean = table[against]
@@ -115,7 +115,7 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
             "translations": parallel["translations"] if parallel else "",
         }
         for language, cell in cells.items():
-            line = common | {"language": find_language(language).code, "items": cell.n, "correct": cell.correct}
+            line = common | {"language": code_of(language), "items": cell.n, "correct": cell.correct}
             line |= {"accuracy": round(cell.accuracy, 4), "low": cell.interval[0], "high": cell.interval[1]}
             # The row that the others are tested against has no test of its own: its fields stay empty.
             if cell.p is not None:
@@ -138,7 +138,7 @@ def make_figure(task: str, table: dict):
     from mindmerger.evaluation.plots import colour, hatch, legend_label, new_figure
 
     languages = list(next(iter(table.values()))[0])
-    groups = [find_language(language).code for language in languages] + ["avg"]
+    groups = [code_of(language) for language in languages] + ["avg"]
     # Grows with the bars: ten rows in sixteen languages must stay readable.
     figure, axes = new_figure(min(16, max(7, 0.13 * len(groups) * (len(table) + 1.5) + 3)), 4.5)
     width = 0.85 / len(table)

@@ -12,6 +12,7 @@ from mindmerger.runtime.command import CommandParser, at_least, check_save_name,
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import warn
+from mindmerger.tasks.languages import add_language_flags
 
 
 def _at_least(minimum: int):
@@ -142,8 +143,9 @@ def _add_models(group) -> None:
 def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data_root", type=model_path, default="./datas", help="data folder (default ./datas)")
-    data.add_argument(
-        "--languages", help="languages to evaluate, by name or code, with commas: Swahili,th (default: all of the task)"
+    add_language_flags(
+        data.add_argument,
+        "languages to evaluate, by name, code or NLLB's tag, with commas: Swahili,th (default: all of the task)",
     )
     data.add_argument(
         "--limit",

@@ -97,8 +97,10 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     """
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.model.attention_memory import check_attention_function
+    from mindmerger.tasks.languages import use_languages_file
 
     check_flags(args)
+    use_languages_file(args.languages_file)
     task, languages = choose_task(args)
     models = find_models_on_rank_0(args, task)
     form = choose_form(args, models)
@@ -262,6 +264,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
     from mindmerger.evaluation.results import SCORER
     from mindmerger.model.mapping_files import mapping_sha256
     from mindmerger.model.towers import model_fingerprint
+    from mindmerger.tasks.languages import own_languages
 
     parallel = settings.parallel_input or {}
     return {
@@ -274,6 +277,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--llm_path (fingerprint)": model_fingerprint(settings.llm_path),
         "--mt_path (fingerprint)": model_fingerprint(settings.mt_path) if settings.mt_path else None,
         "--languages": [language.name for language in languages],
+        "--languages_file": [list(astuple(one)[:5]) for one in own_languages(languages)] or None,
         "--limit": args.limit,
         "--parallel_input": args.parallel_input,
         "--translations": parallel.get("translations"),

@@ -85,16 +85,26 @@ def _plain(text: str) -> str:
 def _separators(code: str) -> tuple[str, str]:
     """Returns the decimal and the group separator of a language, as CLDR has them; every group blank is a no-break one.
 
-    A language that CLDR does not have, such as Classical Chinese, is taken to write numbers as English does.
+    A language that CLDR does not have is taken to write numbers as the first official language of its main territory
+    does (ours): Balinese as Indonesian. One whose territory is not known either, such as Berber, as English.
     """
+    from babel.core import get_global
+    from babel.languages import get_official_languages
+
+    code = code.replace("-", "_")
+    territory = get_global("likely_subtags").get(code.partition("_")[0], "").rpartition("_")[2]
+    tried = [code, *(f"{language}_{territory}" for language in get_official_languages(territory)), "en"]
+    symbols = next(filter(None, map(_symbols, tried)))
+    return symbols["decimal"], _SAME.get(symbols["group"], symbols["group"])
+
+
+def _symbols(locale: str) -> dict[str, str] | None:
     from babel import Locale, UnknownLocaleError
 
     try:
-        locale = Locale.parse(code.replace("-", "_"))
+        return Locale.parse(locale).number_symbols.get("latn")
     except (UnknownLocaleError, ValueError):
-        locale = Locale.parse("en")
-    symbols = locale.number_symbols["latn"]
-    return symbols["decimal"], _SAME.get(symbols["group"], symbols["group"])
+        return None
 
 
 # A no-break or thin blank before three digits groups in every language. A plain one does where the decimal separator
@@ -340,7 +350,7 @@ def read_number(text: str, code: str = "en") -> float | None:
     What is not a grouping stays apart, as in lists (3,5,8), dates and times, and a hyphen there is not a sign.
 
     Args:
-        code: ISO 639-1 code of the question's language.
+        code: of the question's language: ISO 639, or a tag such as swh_Latn.
     """
     text, last = _plain(text), None
     for last in _numbers(text, code, _ENGLISH.search(text) is not None):  # noqa: B007

@@ -17,6 +17,7 @@ from mindmerger.runtime.command import (
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import is_main, warn, world_size
+from mindmerger.tasks.languages import add_language_flags
 from mindmerger.training import adapter_stage
 from mindmerger.training.initial_mapping import settle_start
 
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stage_name", help="which stage of the bridge to train, for mindmerger mapping or augmentation (default: its "
         "first), or adapter, which every bridge has")  # fmt: skip
     add("--data_root", default="./datas", help="folder in the released layout")
-    add("--languages", help="only these, by name or code, separated by commas (default: the task's)")
+    add_language_flags(add, "only these, by name, code or NLLB's tag, with commas between (default: the task's)")
     add("--train_num", type=at_least(1), default=100000, help="examples per language")
     add("--dev_size", type=_dev_size, default=3000, help="examples kept aside to select the best mapping; auto takes "
         "3000, or a tenth of the examples where that is less")  # fmt: skip
@@ -169,6 +170,7 @@ def settle(args) -> Settings:
     """
     from mindmerger.model.adapters import adapter_shapes
     from mindmerger.tasks import find_task
+    from mindmerger.tasks.languages import use_languages_file
     from mindmerger.tasks.questions import check_questions
 
     # What the flags alone tell comes first, hashing and checking models later: a typing error costs no waiting.
@@ -176,6 +178,7 @@ def settle(args) -> Settings:
     check_seed(args.seed)
     check_save_name(args.save_name)
     check_reporting(args.report_to)
+    use_languages_file(args.languages_file)
     task = find_task(args.task)
     options = settle_options(args.bridge, args.bridge_option)
     stage = settle_stage(args, options)
