@@ -369,8 +369,11 @@ def test_an_evaluation_of_an_own_language_records_its_row_and_is_compared_withou
     assert list(results["languages"]) == ["Swiss German", "German"]
     assert main([*call, own]) == 0 and "holds this evaluation already" in capsys.readouterr().err
     write(tmp_path / "changed.tsv", OWN.replace("deu_Latn", "nld_Latn"))
-    with pytest.raises(Exception, match="another --languages_file"):
+    with pytest.raises(Exception, match="another row for Swiss German in --languages_file"):
         main([*call, "changed.tsv"])
+    write(tmp_path / "datas/evaluation/mgsm/mgsm_vro.tsv", "Mitu?\t3\n")
+    assert main([*call, own, "--languages", "gsw,de,vro"]) == 0
+    assert "4 answers are kept" in capsys.readouterr().err
     folders = [f"results/{name}/math_mgsm-llm_only" for name in ("MindMerger", "other")]
     use_languages_file(None)
     assert main(["--compare", *folders]) == 0

@@ -19,8 +19,9 @@ from mindmerger.runtime.processes import log
 from mindmerger.tasks.readers import preview
 
 DATA = "data (sha256)"
+OWN_LANGUAGES = "--languages_file"
 # The entries of an identity that say which rows are asked.
-WHICH_ROWS = ("--languages", "--limit", DATA)
+WHICH_ROWS = ("--languages", "--limit", OWN_LANGUAGES, DATA)
 # Of the versions that results.json names, those that can change an answer.
 DECIDING_VERSIONS = ("mindmerger", "torch", "transformers", "tokenizers", "sentencepiece", "vllm")
 # What a prediction holds of its row, and what scoring adds. All else in it is the model's: an answer's record.
@@ -74,6 +75,7 @@ def find_kept(folder: Path, identity: dict, rows: list[Row]) -> Kept | None:
     results = read_results(str(folder))
     held = {name: read_items(str(folder), name) for name in results["languages"]}
     asked = {row.example.id: row for row in rows}
+    _require_same_languages(folder, results["identity"], identity, {row.example.language for row in rows} & {*held})
     for items in held.values():
         for id, item in items.items():
             if id in asked:
@@ -107,6 +109,17 @@ def find_kept(folder: Path, identity: dict, rows: list[Row]) -> Kept | None:
     if scorers[0] != scorers[1]:
         log(f"scored by version {scorers[0]} of the scorer, now {scorers[1]}: {number} kept answers are scored again")
     return _kept(folder, results, held, rows, scorers if not lacking else None)
+
+
+def _require_same_languages(folder: Path, before: dict, now: dict, names: set[str]) -> None:
+    # A user's own: another code or tag makes other ids or encoder inputs, which no prediction shows.
+    then, rows = ({row[0]: row for row in identity.get(OWN_LANGUAGES) or ()} for identity in (before, now))
+    for name in sorted(names):
+        if then.get(name) != rows.get(name):
+            raise ResultsError(
+                f"{folder} holds a finished evaluation with another row for {name} in {OWN_LANGUAGES}, "
+                f"{then.get(name)} then, {rows.get(name)} now: {START_OVER}"
+            )
 
 
 def _require_same_row(folder: Path, form: str, item: dict, row: Row) -> None:

@@ -4,7 +4,7 @@
 """
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
