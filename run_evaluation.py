@@ -112,7 +112,8 @@ def evaluate(settings: Settings, device, finished: dict[int, dict]) -> dict | No
         where = f"{world_size()} processes" if world_size() > 1 else device.type
         where += " by vLLM" if settings.engine == "vllm" else ""
         task, form, dtype = settings.task.name, settings.form, settings.precision
-        log(f"{task}, {form}: generating {len(remaining)} answers in {dtype} on {where}")
+        what = "generating" if settings.label_ids is None else "choosing labels for"
+        log(f"{task}, {form}: {what} {len(remaining)} answers in {dtype} on {where}")
         with on_all_ranks(open_shard, settings.folder, rank()) as shard:
             model, engine = load(settings, device)
             # Speed is that of answering: loading depends on the disk, and on what is in its cache.
@@ -155,9 +156,10 @@ def answer_share(model, engine, settings: Settings, batches: list[list[int]], sh
             for chunk, generations in answer_batches(model, engine, settings, batches):
                 following = iter(generations)
                 for batch in chunk:
-                    records = [{"index": i, **asdict(next(following))} for i in batch]
+                    answers = [next(following) for _ in batch]
+                    records = [{"index": i, **asdict(one)} for i, one in zip(batch, answers, strict=True)]
                     if settings.score_gold:
-                        gold = score_gold(model, settings, batch)
+                        gold = score_gold(model, settings, batch, answers)
                         records = [one | loss for one, loss in zip(records, gold, strict=True)]
                     # With each line its batch: one cut short by a crash is known by it, and generated again as a whole.
                     keys = {"batch": batch[0], "batch_size": len(batch)}

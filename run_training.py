@@ -33,6 +33,7 @@ from mindmerger.runtime.processes import (
 )
 from mindmerger.runtime.signals import Signals, end_with_parent, watch_launcher
 from mindmerger.training.deepspeed_config import zero_stage
+from mindmerger.training.dev_accuracy import check_selection, dev_accuracy, has_accuracy, is_best, read_labels
 from mindmerger.training.dry_run import print_estimate
 from mindmerger.training.guards import (
     EVAL_MEMORY_FLAGS,
@@ -110,7 +111,11 @@ def load_data(settings: Settings, cache_dir=None) -> "TrainingData":
     if len(dev) > len(train):
         warn(f"--dev_size {len(dev)} takes {len(dev) / number:.0%} of the examples: --dev_size auto takes a tenth")
     log(f"data: {len(train)} training and {len(dev)} dev examples; " + json.dumps(examples.counts, ensure_ascii=False))
-    return TrainingData(examples, tokenizers, dev, train)
+    check_selection(args, settings.task, settings.stage)  # again: by now the dev split has its size
+    labels = None
+    if has_accuracy(args, settings.task, settings.stage) and not args.dry_run:
+        labels = on_all_ranks(read_labels, args, stage, tokenizers, dev, examples)
+    return TrainingData(examples, tokenizers, dev, train, labels)
 
 
 def train(run: Run, progress: Progress) -> int:
@@ -274,8 +279,11 @@ def evaluate_and_save(run: Run, progress: Progress) -> int:
     """
     run.engine.eval()  # without dropout
     loss, code = dev_loss(run)
+    accuracy = math.nan if run.loader.data.labels is not None else None
+    if accuracy is not None and not code and math.isfinite(loss):
+        accuracy, code = dev_accuracy(run)
     run.engine.train()
-    if math.isnan(loss) and code:
+    if code and (math.isnan(loss) or accuracy is not None and math.isnan(accuracy)):
         return code
     if not math.isfinite(loss):  # all ranks have the same
         raise ReportedError(
@@ -283,13 +291,14 @@ def evaluate_and_save(run: Run, progress: Progress) -> int:
             "so far are kept; lower --lr, or use --precision fp32"
         )
     progress.evaluation_due = False
-    run.record.evaluation(progress.step, loss)
-    best = loss < progress.best_dev_loss
+    run.record.evaluation(progress.step, loss, accuracy)
+    best = is_best(progress, run.args.select_by, loss, accuracy)
     if best:
-        progress.best_dev_loss = loss
+        progress.best_dev_loss, progress.best_dev_accuracy = loss, accuracy
         save_mapping(run, run.settings.output_dir)
     save_mapping(run, run.settings.output_dir / "last")
-    said = " (best so far)" if best else ""
+    said = f", accuracy {accuracy:.1f} %" if accuracy is not None else ""
+    said += " (best so far)" if best else ""
     log(f"step {progress.step}: dev loss {loss:.4f}, perplexity {perplexity(loss):.3f}{said}")
     return code
 

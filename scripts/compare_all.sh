@@ -17,6 +17,7 @@
 #   MT_PATH, HARD_CHECKPOINT, SOFT_CHECKPOINT     the encoder and the two mappings
 #   MINDMERGER_LLM      the LLM that the mappings were trained with, where it is not LLM_PATH; their rows then name it
 #   PROBE_PREFIX        shuffled or zero: one more row, MindMerger-Soft with another question's prefix, or one of zeros
+#   SCORING             generate (default), likelihood for the likeliest label, or both: then every row stands twice
 #   TRANSLATIONS        aligned (default, an oracle) or a .jsonl file of machine translations: PMI
 #   PARALLEL_LANGUAGES, ORDER                     of PMI
 #   TRANSLATOR          a model that translates into English (NLLB, M2M100, mBART, MADLAD-400): translate-test
@@ -45,7 +46,13 @@ mindmerger_llm=$(need mindmerger_llm "$llm")
 translations=$(need translations aligned)
 results_dir=$(need results_dir results)
 merged_dir=$(need merged_dir "$results_dir/merged")
-against=$(need against "task LLM alone")
+case $(need scoring generate) in
+    generate) scorings=("") ;;
+    likelihood) scorings=(likelihood) ;;
+    both) scorings=("" likelihood) ;;
+    *) fail "SCORING is '$(need scoring)': it may be generate, likelihood or both" ;;
+esac
+against=$(need against "task LLM alone${scorings[0]:+, likelihood}")
 probe=$(need probe_prefix)
 translator=$(need translator)
 translate_test=$(need translate_test)
@@ -57,19 +64,27 @@ mkdir -p "$results_dir/logs"
 
 # evaluate_row LABEL SLUG FORM ARGUMENT...: FORM is what the results folder's name ends in.
 evaluate_row() {
-    local label=$1 slug=$2 form=$3 command_line=() program=(python run_evaluation.py)
-    shift 3
+    local scoring
+    for scoring in "${scorings[@]}"; do evaluate_scored "$scoring" "$@"; done
+}
+
+# evaluate_scored SCORING LABEL SLUG FORM ARGUMENT...: SCORING is empty for answers that are generated.
+evaluate_scored() {
+    local scoring=$1 label=$2 slug=$3 form=$4 command_line=() program=(python run_evaluation.py)
+    shift 4
+    if [[ -n $scoring ]]; then label+=", $scoring" form+=-$scoring; fi
     command_line=(--task "$task" --results_dir "$results_dir/compare" --save_name "$slug")
     read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
         train_micro_batch_size_per_gpu
     # The rows differ in these, so no variable may set them for all.
     add_variables "" results_dir save_name llm_path mt_path init_checkpoint augmentation llm_only parallel_input \
-        translations parallel_languages order translate_test
+        translations parallel_languages order translate_test scoring
+    if [[ -n $scoring ]]; then command_line+=(--scoring "$scoring"); fi
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py)
         command_line+=(--deepspeed)
     fi
-    if attempt "$label" "$results_dir/logs/$slug.log" "${program[@]}" "${command_line[@]}" "$@" ${extra[@]+"${extra[@]}"}; then
+    if attempt "$label" "$results_dir/logs/$slug${scoring:+-$scoring}.log" "${program[@]}" "${command_line[@]}" "$@" ${extra[@]+"${extra[@]}"}; then
         table+=(--row "$label=$results_dir/compare/$slug/$folder$form")
     else
         missing "$label" "$REPLY"

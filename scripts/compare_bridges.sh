@@ -182,6 +182,10 @@ choose_rate() {
 evaluate_row() {
     local label=$1 slug=$2 made command_line=() program=(python run_evaluation.py)
     shift 2
+    # A folder of its own: beside generated answers the wrong one of two could be taken for this row.
+    setting EVALUATION scoring
+    last_argument scoring "$REPLY" ${extra[@]+"${extra[@]}"}
+    if [[ $REPLY == likelihood ]]; then slug+=-likelihood; fi
     command_line=(--task "$task" --results_dir "$results_dir/evaluations" --save_name "$slug")
     read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
         train_micro_batch_size_per_gpu

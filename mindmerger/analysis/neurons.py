@@ -92,6 +92,8 @@ def count(args: argparse.Namespace) -> int:
         raise NeuronError("neurons are counted in transformers' model: leave --engine out")
     if args.score_gold:
         raise NeuronError("neurons are counted over greedy answers alone: leave --score_gold out")
+    if args.scoring != "generate":
+        raise NeuronError("neurons are counted over greedy answers alone: leave --scoring out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = settle(args, device.type == "cuda")
     folder = Path(args.output_dir or settings.folder / ("neurons" if args.tower == "llm" else "neurons-encoder"))

@@ -46,6 +46,12 @@ def split_dev(number_of_examples: int, dev_size: int, seed: int) -> tuple[np.nda
     return order[:dev_size], order[dev_size:]
 
 
+def draw_rows(rows: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """Returns `number` of the rows, or all where there are fewer, in ascending order: the seed decides."""
+    # The 2 keeps the draw apart from the order of epochs.
+    return np.sort(rows[_generator(seed, 2).permutation(len(rows))[:number]])
+
+
 def epoch_batches(train_indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Returns the global batches of an epoch (from 0), each (≤ batch_size,): (seed, epoch) decide."""
     # The 1 keeps epoch 0 apart from the dev split: a seed followed by zeros gives the same stream as the seed alone.

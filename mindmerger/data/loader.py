@@ -27,13 +27,15 @@ DEV_GROUP = 16  # micro-batches of the dev split between two looks at whether th
 class TrainingData(NamedTuple):
     """A run's tokenised examples and their split.
 
-    examples: a `TrainingSet`. tokenizers: a `Tokenizers`. dev, train: row numbers, int64.
+    examples: a `TrainingSet`. tokenizers: a `Tokenizers`. dev, train: row numbers, int64. labels: a `DevLabels`, None
+    where the dev split has no accuracy.
     """
 
     examples: object
     tokenizers: object
     dev: np.ndarray
     train: np.ndarray
+    labels: object | None = None
 
 
 @dataclass
@@ -95,10 +97,10 @@ class BatchLoader:
         """
         return self._one_ahead(self._global_batches(epoch, batch))
 
-    def dev_groups(self) -> Iterator[list[LoadedMicroBatch]]:
-        """Yields this rank's micro-batches of the dev split, `DEV_GROUP` at a time: equally many groups of equally
-        many on every rank, so that ranks can talk between them."""
-        micro_batches = self._split(self.data.dev, self.args.eval_batch_size)
+    def dev_groups(self, rows: np.ndarray | None = None) -> Iterator[list[LoadedMicroBatch]]:
+        """Yields this rank's micro-batches of the dev split, or of some rows of it, `DEV_GROUP` at a time: equally many
+        groups of equally many on every rank, so that ranks can talk between them."""
+        micro_batches = self._split(self.data.dev if rows is None else rows, self.args.eval_batch_size)
         groups = (micro_batches[i : i + DEV_GROUP] for i in range(0, len(micro_batches), DEV_GROUP))
         for group in self._one_ahead(GlobalBatch(self.data.dev, 0, 0, one) for one in groups):
             yield group.micro_batches

@@ -251,6 +251,11 @@ def tokenise(
     return columns
 
 
+def encode_targets(tokenizers: Tokenizers, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of whole targets, with EOS, whatever their length."""
+    return [[*row, tokenizers.eos_id] for row in _ids(tokenizers.llm, list(texts), False)]
+
+
 def _tokenizer_identity(tokenizer) -> str | None:
     """Returns a hash of everything that decides which ids a tokenizer gives, whatever it was used for before."""
     if tokenizer is None:

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from mindmerger.evaluation.results import ResultsError, find_results, read_predictions, read_results, warn_of_scorers
+from mindmerger.evaluation.scoring import LIKELIHOOD, note_of_scoring
 from mindmerger.evaluation.statistics import (
     Question,
     bootstrap_intervals,
@@ -81,6 +82,8 @@ def _compare_two(first: str, second: str, first_results: dict, second_results: d
         f"sign-flip test, {resampling_note(describe_questions(questions)).replace('resampled', 'flipped')}",
         f"{n} items in common (A has {totals[0]}, B has {totals[1]}); only A, only B: items that run alone got right",
     ]
+    if note := note_of_scoring([first_results, second_results]):
+        lines.append(note)
     # Over other items than these a loss says nothing about the difference.
     if all("gold" in one for one in (first_results, second_results)) and totals == [n, n]:
         losses = [one["gold"]["gold_loss"] for one in (first_results, second_results)]
@@ -163,7 +166,7 @@ class Mean:
 
 def read_row(label: str, folder: str) -> Row:
     """Reads a results folder; a row with translations gets "oracle" or "machine" into its label, one with
-    a probe "shuffled prefix" or "zero prefix".
+    a probe "shuffled prefix" or "zero prefix", one of likeliest labels "likelihood".
 
     Raises:
         ResultsError: when the folder holds no finished evaluation.
@@ -176,6 +179,9 @@ def read_row(label: str, folder: str) -> Row:
     probe = results.get("probe_prefix")
     if probe is not None and f"{probe['kind']} prefix" not in label:
         label = f"{label} ({probe['kind']} prefix)"
+    # The two ways to an answer are different measures of one model: a row has to say which one it shows.
+    if results.get("scoring") == LIKELIHOOD and LIKELIHOOD not in label:
+        label = f"{label} ({LIKELIHOOD})"
     row = Row(label, folder, results, {}, {})
     for language in results["languages"]:
         items = read_predictions(folder, language)
@@ -186,7 +192,8 @@ def read_row(label: str, folder: str) -> Row:
 
 
 def keep_common(rows: list[Row]) -> list[str]:
-    """Reduces every row to the languages and items that all have; returns notes on what was left out.
+    """Reduces every row to the languages and items that all have; returns notes on what was left out, and on answers
+    that were not found alike.
 
     Raises:
         ResultsError: for other tasks, nothing in common, or other questions under one id.
@@ -218,7 +225,8 @@ def keep_common(rows: list[Row]) -> list[str]:
         raise ResultsError("these evaluations have no item in common: no table can be made of them")
     for row in rows:
         row.correct = {language: {id: row.correct[language][id] for id in ids} for language, ids in kept.items()}
-    return notes
+    note = note_of_scoring([row.results for row in rows])
+    return notes + [note] * (note is not None)
 
 
 def build_cells(rows: list[Row], against: Row, seed: int) -> dict[str, tuple[dict[str, Cell], Mean]]:

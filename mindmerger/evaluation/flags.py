@@ -6,6 +6,7 @@ from mindmerger.evaluation.models import DEFAULT_ENCODER, DEFAULT_LLM
 from mindmerger.evaluation.parallel_input import add_arguments as add_parallel_arguments
 from mindmerger.evaluation.parallel_input import options_of
 from mindmerger.evaluation.probes import PROBES
+from mindmerger.evaluation.scoring import SCORINGS
 from mindmerger.evaluation.translate_test import add_argument as add_translate_test
 from mindmerger.generation.answers import DEFAULT_MAX_LEN
 from mindmerger.runtime.command import CommandParser, at_least, check_save_name, check_seed, parse_bool
@@ -159,6 +160,13 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
         help="leave out and list faulty rows of the test sets; without it the first one ends the run",
     )
     generation = parser.add_argument_group("generation")
+    generation.add_argument(
+        "--scoring",
+        choices=SCORINGS,
+        default=SCORINGS[0],
+        help="way to an answer: greedy decoding (generate, the default), or, for tasks with labels, the label with the "
+        "highest log-probability, summed over its tokens and the end token (likelihood)",
+    )
     generation.add_argument(
         # No default here: --eval_max_tokens alone has to lift the limit of rows.
         "--eval_batch_size",

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from mindmerger.evaluation.probes import PROBES
+from mindmerger.evaluation.scoring import LIKELIHOOD
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import remove, unfollowed, write_json_atomic, write_text_atomic
@@ -335,6 +336,7 @@ def read_results(folder: str) -> dict:
             wrong += [f"{name} of translate_test" for name in texts if not isinstance(found.get(name), str)]
         probe, gold = results.get("probe_prefix", {"kind": PROBES[0]}), results.get("gold", {"gold_loss": 0.0})
         wrong += ["probe_prefix"] * (not isinstance(probe, dict) or probe.get("kind") not in PROBES)
+        wrong += ["scoring"] * (results.get("scoring", LIKELIHOOD) != LIKELIHOOD)
         wrong += ["bridge"] * (not isinstance(results.get("bridge"), str | None))
         wrong += ["gold"] * (not isinstance(gold, dict) or not isinstance(gold.get("gold_loss"), float))
         if wrong:

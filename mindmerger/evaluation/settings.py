@@ -19,6 +19,7 @@ from mindmerger.evaluation.models import (
 )
 from mindmerger.evaluation.parallel_input import options_of
 from mindmerger.evaluation.probes import apply_probe, check_probe
+from mindmerger.evaluation.scoring import check_scoring, find_label_ids
 from mindmerger.generation.answers import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MAX_LEN,
@@ -67,7 +68,7 @@ class Settings:
     precision: str
     attn_implementation: str | None
     engine: str
-    max_new_tokens: int
+    max_new_tokens: int  # of the longest label, where answers are labels
     batch_size: int | None  # None: as many rows as `token_budget` allows
     token_budget: int | None
     seed: int
@@ -79,6 +80,7 @@ class Settings:
     probe_prefix: dict | None  # as results.json records it
     prefix_of: list[int] | None  # number of the example whose source each one's prefix comes from; None: its own
     score_gold: bool
+    label_ids: dict[str, list[int]] | None  # tokens of all labels, among which answers are chosen; None: generated
     arguments: dict  # the command line, for results.json
     identity: dict = field(default_factory=dict)  # everything the answers and scores depend on
 
@@ -102,6 +104,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     check_flags(args)
     use_languages_file(args.languages_file)
     task, languages = choose_task(args)
+    check_scoring(args, task)
     models = find_models_on_rank_0(args, task)
     form = choose_form(args, models)
     check_probe(args, form)
@@ -117,6 +120,8 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     columns, probe, partner = apply_probe(args.probe_prefix, items.examples, columns, args.seed)
     suffix = (items.suffix or FORM_SUFFIX[form]) + ("-adapter" if adapter is not None else "")
     suffix += f"-prefix_{args.probe_prefix}" if args.probe_prefix else ""
+    label_ids = find_label_ids(args, tokenizers, items.examples)
+    suffix += f"-{args.scoring}" if label_ids is not None else ""
     settings = Settings(
         task=task,
         form=form,
@@ -132,7 +137,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         precision=args.precision or ("bf16" if on_gpu else "fp32"),
         attn_implementation=args.attn_implementation,
         engine=args.engine,
-        max_new_tokens=args.max_new_tokens or args.max_gen_len or task.max_new_tokens,
+        max_new_tokens=find_new_tokens(args, task, label_ids),
         batch_size=args.eval_batch_size or (None if args.eval_max_tokens else DEFAULT_BATCH_SIZE),
         token_budget=args.eval_max_tokens,
         seed=args.seed,
@@ -144,6 +149,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         probe_prefix=probe,
         prefix_of=partner,
         score_gold=args.score_gold,
+        label_ids=label_ids,
         arguments=vars(args) | {"augmentation": form != "hard"},
     )
     # Here and not when it is met: what does not fit must not cost the minutes in which a 7B model loads.
@@ -236,6 +242,13 @@ def prompt_limit(args: argparse.Namespace) -> int:
     return args.max_gen_len or DEFAULT_MAX_LEN * (1 + (args.parallel_input or 0))
 
 
+def find_new_tokens(args: argparse.Namespace, task, label_ids: dict[str, list[int]] | None) -> int:
+    """Returns the most positions behind an input: those of the longest label where answers are labels."""
+    if label_ids is not None:
+        return max(map(len, label_ids.values()))
+    return args.max_new_tokens or args.max_gen_len or task.max_new_tokens
+
+
 def check_inputs(settings: Settings) -> None:
     """Refuses inputs that a model has no embeddings or no positions for.
 
@@ -248,7 +261,8 @@ def check_inputs(settings: Settings) -> None:
     mt_path, llm_path, columns = settings.mt_path, settings.llm_path, settings.columns
     encoder_rows = embedding_rows(load_config(mt_path)) if mt_path is not None else None
     llm_rows = embedding_rows(llm_config(llm_path)[0])
-    check_tokens(settings.tokenizers, columns, (mt_path, encoder_rows), (llm_path, llm_rows))
+    labels = {"target_ids": list(settings.label_ids.values())} if settings.label_ids is not None else {}
+    check_tokens(settings.tokenizers, columns | labels, (mt_path, encoder_rows), (llm_path, llm_rows))
     targets = max(map(len, columns.get("target_ids", [[]])))
     # The longest input with the most new tokens: every row may run into that limit.
     longest = max(input_positions(columns, settings.bridge)) + max(settings.max_new_tokens, targets)
@@ -267,6 +281,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
     from mindmerger.tasks.languages import own_languages
 
     parallel = settings.parallel_input or {}
+    labels = [example.labels for example in settings.examples] if settings.label_ids is not None else None
     return {
         "--task": settings.task.name,
         "form (--augmentation, --llm_only)": settings.form,
@@ -297,5 +312,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--adapter_path (sha256)": settings.adapter.sha256 if settings.adapter is not None else None,
         "--probe_prefix": args.probe_prefix,
         "--score_gold": args.score_gold or None,
+        "--scoring": args.scoring if labels is not None else None,
+        "labels (sha256)": hashlib.sha256(json.dumps(labels).encode()).hexdigest() if labels is not None else None,
         SCORER: settings.task.scorer_version,
     }

@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 
 from mindmerger.evaluation.models import DEFAULT_BRIDGE
+from mindmerger.evaluation.scoring import LIKELIHOOD
 from mindmerger.evaluation.settings import Settings
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
@@ -67,6 +68,8 @@ def score_answers(settings: Settings, records: dict[int, dict]) -> dict[str, lis
         item = prediction_item(settings, example, records[i]["output"])
         if settings.prefix_of is not None:
             item["prefix_of"] = settings.examples[settings.prefix_of[i]].id
+        if settings.label_ids is not None:
+            item["label_log_probs"] = records[i]["label_log_probs"]
         if settings.score_gold:
             item |= {name: records[i][name] for name in GOLD}
         items.setdefault(example.language, []).append(item)
@@ -140,6 +143,7 @@ def build_results(settings: Settings, items: dict[str, list[dict]], records: dic
         # Entries that came later are left out where they say nothing: the files of other runs stay as they were.
         **({"translate_test": settings.translate_test} if settings.translate_test else {}),
         **({"probe_prefix": settings.probe_prefix} if settings.probe_prefix else {}),
+        **({"scoring": LIKELIHOOD} if settings.label_ids is not None else {}),
         "mean": {**mean, "interval": mean_interval},
         **({"gold": mean_gold([row for rows in items.values() for row in rows])} if settings.score_gold else {}),
         "resampling": resampling,
@@ -189,6 +193,7 @@ def find_published(settings: Settings, languages: dict[str, dict]) -> dict | Non
 
     # The published rows have none of these: they would be taken for this run's.
     others = settings.parallel_input or settings.translate_test or settings.probe_prefix or settings.adapter
+    others = others or settings.label_ids
     if others or settings.bridge_name != DEFAULT_BRIDGE:
         return None
     rows = {name: one["n"] for name, one in languages.items()}

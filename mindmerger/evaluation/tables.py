@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mindmerger.evaluation.models import DEFAULT_BRIDGE
 from mindmerger.evaluation.probes import PROBE_TITLES
+from mindmerger.evaluation.scoring import LIKELIHOOD_TITLE
 from mindmerger.evaluation.statistics import resampling_note
 from mindmerger.tasks.base import PUBLISHED_ENCODER, PUBLISHED_LLMS, Task
 
@@ -32,7 +33,7 @@ def form_title(results: dict) -> str:
     elif parallel is not None:
         who = "the benchmark's own rows" if parallel["translations"] == "oracle" else "machine translations"
         title = f"LLM alone with parallel input, {parallel['name']}: {who}, {parallel['order']}"
-    return title
+    return title if results.get("scoring") is None else f"{title}, {LIKELIHOOD_TITLE}"
 
 
 def align(rows: list[list[str]], rule_before_last: bool = False) -> str:

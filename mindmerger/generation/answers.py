@@ -184,6 +184,11 @@ def merge_batch(model, settings, batch: list[int]) -> list:
 def answer_batches(model, engine, settings, batches: list[list[int]]):
     """Yields (batches, answers to all their examples in order): one batch by transformers, a chunk of them by vLLM."""
     tokenizers, new_tokens = settings.tokenizers, settings.max_new_tokens
+    if settings.label_ids is not None:
+        from mindmerger.generation.likelihood import choose_labels
+
+        yield from (([batch], choose_labels(model, settings, batch)) for batch in batches)
+        return
     if engine is None:
         for batch in batches:
             yield [batch], generate_batch(model, tokenizers, settings.columns, batch, new_tokens)

@@ -1,13 +1,15 @@
 """Gold answers: how likely the LLM finds them. A loss moves where greedy answers only say right or wrong."""
 
 from mindmerger.generation.answers import batch_inputs, explain_batch_out_of_memory
+from mindmerger.generation.likelihood import Choice, gold_of_choices
 
 
-def score_gold(model, settings, batch: list[int]) -> list[dict]:
+def score_gold(model, settings, batch: list[int], answers: list | None = None) -> list[dict]:
     """Returns the loss of each gold answer of a batch, as the records of its examples hold it.
 
     Args:
         batch: numbers of examples.
+        answers: theirs; of choices among labels the losses are known already.
 
     Returns:
         gold_loss: summed over the tokens, in nats; gold_tokens: their number, the end token included.
@@ -17,6 +19,8 @@ def score_gold(model, settings, batch: list[int]) -> list[dict]:
     """
     import torch
 
+    if answers and isinstance(answers[0], Choice):
+        return gold_of_choices(settings, batch, answers)
     inputs = batch_inputs(model, settings.tokenizers, settings.columns, batch, with_target=True)
     with explain_batch_out_of_memory(inputs, settings.max_new_tokens), torch.no_grad():
         losses = row_losses(model, inputs)
@@ -28,10 +32,7 @@ def score_gold(model, settings, batch: list[int]) -> list[dict]:
 
 def row_losses(model, inputs: dict) -> list:
     """Returns the summed loss of each row, which `MindMerger.forward` adds up over all rows."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from mindmerger.model.loss import ChunkedCrossEntropy
+    from mindmerger.model.loss import token_losses
 
     logits = []
     # The forward pass computes them for target tokens alone, row after row; a second one for each row would cost what
@@ -42,8 +43,5 @@ def row_losses(model, inputs: dict) -> list:
     finally:
         handle.remove()
     [logits_MV], mask_BT = logits, inputs["target_mask"].bool()
-    labels_M = inputs["target_ids"][mask_BT.to(logits_MV.device)]
-    # In chunks: fp32 copies of all logits would outgrow the forward pass where the vocabulary is large.
-    chunks = ChunkedCrossEntropy.chunks(logits_MV, labels_M)
-    losses_M = torch.cat([cross_entropy(part.float(), labels, reduction="none") for part, labels in chunks])
+    losses_M = token_losses(logits_MV, inputs["target_ids"][mask_BT.to(logits_MV.device)])
     return [row.double().sum() for row in losses_M.split(mask_BT.sum(1).tolist())]

@@ -4,10 +4,23 @@ Dimension letters: B batch, L merged length, M target tokens of the whole batch,
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class MindMergerOutput(ModelOutput):
+    """`loss`: mean next-token cross-entropy over target tokens; `loss_sum`: its sum; `target_tokens`: their number;
+    `label_losses`: (B, C), of each label where there are several to choose from."""
+
+    loss: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+    target_tokens: torch.Tensor | None = None
+    label_losses: torch.Tensor | None = None
 
 
 @contextmanager
@@ -66,3 +79,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
             out.copy_(probabilities.mul_(grad))
         return grad_MV, None
+
+
+def token_losses(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
+    """Returns the cross-entropy of each token, (M,) in fp32, without a gradient."""
+    # In chunks: fp32 copies of all logits would outgrow the forward pass where the vocabulary is large.
+    chunks = ChunkedCrossEntropy.chunks(logits_MV.detach(), labels_M)
+    return torch.cat([F.cross_entropy(part.float(), labels, reduction="none") for part, labels in chunks])

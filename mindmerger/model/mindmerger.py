@@ -9,7 +9,6 @@ M target tokens of the whole batch, E encoder width, D LLM width.
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 from mindmerger.bridges import Towers
 from mindmerger.hub.model_files import ModelError
@@ -40,7 +38,8 @@ from mindmerger.model.attention_memory import (
     normalises_keys,
 )
 from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
-from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
+from mindmerger.model.likelihood import label_losses
+from mindmerger.model.loss import ChunkedCrossEntropy, MindMergerOutput, head_on_positions
 from mindmerger.model.mapping_files import (
     CONFIG_FILE,
     MAPPING_FILE,
@@ -55,15 +54,6 @@ from mindmerger.model.packing import plan_packing, take_rows
 from mindmerger.model.towers import CHECK_WEIGHTS, _is_decoder_only, _pad_token_id, load_encoder, load_llm
 from mindmerger.model.trained_head import hand_over_head
 from mindmerger.runtime.files import write_bytes_atomic, write_json_atomic, write_text_atomic
-
-
-@dataclass
-class MindMergerOutput(ModelOutput):
-    """`loss`: mean next-token cross-entropy over target tokens; `loss_sum`: its sum; `target_tokens`: their number."""
-
-    loss: torch.Tensor | None = None
-    loss_sum: torch.Tensor | None = None
-    target_tokens: torch.Tensor | None = None
 
 
 class MindMerger(nn.Module):
@@ -287,11 +277,18 @@ class MindMerger(nn.Module):
 
         Args:
             encoder_input_ids, encoder_attention_mask: (B, S), any padding side; None for the LLM alone.
-            target_ids, target_mask: (B, T), ending in EOS where they should.
+            target_ids, target_mask: (B, T), ending in EOS where they should; (B, C, T) for C labels to choose from,
+                whose `label_losses` are then the only output, without gradient.
             prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
             Masks may stay on the CPU while ids are on the model's device: packing is planned where they are.
         """
-        embeds, masks, memory = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
+        inputs = encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask
+        # Here, though nothing is trained on it: ZeRO 3 gathers weights within the engine's own call alone.
+        if target_ids.dim() == 3:
+            with torch.no_grad():
+                losses_BC = label_losses(self.llm, *self._merged(*inputs), target_ids, target_mask)
+            return MindMergerOutput(label_losses=losses_BC)
+        embeds, masks, memory = self._segments(*inputs)
         embeds.append(self.llm.get_input_embeddings()(target_ids))
         masks.append(target_mask)
         packing = plan_packing(masks, "right", target_segment=len(masks) - 1)

@@ -229,11 +229,14 @@ def check_state(folder, state) -> None:
         "examples_in_epoch": is_count,
         # None before the first evaluation: JSON has no infinity.
         "best_dev_loss": lambda value: value is None or type(value) in (int, float) and abs(value) < math.inf,
+        # Absent in checkpoints of earlier versions.
+        "best_dev_accuracy": lambda value: value is None or type(value) in (int, float) and 0 <= value <= 100,
         "evaluation_due": lambda value: type(value) is bool,
         "identity": lambda value: isinstance(value, dict),
     }
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {folder}: {STATE} must hold an object: it is not training state, pass another")
+    state = {"best_dev_accuracy": None} | state
     for name, fits in fields.items():
         if name not in state or not fits(state[name]):
             found = repr(state[name])[:80] if name in state else "missing"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from mindmerger.runtime.errors import ReportedError, UserError
 from mindmerger.runtime.processes import explain_out_of_memory, gather_objects, rank
+from mindmerger.training.dev_accuracy import likeliest_labels, longest_rows
 from mindmerger.training.trainer import Run
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def explain_step_out_of_memory(batch: "Batch", advice: str = STEP_MEMORY_FLAGS, 
 
 def probe_memory(run: Run) -> None:
     """Passes the heaviest micro-batches there can be through the model, forward and backward, and the dev split's
-    forward: what does not fit ends the run before its first step. The update of the weights is not part of it.
+    forward, also over its labels: what does not fit ends the run before its first step. The update of the weights is
+    not part of it.
 
     Raises:
         UserError: when it does.
@@ -46,6 +48,10 @@ def probe_memory(run: Run) -> None:
         batch = run.loader.load(rows)
         with explain_step_out_of_memory(batch, EVAL_MEMORY_FLAGS), torch.no_grad():
             run.engine(**batch.tensors)
+    # Here also an LLM shows whose past cannot be kept while labels are passed behind it.
+    if run.loader.data.labels is not None:
+        rows = longest_rows(run)
+        likeliest_labels(run, run.loader.load(rows), rows.tolist())
 
 
 def not_finite_error(run: Run, step: int, batch: "GlobalBatch", loss: float, norm: float, losses: list) -> UserError:

@@ -26,7 +26,7 @@ from mindmerger.training.trainer import Progress, Run
 
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
 ABSENT_IN_OLD_CHECKPOINTS = {"bridge", "bridge_options", "skip_faulty_rows", "init_checkpoint", "languages"}
-ABSENT_IN_OLD_CHECKPOINTS |= {"train_num", "max_seq_len", "max_gen_len"}
+ABSENT_IN_OLD_CHECKPOINTS |= {"train_num", "max_seq_len", "max_gen_len", "select_by"}
 
 
 @contextlib.contextmanager
@@ -103,6 +103,9 @@ def identity(settings: Settings, data) -> dict:
         "encoder": settings.models[1],
         "precision": args.precision,
         "dev_size": args.dev_size,
+        "select_by": args.select_by,
+        # Where the loss selects, an accuracy is only shown.
+        "dev_accuracy_rows": args.dev_accuracy_rows if args.select_by == "accuracy" else None,
         "skip_faulty_rows": args.skip_faulty_rows,
         # These make other data too; before its hash, so that the difference has a name.
         "languages": [language.code for language in settings.languages] if settings.languages else None,

@@ -148,9 +148,10 @@ class Recorder:
         if self.step % self.args.logging_steps == 0:
             self.flush()
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float, accuracy: float | None = None) -> None:
         """Takes an evaluation's line."""
-        self._add({"step": step, "dev_loss": loss, "dev_perplexity": perplexity(loss)})
+        line = {"step": step, "dev_loss": loss, "dev_perplexity": perplexity(loss)}
+        self._add(line | ({"dev_accuracy": accuracy} if accuracy is not None else {}))
         self.flush()
 
     def _add(self, line: dict) -> None:

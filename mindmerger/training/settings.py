@@ -18,7 +18,7 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import is_main, warn, world_size
 from mindmerger.tasks.languages import add_language_flags
-from mindmerger.training import adapter_stage
+from mindmerger.training import adapter_stage, dev_accuracy
 from mindmerger.training.initial_mapping import settle_start
 
 FAULTS_FILE = "faulty_rows.txt"  # in the output folder
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_gen_len", type=at_least(1), default=512, help="limit of the prompt's and of the target's tokens")
     add("--num_workers", type=at_least(0), default=2, help="threads that collate batches ahead; "
         "0 collates between the steps")  # fmt: skip
-
+    dev_accuracy.add_arguments(parser)
     adapter_stage.add_arguments(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=positive, default=2e-5, help="learning rate of AdamW")
@@ -185,6 +185,7 @@ def settle(args) -> Settings:
     adapter = adapter_stage.settle_adapter(args, stage)
     if stage.data != "pairs":
         task.check_augmentation()
+    dev_accuracy.check_selection(args, task, stage)
     languages = settle_languages(args, stage)
     if stage.data == "question_pairs":
         check_questions(task, languages)

@@ -80,6 +80,7 @@ class Progress:
     batch: int = 0  # of the epoch, the next one to train on
     best_dev_loss: float = math.inf
     evaluation_due: bool = False  # the last step was to be followed by an evaluation that has not been made yet
+    best_dev_accuracy: float | None = None  # in percent, of the evaluation with the best loss; None where there is none
 
     def advance(self, steps_per_epoch: int) -> None:
         """Counts one optimizer step."""
@@ -94,6 +95,7 @@ class Progress:
             "epoch": self.epoch,
             "examples_in_epoch": self.batch * batch_size,
             "best_dev_loss": None if math.isinf(self.best_dev_loss) else self.best_dev_loss,
+            "best_dev_accuracy": self.best_dev_accuracy,
             "evaluation_due": self.evaluation_due,
         }
 
@@ -102,7 +104,9 @@ class Progress:
         """Reads what `state` returned; with another batch size, the epoch continues at the nearest batch before."""
         best = math.inf if state["best_dev_loss"] is None else state["best_dev_loss"]
         batch = state["examples_in_epoch"] // batch_size
-        return cls(state["step"], state["epoch"], batch, best, state["evaluation_due"])
+        # Checkpoints of earlier versions know no accuracy.
+        accuracy = state.get("best_dev_accuracy")
+        return cls(state["step"], state["epoch"], batch, best, state["evaluation_due"], accuracy)
 
 
 @dataclass
