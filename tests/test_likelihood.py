@@ -1,6 +1,7 @@
 """Labels of a task, and answers chosen among them by their log-probabilities."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -292,6 +293,37 @@ def test_an_interrupted_choice_continues_to_the_same_bytes_and_mixes_with_no_ans
     evaluate(*FEW, "--results_dir", "other")
     results = json.loads((tmp_path / "other/MindMerger/xnli/results.json").read_text())
     assert results["identity"]["--scoring"] is None and "scoring" not in results
+
+
+def test_a_finished_choice_is_extended_without_choosing_again(evaluate, tmp_path, datas, monkeypatch):
+    more = ("--task", "x-csqa", "--languages", "en,sw,de", "--scoring", "likelihood", "--score_gold")
+    evaluate(*more, "--results_dir", "whole")
+    evaluate(*more, "--results_dir", "growing", "--languages", "sw", "--limit", "1")
+    chosen, real = [], likelihood.choose_labels
+    monkeypatch.setattr(
+        likelihood, "choose_labels", lambda model, settings, batch: chosen.extend(batch) or real(model, settings, batch)
+    )
+    _, err = evaluate(*more, "--results_dir", "growing")
+    whole, grown = (tmp_path / name / "MindMerger/x-csqa-likelihood" for name in ("whole", "growing"))
+    assert "is extended: 1 answers are kept" in err and len(chosen) == len(predictions(whole)) - 1
+    assert predictions(grown).keys() == predictions(whole).keys()
+    for id, row in predictions(whole).items():
+        assert predictions(grown)[id]["label_log_probs"] == pytest.approx(row["label_log_probs"], rel=1e-5)
+    # Other labels for a row that is there are another evaluation.
+    fewer = TASKS["x-csqa"]
+    monkeypatch.setattr(type(fewer), "_example", relabelled(type(fewer)._example))
+    with pytest.raises(UserError, match=r"another data \(sha256\)"):
+        evaluate(*more, "--results_dir", "growing", "--languages", "en,sw,de,fr")
+
+
+def relabelled(real):
+    """The labels of every row in another order."""
+
+    def example(*arguments):
+        made = real(*arguments)
+        return replace(made, labels=made.labels[::-1])
+
+    return example
 
 
 def test_gold_losses_are_the_same_whether_answers_are_generated_or_chosen(evaluate, tmp_path):

@@ -56,10 +56,15 @@ def asked_rows(settings) -> list[Row]:
     return [Row(example, prefix_of) for example, prefix_of in zip(examples, given, strict=True)]
 
 
-def hash_rows(examples: list) -> str:
-    """Returns the SHA-256 of everything in the rows that an answer or its score depends on."""
-    # Without the question, which no answer depends on, and the labels, which generating does not know.
-    return hashlib.sha256(json.dumps([astuple(example)[:6] for example in examples]).encode()).hexdigest()
+def hash_rows(examples: list, with_labels: bool = False) -> str:
+    """Returns the SHA-256 of everything in the rows that an answer or its score depends on.
+
+    Args:
+        with_labels: whether answers are chosen among them; generating does not know them.
+    """
+    # Without the question, which no answer depends on.
+    rows = [astuple(example)[:6] + (example.labels,) * with_labels for example in examples]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def find_kept(folder: Path, identity: dict, rows: list[Row]) -> Kept | None:
@@ -100,7 +105,8 @@ def find_kept(folder: Path, identity: dict, rows: list[Row]) -> Kept | None:
     if not lacking and scorers[0] == scorers[1]:
         return None
     # What no prediction shows: the span of a prompt that may be shortened.
-    if hash_rows([asked[id].example for items in held.values() for id in items]) != results["identity"].get(DATA):
+    examples = [asked[id].example for items in held.values() for id in items]
+    if hash_rows(examples, identity.get("--scoring") is not None) != results["identity"].get(DATA):
         raise ResultsError(f"{folder} holds a finished evaluation with another {DATA}: {START_OVER}")
     number = sum(map(len, held.values()))
     if lacking:

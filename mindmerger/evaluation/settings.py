@@ -281,7 +281,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
     from mindmerger.tasks.languages import own_languages
 
     parallel = settings.parallel_input or {}
-    labels = [example.labels for example in settings.examples] if settings.label_ids is not None else None
+    generated = settings.label_ids is None
     return {
         "--task": settings.task.name,
         "form (--augmentation, --llm_only)": settings.form,
@@ -299,10 +299,10 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--order": parallel.get("order"),
         # None without, as in folders that are older than the flag. The texts themselves are part of the data.
         "--translate_test": (settings.translate_test or {}).get("translations"),
-        DATA: hash_rows(settings.examples),
+        DATA: hash_rows(settings.examples, with_labels=not generated),
         "--max_seq_len": args.max_seq_len,
         "--max_gen_len": prompt_limit(args),
-        "--max_new_tokens": settings.max_new_tokens,
+        "--max_new_tokens": settings.max_new_tokens if generated else None,
         "--precision": settings.precision,
         "--attn_implementation": args.attn_implementation,
         # Its kernels round otherwise. None for transformers: folders without the entry are its.
@@ -312,7 +312,6 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--adapter_path (sha256)": settings.adapter.sha256 if settings.adapter is not None else None,
         "--probe_prefix": args.probe_prefix,
         "--score_gold": args.score_gold or None,
-        "--scoring": args.scoring if labels is not None else None,
-        "labels (sha256)": hashlib.sha256(json.dumps(labels).encode()).hexdigest() if labels is not None else None,
+        "--scoring": None if generated else args.scoring,
         SCORER: settings.task.scorer_version,
     }
