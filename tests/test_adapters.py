@@ -27,6 +27,7 @@ ADAPTER += ["--eval_steps", "2"]
 BRIDGE = ["--stage_name", "augmentation", "--init_checkpoint", "none", "--max_gen_len", "300", "--max_steps", "2"]
 TRAINED = "outputs/MindMerger/math/augmentation"
 FEW = ["--task", "math_mgsm", "--languages", "sw,de", "--limit", "3", "--score_gold", "--max_new_tokens", "4"]
+FEW += ["--precision", "fp32"]
 
 
 def stage_flags(llm, encoder, datas):

@@ -106,7 +106,7 @@ def test_a_bridge_evaluates_from_what_its_config_names(runs, datas, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     mapping = str(folder / "outputs/MindMerger/math/solve")
     flags = ["--init_checkpoint", mapping, "--data_root", datas, "--task", "math_mgsm", "--languages", "sw,de"]
-    flags += ["--limit", "3", "--max_new_tokens", "4", "--eval_max_tokens", "700"]
+    flags += ["--limit", "3", "--max_new_tokens", "4", "--eval_max_tokens", "700", "--precision", "fp32"]
     assert run_evaluation.main(flags) == 0
     results = json.loads((tmp_path / "results/MindMerger/math_mgsm/results.json").read_text())
     assert results["counts"]["examples"] == 6

@@ -26,6 +26,7 @@ def evaluation(name, tiny_llm, *more):
     """A short evaluation as a run of a scenario: of the LLM alone unless `more` says otherwise."""
     flags = ["--task", "math_mgsm", "--llm_path", tiny_llm, "--data_root", str(DATA / "datas")]
     flags += ["--languages", "German,Thai", "--limit", "2", "--eval_batch_size", "1", "--max_new_tokens", "4"]
+    flags += ["--precision", "fp32"]
     return {"program": "evaluation", "argv": [*flags, *(more or ["--llm_only"]), "--save_name", name]}
 
 

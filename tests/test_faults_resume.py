@@ -159,7 +159,7 @@ def test_changed_runs_are_refused_by_name_and_schedule_changes_need_a_word(
         (["--llm_path", other_llm], "another llm"),
         (["--mt_path", other_encoder], "another encoder"),
         (["--dev_size", "6"], "another dev_size"),
-        (["--precision", "bf16"], "another precision"),
+        (["--precision", "bf16"], "another precision ('fp32', this run has 'bf16' - pass --precision fp32)"),
         (["--augmentation", "True"], "another augmentation"),
         (["--languages", "Swahili,Thai"], "another languages (None, this run has ['sw', 'th'])"),
         (["--train_num", "11"], "another train_num (100000, this run has 11)"),

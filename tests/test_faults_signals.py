@@ -221,7 +221,7 @@ def test_an_evaluation_whose_launcher_is_killed_ends_and_resumes_when_started_ag
 ):
     """Its ranks once generated on, kept the folder locked, and could write into the next run's."""
     flags = ["--task", "math_msvamp", "--llm_only", "--llm_path", tiny_llm, "--data_root", datas]
-    flags += ["--eval_batch_size", "1", "--max_new_tokens", "100"]
+    flags += ["--eval_batch_size", "1", "--max_new_tokens", "100", "--precision", "fp32"]
     name = f"evaluation-{who}"
     evaluation = start("run_evaluation.py", flags, name)
     folder = tmp_path / "results" / name / "math_msvamp-llm_only"

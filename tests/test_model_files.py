@@ -37,7 +37,7 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.training import settings as training_settings
 from mindmerger.training import trainer
 
-FEW = ["--languages", "Swahili,English", "--limit", "2", "--max_new_tokens", "3"]
+FEW = ["--languages", "Swahili,English", "--limit", "2", "--max_new_tokens", "3", "--precision", "fp32"]
 
 
 def edit_json(file, **changes):

@@ -253,6 +253,7 @@ def counted(merged, datas, tmp_path_factory):
     root = tmp_path_factory.mktemp("counted")
     common = ["count", "--task", "math", "--data_root", datas, "--languages", "sw,th", "--limit", "2"]
     common += ["--max_new_tokens", "3", "--llm_path", merged.config.llm_path, "--results_dir", str(root)]
+    common += ["--precision", "fp32"]
     mapping = ["--mt_path", merged.config.mt_path, "--init_checkpoint", merged.folder]
     for flags in (
         ["--llm_only"],

@@ -258,7 +258,7 @@ def test_wrong_flags_are_one_line_before_any_model_loads(case, datas, tiny_llm, 
 def evaluate(datas, tiny_llm, tmp_path, capsys):
     def call(*flags):
         given = ["--llm_only", "--llm_path", tiny_llm, "--data_root", datas, "--languages", "sw,es", "--limit", "2"]
-        given += ["--max_new_tokens", "4", "--results_dir", str(tmp_path / "results")]
+        given += ["--max_new_tokens", "4", "--results_dir", str(tmp_path / "results"), "--precision", "fp32"]
         assert main([*given, *map(str, flags)]) == 0
         return capsys.readouterr()
 

@@ -128,7 +128,8 @@ def evaluate(world, datas, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(form, *arguments):
-        given = ["--data_root", datas, "--init_checkpoint", world.mapping, *FLAGS, *FORMS[form], *arguments]
+        fp32 = ("--precision", "fp32")
+        given = ["--data_root", datas, "--init_checkpoint", world.mapping, *FLAGS, *fp32, *FORMS[form], *arguments]
         assert run_evaluation.main([str(part) for part in given]) == 0
         return tmp_path / "results/MindMerger" / f"math_mgsm{evaluation_settings.FORM_SUFFIX[form]}"
 

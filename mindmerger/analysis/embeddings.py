@@ -20,6 +20,8 @@ from mindmerger.evaluation.items import add_item_flags, find_items
 from mindmerger.runtime.command import CommandParser, check_seed, run_main, versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import write_csv_atomic, write_json_atomic
+from mindmerger.runtime.precision import add_argument as add_precision
+from mindmerger.runtime.precision import settle_precision
 from mindmerger.runtime.processes import log, progress_bar, warn
 from mindmerger.tasks.languages import find_language
 
@@ -203,9 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="compare only the first N items that all languages have")
     parser.add_argument("--max_seq_len", type=int, default=512, help="limit of the encoder's tokens (default 512)")
     parser.add_argument("--batch_size", type=int, default=16, help="sentences encoded at once (default 16)")
-    parser.add_argument(
-        "--precision", choices=["bf16", "fp32"], help="dtype of the encoder (default bf16 on a GPU, else fp32)"
-    )
+    add_precision(parser.add_argument)
     parser.add_argument("--seed", type=int, default=0, help="seed of the fresh mapping and of t-SNE (default 0)")
     parser.add_argument("--tsne", action="store_true", help="also draw t-SNE (van der Maaten and Hinton 2008)")
     parser.add_argument(
@@ -306,7 +306,7 @@ def sentence_vectors(args: argparse.Namespace, mt_path: str, sentences: dict, ma
 
     tokenizers = load_tokenizers(mt_path, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision = settle_precision(args.precision, device.type == "cuda")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     encoder = load_encoder(mt_path, dtype).to(device)
     vectors: dict[str, dict] = {name: {} for name in mappings}

@@ -12,6 +12,7 @@ from mindmerger.generation.answers import DEFAULT_MAX_LEN
 from mindmerger.runtime.command import CommandParser, at_least, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
+from mindmerger.runtime.precision import add_argument as add_precision
 from mindmerger.runtime.processes import warn
 from mindmerger.tasks.languages import add_language_flags
 
@@ -196,12 +197,7 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
         type=_at_least(1),
         help="most new tokens, wins over --max_gen_len (default 512 math, 16 others)",
     )
-    generation.add_argument(
-        # No fp16: T5 overflows in it.
-        "--precision",
-        choices=["bf16", "fp32"],
-        help="dtype of both models (default bf16 on a GPU, fp32 on a CPU)",
-    )
+    add_precision(generation.add_argument)
     generation.add_argument(
         "--attn_implementation", help="attention of transformers: sdpa, eager, flash_attention_2, …"
     )

@@ -166,6 +166,16 @@ def warn_of_other_training(config, task, form: str) -> None:
         warn(f"this mapping was trained as {name[config.augmentation]}, now evaluated as {name[form == 'soft']}")
 
 
+def warn_of_other_precision(config, precision: str) -> None:
+    """Says where a mapping, by its config.json, was trained between models of another dtype than is evaluated."""
+    # Evaluated all the same: a mapping of a GPU is looked at on a laptop. Answers then differ by rounding.
+    if config.precision not in (None, precision):
+        warn(
+            f"this mapping was trained with --precision {config.precision}, now evaluated with {precision}: pass "
+            f"--precision {config.precision} for the numbers that it was trained on"
+        )
+
+
 def check_models_fit(models: Models, engine: str = "hf"):
     """Refuses models that cannot be used, or a mapping that does not fit between them.
 

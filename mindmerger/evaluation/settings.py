@@ -15,6 +15,7 @@ from mindmerger.evaluation.models import (
     check_adapter_fits,
     check_models_fit,
     find_models_on_rank_0,
+    warn_of_other_precision,
     warn_of_other_training,
 )
 from mindmerger.evaluation.parallel_input import options_of
@@ -28,6 +29,7 @@ from mindmerger.generation.answers import (
     tokenise_inputs,
 )
 from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.precision import settle_precision
 from mindmerger.runtime.processes import is_main, log, warn
 
 # torch, transformers and our modules that need them are imported where they are used: --help answers at once.
@@ -108,8 +110,10 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     models = find_models_on_rank_0(args, task)
     form = choose_form(args, models)
     check_probe(args, form)
+    precision = settle_precision(args.precision, on_gpu)
     if form != "llm_only":
         warn_of_other_training(models.config, task, form)
+        warn_of_other_precision(models.config, precision)
     bridge = check_models_fit(models, args.engine)
     adapter = check_adapter_fits(models, args.engine)
     if bridge is not None and bridge.uses_memory:
@@ -134,7 +138,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         bridge=bridge,
         mapping_file=models.mapping_file,
         adapter=adapter,
-        precision=args.precision or ("bf16" if on_gpu else "fp32"),
+        precision=precision,
         attn_implementation=args.attn_implementation,
         engine=args.engine,
         max_new_tokens=find_new_tokens(args, task, label_ids),

@@ -173,6 +173,8 @@ def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
         # Exact resume is a promise: what would break it is refused, or named by the user.
         if name not in CHANGEABLE_ON_RESUME:
             hint = " - a file, a template or a tokenizer has changed" if name == "data" else ""
+            if name == "precision":  # that auto finds on another device
+                hint = f" - pass --precision {before}"
             raise UserError(
                 f"{folder} was trained with another {name} ({before!r}, this run has {value!r}{hint}): use the same, "
                 "or another --save_name, or --overwrite_output_dir to start over"

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from mindmerger.runtime import precision
 from mindmerger.runtime.command import (
     CommandParser,
     DefaultsShown,
@@ -16,7 +17,7 @@ from mindmerger.runtime.command import (
 )
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
-from mindmerger.runtime.processes import is_main, warn, world_size
+from mindmerger.runtime.processes import is_main, log, warn, world_size
 from mindmerger.tasks.languages import add_language_flags
 from mindmerger.training import adapter_stage, dev_accuracy
 from mindmerger.training.initial_mapping import settle_start
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bridge", default="mindmerger", help="what is trained between the two: a name of mindmerger.bridges.BRIDGES")
     add("--bridge_option", action="append", default=[], metavar="KEY=VALUE", help="an option of that bridge; may be "
         "given more than once")  # fmt: skip
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="dtype of the frozen models; the mapping is fp32")
+    precision.add_argument(add)  # the mapping is fp32
     add("--attn_implementation", help="attention kernels, as transformers names them (sdpa, eager, flash_attention_2)")
 
     add = parser.add_argument_group("data").add_argument
@@ -179,6 +180,7 @@ def settle(args) -> Settings:
     check_save_name(args.save_name)
     check_reporting(args.report_to)
     use_languages_file(args.languages_file)
+    args.precision = settle_precision(args)
     task = find_task(args.task)
     options = settle_options(args.bridge, args.bridge_option)
     stage = settle_stage(args, options)
@@ -212,6 +214,17 @@ def settle(args) -> Settings:
         adapter=adapter,
         shapes=shapes if adapter is None else adapter_shapes(args.llm_path, adapter),
     )
+
+
+def settle_precision(args) -> str:
+    """Returns bf16 or fp32; in a dry run without a GPU, what auto finds on the GPU that its hours are for."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if args.precision == precision.AUTO and args.dry_run and not on_gpu:
+        log(f"--precision auto: bf16, as on an {ASSUMED_GPU}")
+        return "bf16"
+    return precision.settle_precision(args.precision, on_gpu)
 
 
 def settle_bridge(args, stage, options: dict[str, str], output_dir: Path) -> tuple:

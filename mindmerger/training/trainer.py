@@ -40,7 +40,7 @@ def load_model(settings: Settings, device):
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
     model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, settings.bridge.options)
     model.config.stage, model.config.task = args.stage_name, settings.task.training_name
-    model.config.augmentation = settings.with_prompt
+    model.config.augmentation, model.config.precision = settings.with_prompt, args.precision
     if settings.init_file is not None:
         if is_main():  # `build` gives it to the other ranks: their nodes may not have the file
             model.load_mapping(settings.init_file)
