@@ -1,33 +1,31 @@
 """Fills the data folder: arranges the released archive, or fetches MGSM, X-CSQA and XNLI from the Hugging Face hub.
 
     python -m scripts.prepare_data --archive datas.zip          # the released data: everything
-    python -m scripts.prepare_data                              # what the hub has
+    python -m scripts.prepare_data                              # what the hub has of it
+    python -m scripts.prepare_data --tasks xcopa,belebele       # further benchmarks
 
 Files that exist are kept unless --overwrite is given; each file appears whole or not at all. The last thing printed is
 what every task has and what it still lacks.
 """
 
-import json
 import os
 import re
 import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from mindmerger.runtime.command import CommandParser, run_main
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.files import ENDLESS, open_new, what_is, write_text_atomic
+from mindmerger.runtime.files import ENDLESS, open_new, what_is
 from mindmerger.runtime.processes import log
 from mindmerger.tasks import find_task
-from mindmerger.tasks.languages import LANGUAGES
-from mindmerger.tasks.readers import LFS_POINTER, read_records, refuse_lfs_pointer
+from mindmerger.tasks.readers import LFS_POINTER, refuse_lfs_pointer
+from scripts.hub_formats import CODES, PUBLISHED, Source, field, hub_sources, tsv_rows
 
 DATA_FOLDERS = ("bilingual_pairs", "query_translation", "evaluation")
-XNLI_LABELS = ("entailment", "neutral", "contradiction")  # the hub's integers, in order
-CODES = {language.name: language.code for language in LANGUAGES.values()}
 
 
 def build_parser() -> CommandParser:
@@ -39,8 +37,8 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--tasks",
-        default="mgsm,x-csqa,xnli",
-        help="what to fetch from the hub: mgsm, x-csqa, xnli (default: all three)",
+        default=",".join(PUBLISHED),
+        help=f"what to fetch from the hub: {', '.join(hub_sources())} (default: the first three)",
     )
     parser.add_argument(
         "--hub_mirror",
@@ -53,147 +51,12 @@ def build_parser() -> CommandParser:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From the hub's rows to lines of the released layout
-
-
-def mgsm_line(row: dict) -> str:
-    """Writes one line of `mgsm_XX.tsv` from a hub row `{question, answer, answer_number, equation_solution}`.
-
-    `answer` is empty in the test split; `answer_number` holds the gold answer.
-
-    Raises:
-        UserError: when the row lacks one of the two fields that are needed.
-    """
-    question, number = field(row, "question"), field(row, "answer_number")
-    if isinstance(number, float) and number.is_integer():
-        number = int(number)
-    # A TSV line has no room for these; none of the published questions holds one.
-    question = str(question).translate({ord(character): " " for character in "\t\r\n"})
-    return f"{question}\t{number}"
-
-
-def x_csqa_line(row: dict) -> str:
-    """Writes one line of an X-CSQA file from a hub row `{id, lang, question, answerKey}`.
-
-    `question.choices` may be a list of `{label, text}` or, as `datasets` shows it, a pair of lists; it is written as
-    the release has it, a list.
-    """
-    question = field(row, "question")
-    choices = field(question, "choices")
-    # `datasets` turns a list of records into a record of lists.
-    if isinstance(choices, dict):
-        pairs = zip(field(choices, "label"), field(choices, "text"), strict=True)
-        choices = [{"label": label, "text": text} for label, text in pairs]
-    record = {"id": field(row, "id"), "lang": field(row, "lang")}
-    record["question"] = {"stem": field(question, "stem"), "choices": choices}
-    record["answerKey"] = field(row, "answerKey")
-    return json.dumps(record, ensure_ascii=False)
-
-
-def xnli_records(rows: Iterable[dict]) -> list[dict]:
-    """Returns `{sentence1, sentence2, label, language}` for every language of hub rows of config `all_languages`.
-
-    A row's premise is `{code: text}`, its hypothesis `{"language": [code, ...], "translation": [text, ...]}`, its label
-    an integer. The result goes language by language, in the task's order.
-
-    Raises:
-        UserError: for a label that XNLI does not have, or a language that one row has and another lacks.
-    """
-    # A row of the hub holds all fifteen languages, the release a row for each.
-    by_language = {name: [] for name in find_task("xnli").evaluation_languages}
-    for number, row in enumerate(rows):
-        label = field(row, "label")
-        # A bad label must not become a wrong one: -1 marks a missing one in many data sets, and would index the last.
-        if not (label in XNLI_LABELS or (isinstance(label, int) and 0 <= label < len(XNLI_LABELS))):
-            raise UserError(f"XNLI row {number}: label {label!r} is none of {', '.join(XNLI_LABELS)}")
-        premise, hypothesis = translations(field(row, "premise")), translations(field(row, "hypothesis"))
-        for name, records in by_language.items():
-            sentences = {"sentence1": field(premise, CODES[name]), "sentence2": field(hypothesis, CODES[name])}
-            text_label = label if isinstance(label, str) else XNLI_LABELS[label]
-            records.append({**sentences, "label": text_label, "language": name})
-    return [record for records in by_language.values() for record in records]
-
-
-def translations(value: dict) -> dict[str, str]:
-    """Returns `{code: text}` from either of the two forms in which the hub writes translations."""
-    if set(value) == {"language", "translation"}:
-        return dict(zip(value["language"], value["translation"], strict=True))
-    return value
-
-
-def field(row: dict, name: str):
-    """Returns a field that must be there.
-
-    Raises:
-        UserError: naming the field and the fields that are there.
-    """
-    # Checked by name: data sets on the hub change, and half-filled files would be noticed in training at the earliest.
-    if not isinstance(row, dict) or row.get(name) is None:
-        found = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row!r:.60}"
-        raise UserError(f"the hub's row format has changed: no {name!r} among {found}")
-    return row[name]
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file of these lines, whole or not at all."""
-    write_text_atomic(path, "".join(f"{line}\n" for line in lines))
-
-
-def write_mgsm(path: Path, rows: Iterable[dict]) -> None:
-    """Writes hub rows of MGSM as the release has them, a .tsv file."""
-    write_lines(path, map(mgsm_line, rows))
-
-
-def write_x_csqa(path: Path, rows: Iterable[dict]) -> None:
-    """Writes hub rows of X-CSQA as the release has them, a .jsonl file."""
-    write_lines(path, map(x_csqa_line, rows))
-
-
-def write_xnli(path: Path, rows: Iterable[dict]) -> None:
-    """Writes hub rows of XNLI as the release has them: one JSON list, here with a record on each line."""
-    records = ",\n".join(json.dumps(record, ensure_ascii=False) for record in xnli_records(rows))
-    write_text_atomic(path, f"[\n{records}\n]\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Fetching
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of the data folder and the split of a hub data set that it is made from."""
-
-    path: str
-    repository: str
-    config: str
-    split: str
-    write: Callable[[Path, Iterable[dict]], None]
-
-
-def hub_sources() -> dict[str, list[Source]]:
-    """Lists everything the hub can give, by the name that `--tasks` uses."""
-    mgsm = [CODES[name] for name in find_task("math_mgsm").evaluation_languages]
-    x_csqa = [CODES[name] for name in find_task("x-csqa").evaluation_languages]
-    # The data set calls Japanese `jap`.
-    configs = {code: f"X-CSQA-{'jap' if code == 'ja' else code}" for code in x_csqa}
-    questions = "INK-USC/xcsr"
-    return {
-        "mgsm": [Source(f"evaluation/mgsm/mgsm_{x}.tsv", "juletxara/mgsm", x, "test", write_mgsm) for x in mgsm],
-        # X-CSQA keeps the answers of its test split to itself: the dev split is what everybody reports.
-        "x-csqa": [
-            Source(f"evaluation/x-csqa/{x}/dev.jsonl", questions, configs[x], "validation", write_x_csqa)
-            for x in x_csqa
-        ]
-        + [Source("query_translation/x-csqa/train_en.jsonl", questions, configs["en"], "train", write_x_csqa)],
-        "xnli": [
-            Source("evaluation/xnli/test.json", "facebook/xnli", "all_languages", "test", write_xnli),
-            Source("query_translation/xnli_dev.json", "facebook/xnli", "all_languages", "validation", write_xnli),
-        ],
-    }
 
 
 # How files say which split they hold, and the kinds of files in order of preference.
 SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test"}}
+SPLITS["devtest"] = {"devtest"}
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": None}
 NAMES_OF_CODES = {"jap": {"jap", "ja"}}
 
@@ -254,14 +117,6 @@ def load_mirror_rows(source: Source, clone: Path) -> Iterable[dict]:
     return datasets.load_dataset(kind, data_files={"rows": list(map(str, files))}, split="rows")
 
 
-def tsv_rows(path: Path) -> list[dict]:
-    """Reads rows of a TSV file: by the names in its first line, or of question and answer where that has none."""
-    first, *others = (record.value for record in read_records(path))
-    if "question" in first:
-        return [dict(zip(first, columns, strict=False)) for columns in others]
-    return [dict(zip(("question", "answer_number"), columns, strict=False)) for columns in (first, *others)]
-
-
 def load_rows(source: Source, mirror: Path | None):
     """Loads the rows of one split, through `datasets`.
 
@@ -298,6 +153,21 @@ def load_rows(source: Source, mirror: Path | None):
         raise UserError(f"cannot fetch {where}: {reason}") from error
 
 
+def beside_english(source: Source, rows: Iterable[dict], mirror: Path | None) -> list[dict]:
+    """Returns rows with the English text of the same number as `english`.
+
+    Raises:
+        UserError: where the two differ in number, or in an id.
+    """
+    english = list(load_rows(replace(source, config=source.english), mirror))
+    rows = list(rows)
+    ids = [[row.get("id") for row in part] for part in (rows, english)]
+    # A sentence beside another's translation would be a wrong gold answer, unseen.
+    if ids[0] != ids[1]:
+        raise UserError(f"{source.repository}: the rows of {source.config} are not those of {source.english}")
+    return [{**row, "english": field(one, "text")} for row, one in zip(rows, english, strict=True)]
+
+
 def fetch(data_root: Path, names: list[str], mirror: Path | None, overwrite: bool) -> list[str]:
     """Fetches every missing file of the named data sets; returns the names of those that failed, which it reports."""
     failed = []
@@ -309,7 +179,8 @@ def fetch(data_root: Path, names: list[str], mirror: Path | None, overwrite: boo
                 if path.exists() and not overwrite:
                     log(f"kept     {path}")
                     continue
-                source.write(path, load_rows(source, mirror))
+                rows = load_rows(source, mirror)
+                source.write(path, rows if source.english is None else beside_english(source, rows, mirror))
                 log(f"written  {path}")
         # One data set that cannot be had is not a reason to leave the others out.
         except UserError as error:
@@ -529,13 +400,26 @@ def expected_files() -> list[tuple[str, list[str], str]]:
         ("xnli: mapping", pairs("xnli"), own_pairs),
         ("xnli: augmentation", ["query_translation/xnli_dev.json"], hub),
         ("xnli: test", ["evaluation/xnli/test.json"], hub),
+    ] + [
+        (f"{name}: test", [source.path for source in sources], f"{hub}: --tasks {name}")
+        for name, sources in hub_sources().items()
+        if name not in PUBLISHED
     ]
 
 
-def report(data_root: Path) -> str:
-    """Says per task and stage how many files are there, which are missing and where those can be had."""
+def report(data_root: Path, asked: Iterable[str] = ()) -> str:
+    """Says per task and stage how many files are there, which are missing and where those can be had.
+
+    Args:
+        asked: further benchmarks that are named even where nothing of them is there.
+    """
     lines = [f"data root: {data_root}"]
     for purpose, paths, where in expected_files():
+        name = purpose.partition(":")[0]
+        is_further = name in hub_sources() and name not in PUBLISHED
+        # Seven benchmarks that nobody asked for would bury the rest.
+        if is_further and name not in asked and not any((data_root / path).is_file() for path in paths):
+            continue
         missing = [path for path in paths if not (data_root / path).is_file()]
         lines.append(f"  {purpose:22} {len(paths) - len(missing):>2} of {len(paths):>2} files")
         if missing:
@@ -557,7 +441,7 @@ def main() -> int:
     else:
         failed = fetch(arguments.data_root, names, arguments.hub_mirror, arguments.overwrite)
     # Printed after a failure too: what is there already can be used.
-    print(report(arguments.data_root))
+    print(report(arguments.data_root, names))
     if failed:
         raise UserError(
             f"{', '.join(failed)} could not be fetched, for the reasons above: check the network (proxy, HF_ENDPOINT, "

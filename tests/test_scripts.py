@@ -22,6 +22,7 @@ from conftest import clean_environment, free_port
 from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import find_task
 from mindmerger.tasks.languages import find_language
+from scripts import hub_formats
 from scripts import prepare_data as scripts_prepare_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -490,7 +491,7 @@ def examples(task: str, data_root, language: str) -> list:
 @pytest.mark.parametrize("code, language", [("en", "English"), ("sw", "Swahili")])
 def test_mgsm_rows_become_lines_the_reader_takes(tmp_path, code, language):
     hub_rows = rows(f"mgsm_{code}_test.jsonl")
-    scripts_prepare_data.write_mgsm(tmp_path / f"evaluation/mgsm/mgsm_{code}.tsv", hub_rows)
+    hub_formats.write_mgsm(tmp_path / f"evaluation/mgsm/mgsm_{code}.tsv", hub_rows)
     read = examples("math_mgsm", tmp_path, language)
     assert [example.source for example in read] == [row["question"] for row in hub_rows]
     assert [float(example.target) for example in read] == [18, 3]
@@ -498,13 +499,13 @@ def test_mgsm_rows_become_lines_the_reader_takes(tmp_path, code, language):
 
 def test_mgsm_line_break_or_tab_in_a_question_cannot_shift_the_columns():
     row = {"question": "one\ttwo\nthree", "answer": None, "answer_number": 4.0, "equation_solution": None}
-    assert scripts_prepare_data.mgsm_line(row) == "one two three\t4"
+    assert hub_formats.mgsm_line(row) == "one two three\t4"
 
 
 @pytest.mark.parametrize("code, config", [("en", "en"), ("ja", "jap")])
 def test_x_csqa_rows_become_records_the_reader_takes(tmp_path, code, config):
     hub_rows = rows(f"x_csqa_{config}_validation.jsonl")
-    scripts_prepare_data.write_x_csqa(tmp_path / f"evaluation/x-csqa/{code}/dev.jsonl", hub_rows)
+    hub_formats.write_x_csqa(tmp_path / f"evaluation/x-csqa/{code}/dev.jsonl", hub_rows)
     read = examples("x-csqa", tmp_path, code)
     assert [example.target for example in read] == [row["answerKey"] for row in hub_rows]
     for example, row in zip(read, hub_rows, strict=True):
@@ -514,18 +515,18 @@ def test_x_csqa_rows_become_records_the_reader_takes(tmp_path, code, config):
 
 def test_x_csqa_rows_with_choices_as_a_list_give_the_same_lines():
     for row in rows("x_csqa_en_validation.jsonl"):
-        listed = json.loads(scripts_prepare_data.x_csqa_line(row))
+        listed = json.loads(hub_formats.x_csqa_line(row))
         assert isinstance(listed["question"]["choices"], list) and list(listed["question"]["choices"][0]) == [
             "label",
             "text",
         ]
-        assert scripts_prepare_data.x_csqa_line(listed) == scripts_prepare_data.x_csqa_line(row)
+        assert hub_formats.x_csqa_line(listed) == hub_formats.x_csqa_line(row)
 
 
 def test_xnli_rows_become_records_of_all_languages(tmp_path):
     hub_rows = rows("xnli_all_languages.jsonl")
     for path in ("evaluation/xnli/test.json", "query_translation/xnli_dev.json"):
-        scripts_prepare_data.write_xnli(tmp_path / path, hub_rows)
+        hub_formats.write_xnli(tmp_path / path, hub_rows)
     for name in find_task("xnli").evaluation_languages:
         read, code = examples("xnli", tmp_path, name), find_language(name).code
         assert [example.target for example in read] == ["entailment", "contradiction"]
@@ -542,7 +543,7 @@ def test_xnli_rows_become_records_of_all_languages(tmp_path):
 )
 def test_xnli_row_of_another_form_is_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        scripts_prepare_data.write_xnli(tmp_path / "test.json", [rows("xnli_all_languages.jsonl")[0] | change])
+        hub_formats.write_xnli(tmp_path / "test.json", [rows("xnli_all_languages.jsonl")[0] | change])
     assert not list(tmp_path.iterdir())
 
 

@@ -68,7 +68,7 @@ def project(tmp_path):
     (root / "mindmerger/tasks/quiz.py").write_text(QUIZ)
     table = root / "mindmerger/tasks/__init__.py"
     text = table.read_text().replace("TASKS: dict", "from mindmerger.tasks.quiz import QUIZ\n\nTASKS: dict", 1)
-    table.write_text(text.replace("XNLI, TRANSLATION)", "XNLI, QUIZ, TRANSLATION)", 1))
+    table.write_text(text.replace("_FURTHER, TRANSLATION)", "_FURTHER, QUIZ, TRANSLATION)", 1))
     for kind in ("training", "evaluation"):
         script = (root / f"scripts/{kind}_xnli.sh").read_text()
         (root / f"scripts/{kind}_quiz.sh").write_text(

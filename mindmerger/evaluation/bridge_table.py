@@ -38,6 +38,7 @@ from mindmerger.evaluation.comparison_table import (
     named,
     with_interval,
 )
+from mindmerger.evaluation.measures import MEASURES, measure_key
 from mindmerger.evaluation.results import ResultsError, warn_of_scorers
 from mindmerger.evaluation.statistics import (
     bootstrap_intervals,
@@ -222,7 +223,7 @@ def format_markdown(task: str, methods: list[Method], order: list[str], base: Me
     sizes = sorted({cell.n // len(base.rows) for cell in base.cells.values()})
     items = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     parts = [
-        f"# {task}: bridges on the same items, accuracy in percent",
+        f"# {task}: bridges on the same items, {MEASURES[measure_key(base.rows[0].results)][0]}",
         f"{items} items per language; mean over seeds, in square brackets 95 % bootstrap intervals over questions, "
         f"then the lowest and the highest seed; \\*: differs from **{base.label}** at {SIGNIFICANT} (sign-flip test "
         f"over questions; Holm correction over the {len(base.cells)} languages, avg: over the rows).",
@@ -369,9 +370,8 @@ def main(argv: list[str] | None = None) -> int:
     write_text_atomic(args.output_dir / f"{args.name}.md", text)
     write_text_atomic(args.output_dir / f"{args.name}.csv", format_csv(methods, texts))
     # Last: a drawing library that fails must not cost the numbers.
-    save_figure(
-        make_figure(task, {one.label: (one.cells, one.mean) for one in methods}), args.output_dir / f"{args.name}.png"
-    )
+    shown = {one.label: (one.cells, one.mean) for one in methods}
+    save_figure(make_figure(task, shown, measure_key(rows[0].results)), args.output_dir / f"{args.name}.png")
     print(text, end="")
     log(f"written: {args.output_dir / args.name}.md, .csv, .png")
     return 0

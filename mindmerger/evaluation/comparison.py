@@ -1,8 +1,8 @@
 """Finished evaluations compared on the items that they share."""
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mindmerger.evaluation.measures import CORPUS_NOTE, CORPUS_TITLES, MEASURES, measure_key, score_corpus
 from mindmerger.evaluation.results import ResultsError, find_results, read_predictions, read_results, warn_of_scorers
 from mindmerger.evaluation.scoring import LIKELIHOOD, note_of_scoring
 from mindmerger.evaluation.statistics import (
@@ -11,10 +11,10 @@ from mindmerger.evaluation.statistics import (
     describe_questions,
     format_p,
     holm,
-    mcnemar_exact,
     mean_difference_test,
     questions_of,
     resampling_note,
+    row_test,
 )
 from mindmerger.evaluation.tables import align, form_title
 from mindmerger.runtime.files import model_path
@@ -22,7 +22,8 @@ from mindmerger.runtime.files import model_path
 
 def compare_results(folders: list[str], seed: int = 0) -> str:
     """Returns tables of the first results folder against each other one: accuracies on the items both have, their
-    difference, an exact McNemar test per language with Holm's correction, and a sign-flip test of the mean.
+    difference, an exact McNemar test per language with Holm's correction, and a sign-flip test of the mean. Of graded
+    answers: mean grades, sign-flip tests throughout, and scores of all rows together.
 
     Args:
         seed: of the sign-flip test.
@@ -52,35 +53,39 @@ def _compare_two(first: str, second: str, first_results: dict, second_results: d
                 pairs[language] = found
     if not pairs:
         raise ResultsError(f"{first} and {second} have no item in common")
-    task = first_results["task"]
+    task, measure = first_results["task"], measure_key(first_results)
+    graded = measure != "accuracy"
     questions = {language: questions_of(task, language, [a for a, _ in found]) for language, found in pairs.items()}
-    differences = {name: [b["correct"] - a["correct"] for a, b in found] for name, found in pairs.items()}
+    differences = {name: [b["mark"] - a["mark"] for a, b in found] for name, found in pairs.items()}
     # Paired tests, not two intervals side by side: both runs answered the same questions, and what both got right or
     # both got wrong says nothing of the difference.
     tallies = {language: _tally(found) for language, found in pairs.items()}
-    p_values = [mcnemar_exact(only_a, only_b) for _, _, only_a, only_b in tallies.values()]
-    rows = [["language", "items", "A", "B", "B - A", "only A", "only B", "p", "p (Holm)"]]
+    p_values = [row_test(questions[name], differences[name], seed) for name in pairs]
+    alone = ["A better", "B better"] if graded else ["only A", "only B"]
+    rows = [["language", "items", "A", "B", "B - A", *alone, "p", "p (Holm)"]]
     for (language, tally), p, p_holm in zip(tallies.items(), p_values, holm(p_values), strict=True):
         rows.append([language, *_cells(*tally), format_p(p), format_p(p_holm)])
-    n, both, only_a, only_b = (sum(column) for column in zip(*tallies.values(), strict=True))
+    n, sum_a, sum_b, only_a, only_b = (sum(column) for column in zip(*tallies.values(), strict=True))
     # Not McNemar's over all rows: a question's translations change together, and ten copies of one language would make
     # 4 against 12 changed answers look like 40 against 120.
     p = mean_difference_test(questions, differences, seed, over_rows=True)
-    rows.append(["all items", *_cells(n, both, only_a, only_b), format_p(p), ""])
-    mean_a = sum(100 * (both + a) / n for n, both, a, _ in tallies.values()) / len(tallies)
-    mean_b = sum(100 * (both + b) / n for n, both, _, b in tallies.values()) / len(tallies)
+    rows.append(["all items", *_cells(n, sum_a, sum_b, only_a, only_b), format_p(p), ""])
+    mean_a = sum(100 * a / n for n, a, *_ in tallies.values()) / len(tallies)
+    mean_b = sum(100 * b / n for n, _, b, *_ in tallies.values()) / len(tallies)
     p = mean_difference_test(questions, differences, seed)
     means = [f"{mean_a:.1f}", f"{mean_b:.1f}", f"{mean_b - mean_a:+.1f}"]
     rows.append(["mean of languages", "", *means, "", "", format_p(p), ""])
     totals = [sum(one["n"] for one in results["languages"].values()) for results in (first_results, second_results)]
+    what = "sign-flip test of its rows" if graded else "exact two-sided McNemar test"
     lines = [
-        f"{task}: accuracy in percent on the same items",
+        f"{task}: {MEASURES[measure][0]} on the same items",
         f"A: {first} ({form_title(first_results)})",
         f"B: {second} ({form_title(second_results)})",
         align(rows),
-        "p of a language: exact two-sided McNemar test; (Holm): corrected over the languages; p of the last two rows: "
+        f"p of a language: {what}; (Holm): corrected over the languages; p of the last two rows: "
         f"sign-flip test, {resampling_note(describe_questions(questions)).replace('resampled', 'flipped')}",
-        f"{n} items in common (A has {totals[0]}, B has {totals[1]}); only A, only B: items that run alone got right",
+        f"{n} items in common (A has {totals[0]}, B has {totals[1]}); {', '.join(alone)}: items that run "
+        + ("did better on" if graded else "alone got right"),
     ]
     if note := note_of_scoring([first_results, second_results]):
         lines.append(note)
@@ -88,7 +93,19 @@ def _compare_two(first: str, second: str, first_results: dict, second_results: d
     if all("gold" in one for one in (first_results, second_results)) and totals == [n, n]:
         losses = [one["gold"]["gold_loss"] for one in (first_results, second_results)]
         lines.append(f"gold loss in nats per token: A {losses[0]:.4f}, B {losses[1]:.4f}")
+    if graded:
+        lines += ["", _corpus_table(task, pairs)]
     return "\n".join(lines)
+
+
+def _corpus_table(task: str, pairs: dict[str, list[tuple[dict, dict]]]) -> str:
+    """Returns the scores of all rows together, of both runs on the items that both have."""
+    sides = [score_corpus(task, {name: [pair[i] for pair in found] for name, found in pairs.items()}) for i in (0, 1)]
+    names = list(sides[0]["mean"])
+    rows = [["language", *(f"{CORPUS_TITLES[name]} {side}" for name in names for side in "AB")]]
+    for language in sides[0]:
+        rows.append([language, *(f"{side[language][name]:.1f}" for name in names for side in sides)])
+    return f"{align(rows, rule_before_last=True)}\n{CORPUS_NOTE}"
 
 
 def paired_items(first: str, second: str, language: str) -> list[tuple[dict, dict]]:
@@ -110,39 +127,53 @@ def paired_items(first: str, second: str, language: str) -> list[tuple[dict, dic
     return pairs
 
 
-def _tally(pairs: list[tuple[dict, dict]]) -> tuple[int, int, int, int]:
-    """Counts (items, both right, only the first right, only the second right)."""
-    marks = Counter((a["correct"], b["correct"]) for a, b in pairs)
-    return len(pairs), marks[True, True], marks[True, False], marks[False, True]
+def _tally(pairs: list[tuple[dict, dict]]) -> tuple[int, float, float, int, int]:
+    """Counts (items, sum of the first's marks, of the second's, items the first did better on, items the second)."""
+    marks = [(a["mark"], b["mark"]) for a, b in pairs]
+    first, second = map(sum, zip(*marks, strict=True))
+    return len(pairs), first, second, sum(a > b for a, b in marks), sum(a < b for a, b in marks)
 
 
-def _cells(n: int, both: int, only_a: int, only_b: int) -> list[str]:
-    a, b = 100 * (both + only_a) / n, 100 * (both + only_b) / n
+def _cells(n: int, sum_a: float, sum_b: float, only_a: int, only_b: int) -> list[str]:
+    a, b = 100 * sum_a / n, 100 * sum_b / n
     return [str(n), f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}", str(only_a), str(only_b)]
 
 
 @dataclass
 class Row:
-    """One evaluation. {language: {item id: …}}: `correct`, whether the item was right, and `asked`, its question."""
+    """One evaluation. {language: {item id: …}}: `correct`, whether the item was right (or its grade from 0 to 1),
+    `asked`, its question, and `texts`, the predictions themselves, of graded ones alone."""
 
     label: str
     folder: str
     results: dict
-    correct: dict[str, dict[str, bool]]
+    correct: dict[str, dict[str, float]]
     asked: dict[str, dict[str, Question]]
+    texts: dict[str, dict[str, dict]] = field(default_factory=dict)
 
     @property
     def questions(self) -> dict[str, list[Question]]:
         """Questions of the items, in the order of `correct`."""
         return {language: [self.asked[language][id] for id in items] for language, items in self.correct.items()}
 
+    def corpus_scores(self) -> dict[str, dict[str, float]]:
+        """Returns scores of all rows together by language and as "mean", of the items in `correct`; none where answers
+        are not graded."""
+        if not self.texts:
+            return {}
+        kept = {name: [self.texts[name][id] for id in items] for name, items in self.correct.items()}
+        return score_corpus(self.results["task"], kept)
+
 
 @dataclass
 class Cell:
-    """Accuracy of one row in one language, and its test against the chosen row (None for the chosen one itself)."""
+    """Accuracy of one row in one language, and its test against the chosen row (None for the chosen one itself).
+
+    Of graded answers `correct` is the sum of the grades, and `only_row` counts the items with a higher one.
+    """
 
     n: int
-    correct: int
+    correct: float
     interval: list[float]
     only_row: int | None = None
     only_against: int | None = None
@@ -151,7 +182,7 @@ class Cell:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, in percent."""
+        """Share of right answers in percent, or mean grade."""
         return 100 * self.correct / self.n
 
 
@@ -185,7 +216,9 @@ def read_row(label: str, folder: str) -> Row:
     row = Row(label, folder, results, {}, {})
     for language in results["languages"]:
         items = read_predictions(folder, language)
-        row.correct[language] = {id: item["correct"] for id, item in items.items()}
+        row.correct[language] = {id: item["mark"] for id, item in items.items()}
+        if measure_key(results) != "accuracy":
+            row.texts[language] = items
         questions = questions_of(results["task"], language, list(items.values()))
         row.asked[language] = dict(zip(items, questions, strict=True))
     return row
@@ -244,8 +277,9 @@ def build_cells(rows: list[Row], against: Row, seed: int) -> dict[str, tuple[dic
             for language, cell in cells.items():
                 other = against.correct[language]
                 differences[language] = [right - other[id] for id, right in row.correct[language].items()]
-                cell.only_row, cell.only_against = differences[language].count(1), differences[language].count(-1)
-                cell.p = mcnemar_exact(cell.only_row, cell.only_against)
+                cell.only_row = sum(one > 0 for one in differences[language])
+                cell.only_against = sum(one < 0 for one in differences[language])
+                cell.p = row_test(row.questions[language], differences[language], seed)
             # Over the languages of this row alone: each row is a claim of its own.
             for cell, p in zip(cells.values(), holm([cell.p for cell in cells.values()]), strict=True):
                 cell.p_holm = p

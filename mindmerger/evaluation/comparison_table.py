@@ -19,6 +19,9 @@ The difference in avg is tested by flipping the signs of whole questions' differ
     p = (1 + number of flips with |sum_k s_k D_k| >= |sum_k D_k|) / (1 + number of flips),
     D_k: what question k adds to the difference, over all languages; s_k: 1 or -1 at random; 100,000 flips.
 
+Answers that are graded, as translations are, have mean grades in place of accuracies and sign-flip tests throughout;
+scores of all rows together stand in a table of their own.
+
 Writes table.md, table.csv and table.png. Rows with translations always say who translated (oracle or machine).
 """
 
@@ -28,6 +31,7 @@ import io
 from pathlib import Path
 
 from mindmerger.evaluation.comparison import Cell, Mean, Row, build_cells, keep_common, read_row
+from mindmerger.evaluation.measures import CORPUS_NOTE, CORPUS_TITLES, MEASURES, measure_key
 from mindmerger.evaluation.results import ResultsError, warn_of_scorers
 from mindmerger.evaluation.statistics import describe_questions, format_p, resampling_note
 from mindmerger.runtime.command import CommandParser, check_save_name, check_seed, run_main
@@ -57,12 +61,22 @@ def in_points(one: Cell | Mean, base: Cell | Mean, p: float) -> str:
     return f"{one.accuracy - base.accuracy:+.1f} (p {format_p(p)})"
 
 
-def format_markdown(task: str, table: dict, against: str, missing: dict[str, str], notes: list[str]) -> str:
+def format_markdown(
+    task: str,
+    table: dict,
+    against: str,
+    missing: dict[str, str],
+    notes: list[str],
+    measure: str = "accuracy",
+    together: dict | None = None,
+) -> str:
     """Lays the table out as Markdown: accuracies with intervals, then differences with corrected p-values.
 
     Args:
         table: as `build_cells` gives it, with None for a missing row, in the order to show.
         missing: the reason of each missing row.
+        measure: key of what is averaged, in MEASURES.
+        together: row label to scores of all rows together, by language and as "mean", where answers are graded.
     """
     languages = list(table[against][0])
     codes = [code_of(language) for language in languages]
@@ -81,13 +95,16 @@ def format_markdown(task: str, table: dict, against: str, missing: dict[str, str
             texts = [in_points(cell, base_cells[name], cell.p_holm) for name, cell in cells.items()]
             difference.append([label, *texts, in_points(mean, base_mean, mean.p)])
     items = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    test = "exact McNemar test" if measure == "accuracy" else "sign-flip test over rows"
     parts = [
-        f"# {task}: accuracy in percent on the same items",
+        f"# {task}: {MEASURES[measure][0]} on the same items",
         f"{items} items per language; in brackets 95 % bootstrap intervals; \\*: differs from **{against}** at "
-        f"{SIGNIFICANT} (exact McNemar test, Holm correction over the {len(languages)} languages; avg: sign-flip test "
+        f"{SIGNIFICANT} ({test}, Holm correction over the {len(languages)} languages; avg: sign-flip test "
         "over questions).",
         markdown_table(accuracy),
     ]
+    if together:
+        parts += corpus_part(codes, together)
     if len(difference) > 1:
         parts += [f"## Difference to {against}, in points (p of languages after Holm)", markdown_table(difference)]
     if missing:
@@ -97,10 +114,25 @@ def format_markdown(task: str, table: dict, against: str, missing: dict[str, str
     return "\n\n".join(parts) + "\n"
 
 
-def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, str]) -> str:
-    """Writes one line per row and language ("avg" for the mean), and one with the reason for a missing row."""
+def corpus_part(codes: list[str], together: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Returns the part of the Markdown with the scores of all rows of a language together."""
+    names = list(next(iter(together.values()))["mean"])
+    titles = " / ".join(CORPUS_TITLES[name] for name in names)
+    rows = [["method", *codes, "avg"]]
+    for label, scores in together.items():
+        rows.append([label, *(" / ".join(f"{one[name]:.1f}" for name in names) for one in scores.values())])
+    return [f"## {titles} of all rows", f"{CORPUS_NOTE}.", markdown_table(rows)]
+
+
+def format_csv(
+    table: dict, against: str, rows: list[Row], missing: dict[str, str], together: dict | None = None
+) -> str:
+    """Writes one line per row and language ("avg" for the mean), and one with the reason for a missing row.
+
+    Where answers are graded, `accuracy` is the mean grade, and scores of all rows together are two more columns.
+    """
     head = "method,folder,translations,language,items,correct,accuracy,low,high,against,difference,only_method"
-    head += ",only_against,p,p_holm,missing"
+    head += ",only_against,p,p_holm,missing" + "".join(f",{name}" for name in CORPUS_TITLES if together)
     text = io.StringIO()
     # LF on every system: csv writes CRLF unless told, and the other files of a results folder have LF.
     writer = csv.DictWriter(text, head.split(","), lineterminator="\n", restval="")
@@ -114,8 +146,10 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
             "folder": row.folder,
             "translations": parallel["translations"] if parallel else "",
         }
+        corpus = (together or {}).get(row.label, {})
         for language, cell in cells.items():
             line = common | {"language": code_of(language), "items": cell.n, "correct": cell.correct}
+            line |= corpus.get(language, {})
             line |= {"accuracy": round(cell.accuracy, 4), "low": cell.interval[0], "high": cell.interval[1]}
             # The row that the others are tested against has no test of its own: its fields stay empty.
             if cell.p is not None:
@@ -123,7 +157,7 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
                 line |= {"only_method": cell.only_row, "only_against": cell.only_against}
                 line |= {"p": cell.p, "p_holm": cell.p_holm}
             writer.writerow(line)
-        line = common | {"language": "avg", "accuracy": round(mean.accuracy, 4)}
+        line = common | {"language": "avg", "accuracy": round(mean.accuracy, 4)} | corpus.get("mean", {})
         line |= {"low": mean.interval[0], "high": mean.interval[1]}
         if mean.p is not None:
             line |= {"against": against, "difference": round(mean.accuracy - base_mean.accuracy, 4), "p": mean.p}
@@ -133,7 +167,7 @@ def format_csv(table: dict, against: str, rows: list[Row], missing: dict[str, st
     return text.getvalue()
 
 
-def make_figure(task: str, table: dict):
+def make_figure(task: str, table: dict, measure: str = "accuracy"):
     """Draws grouped bars: a group per language and one for the mean, a bar per row, with intervals."""
     from mindmerger.evaluation.plots import colour, hatch, legend_label, new_figure
 
@@ -164,7 +198,7 @@ def make_figure(task: str, table: dict):
     axes.axvline(len(languages) - 0.5, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set(xlabel="language", ylabel="accuracy, % (95 % interval)", title=task)
+    axes.set(xlabel="language", ylabel=f"{MEASURES[measure][1]} (95 % interval)", title=task)
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -268,11 +302,14 @@ def main(argv: list[str] | None = None) -> int:
     notes.append(f"Interval of avg: {resampling_note(describe_questions(rows[0].questions))}.")
     table = build_cells(rows, against, args.seed)
     folder, task = Path(args.output_dir), rows[0].results["task"]
-    text = format_markdown(task, {label: table.get(label) for label in order}, against.label, missing, notes)
+    measure = measure_key(against.results)
+    together = {row.label: row.corpus_scores() for row in rows if row.texts}
+    shown = {label: table.get(label) for label in order}
+    text = format_markdown(task, shown, against.label, missing, notes, measure, together)
     write_text_atomic(folder / f"{args.name}.md", text)
-    write_text_atomic(folder / f"{args.name}.csv", format_csv(table, against.label, rows, missing))
+    write_text_atomic(folder / f"{args.name}.csv", format_csv(table, against.label, rows, missing, together))
     # Last: a drawing library that fails must not cost the numbers.
-    save_figure(make_figure(task, table), folder / f"{args.name}.png")
+    save_figure(make_figure(task, table, measure), folder / f"{args.name}.png")
     print(text, end="")
     log(f"written: {folder / args.name}.md, .csv, .png")
     return 0

@@ -26,7 +26,7 @@ WHICH_ROWS = ("--languages", "--limit", OWN_LANGUAGES, DATA)
 DECIDING_VERSIONS = ("mindmerger", "torch", "transformers", "tokenizers", "sentencepiece", "vllm")
 # What a prediction holds of its row, and what scoring adds. All else in it is the model's: an answer's record.
 ROW_FIELDS = ("id", "question", "source", "prompt", "answer", "prefix_of")
-SCORE_FIELDS = ("prediction", "correct", "reference_prediction", "reference_correct")
+SCORE_FIELDS = ("prediction", "correct", "grade", "reference_prediction", "reference_correct")
 
 
 class Row(NamedTuple):

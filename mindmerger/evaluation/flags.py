@@ -46,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what is evaluated")
     what.add_argument(
-        "--task", default="math", help="math (means MGSM, the default), math_mgsm, math_msvamp, x-csqa, xnli"
+        "--task",
+        default="math",
+        help="math (means MGSM, the default), math_mgsm, math_msvamp, x-csqa, xnli; also math_mgsm_rev2, "
+        "math_afrimgsm, afrixnli, americas_nli, xcopa, belebele, flores",
     )
     _add_models(what)
     what.add_argument(

@@ -14,7 +14,11 @@ def add_item_flags(parser: argparse.ArgumentParser, also: str = "") -> None:
     Args:
         also: what the help of --languages says besides.
     """
-    parser.add_argument("--task", default="math", help="math (means MGSM, the default), math_msvamp, x-csqa, xnli")
+    parser.add_argument(
+        "--task",
+        default="math",
+        help="math (means MGSM, the default), math_msvamp, x-csqa, xnli, or another that has test items",
+    )
     parser.add_argument("--data_root", default="./datas", help="data folder of the test items (default ./datas)")
     add_language_flags(
         parser.add_argument,

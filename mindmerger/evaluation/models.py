@@ -127,8 +127,11 @@ def trained_mapping(save_name: str, task, bridge: str) -> str:
     """
     from mindmerger.model.mapping_files import find_bridge
 
-    # Stages are named in the order in which they are trained: the last one's mapping has seen the task.
-    last_stage = list(find_bridge(bridge).stages)[-1]
+    # Stages are named in the order in which they are trained: the last one's mapping has seen the task, and what
+    # translates is trained on sentence pairs alone.
+    stages = find_bridge(bridge).stages
+    pairs = [name for name, stage in stages.items() if stage.data == "pairs"]
+    last_stage = (pairs if task.translates and pairs else list(stages))[-1]
     folder = Path("outputs") / save_name / task.training_name / last_stage
     if not folder.is_dir():
         raise UserError(
@@ -155,11 +158,14 @@ def warn_of_other_training(config, task, form: str) -> None:
     """Says where a mapping, by its config.json, was trained for another task, stage or form than is evaluated."""
     from mindmerger.model.mapping_files import stages_of
 
-    if config.task not in (None, task.training_name):
+    # Sentence pairs are the same thing whichever task's languages they are in.
+    if config.task not in (None, task.training_name) and not task.translates:
         warn(f"this mapping was trained for task {config.task}, now evaluated on {task.name}")
     stage = stages_of(config.bridge, config.bridge_options).get(config.stage)
+    if task.translates and stage is not None and stage.data != "pairs":
+        warn(f"this mapping comes from the {config.stage} stage: translations are what the stage over pairs trains")
     # Pairs are trained without a prompt: the warning of another form would only repeat this one.
-    if stage is not None and "pairs" in stage.data:
+    elif not task.translates and stage is not None and "pairs" in stage.data:
         warn(f"this mapping comes from the {config.stage} stage: it has not been trained on the task yet")
     elif config.augmentation not in (None, form == "soft"):
         name = {True: "Soft, --augmentation True", False: "Hard, --augmentation False"}

@@ -199,6 +199,8 @@ def apply_parallel_input(
     Raises:
         DataError: where a translation is missing or the test sets are not parallel.
     """
+    if task.translates:
+        raise DataError(f"task {task.name} has no parallel input: the English translation is the answer itself")
     if options.translations == "aligned":
         source = AlignedTranslations(task, data_root)
     else:

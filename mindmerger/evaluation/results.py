@@ -349,11 +349,20 @@ def read_results(folder: str) -> dict:
 def read_predictions(folder: str, language: str) -> dict[str, dict]:
     """Reads of one language's predictions what comparisons need, by item id.
 
+    `mark` is what is averaged: whether an item is right, or the grade of a graded one, from 0 to 1; graded ones have
+    their `prediction` too.
+
     Raises:
         ResultsError: as `read_items`.
     """
-    names = ("id", "source", "answer", "question", "correct")
-    return {id: {name: item[name] for name in names} for id, item in read_items(folder, language).items()}
+    # Scores of all rows together are made from the predictions again.
+    names = ("id", "source", "answer", "question", "correct", "mark", "prediction")
+    found = {}
+    for id, item in read_items(folder, language).items():
+        graded = "grade" in item
+        item = item | {"mark": item["grade"] / 100 if graded else item["correct"]}
+        found[id] = {name: item[name] for name in (names if graded else names[:-1])}
+    return found
 
 
 def read_items(folder: str, language: str) -> dict[str, dict]:
@@ -376,7 +385,11 @@ def read_items(folder: str, language: str) -> dict[str, dict]:
             if item["correct"] not in (True, False):
                 raise TypeError(f"correct is {item['correct']!r:.40}, not true or false")
             item |= {"question": item.get("question", ""), "correct": bool(item["correct"])}
-            wrong = [name for name in ("id", "source", "answer", "question") if not isinstance(item[name], str)]
+            grade = item.get("grade", 0.0)
+            if isinstance(grade, bool) or not isinstance(grade, int | float) or not 0 <= grade <= 100:
+                raise TypeError(f"grade is {grade!r:.40}, not a number from 0 to 100")
+            texts = ("id", "source", "answer", "question", *(("prediction",) if "grade" in item else ()))
+            wrong = [name for name in texts if not isinstance(item[name], str)]
             if wrong:
                 raise TypeError(f"{wrong[0]} is {item[wrong[0]]!r:.40}, not text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -108,7 +108,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     task, languages = choose_task(args)
     check_scoring(args, task)
     models = find_models_on_rank_0(args, task)
-    form = choose_form(args, models)
+    form = choose_form(args, models, task)
     check_probe(args, form)
     precision = settle_precision(args.precision, on_gpu)
     if form != "llm_only":
@@ -162,14 +162,21 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     return settings
 
 
-def choose_form(args: argparse.Namespace, models: Models) -> str:
+def choose_form(args: argparse.Namespace, models: Models, task) -> str:
     """Returns the form that is evaluated: soft, hard or llm_only.
 
-    Without --augmentation it is the one that the bridge's last stage trains.
+    Without --augmentation it is the one that the bridge's last stage trains, and of translations the one that its stage
+    over sentence pairs trains.
     """
-    from mindmerger.model.mapping_files import form_of
+    from mindmerger.model.mapping_files import form_of, stages_of
 
-    return "llm_only" if args.llm_only else form_of(models.config, args.augmentation)
+    if args.llm_only:
+        return "llm_only"
+    augmentation = args.augmentation
+    if augmentation is None and task.translates:
+        stages = stages_of(models.config.bridge, models.config.bridge_options).values()
+        augmentation = next((stage.with_prompt for stage in stages if stage.data == "pairs"), None)
+    return form_of(models.config, augmentation)
 
 
 def choose_task(args: argparse.Namespace) -> tuple:
@@ -187,6 +194,8 @@ def choose_task(args: argparse.Namespace) -> tuple:
     if not task.evaluation_languages:
         known = ", ".join(name for name, one in TASKS.items() if one.evaluation_languages)
         raise UserError(f"task {task.name} has no evaluation set: choose --task {known}")
+    if task.corpus_scores is not None:
+        task.corpus_scores(["a"], ["a"])  # a missing scorer is said now, not after hours of answers
     return task, parse_languages(",".join(task.evaluation_languages) if args.languages is None else args.languages)
 
 

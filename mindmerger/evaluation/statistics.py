@@ -1,7 +1,8 @@
-"""Intervals, tests and corrections for accuracies on the same questions; numpy alone."""
+"""Intervals, tests and corrections for accuracies, or mean grades, on the same questions; numpy alone."""
 
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -91,13 +92,13 @@ def _by_question(questions: dict[str, list[Question]], values: dict[str, list]) 
 
 
 def bootstrap_intervals(
-    questions: dict[str, list[Question]], correct: dict[str, list[bool]], seed: int, resamples: int = RESAMPLES
+    questions: dict[str, list[Question]], correct: dict[str, list[float]], seed: int, resamples: int = RESAMPLES
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Computes 95 % percentile bootstrap intervals (Efron 1979) of each language's accuracy and of the unweighted mean.
 
     Languages: drawing n right-or-wrong rows with replacement is drawing a Binomial(n, correct / n), so the resampled
-    accuracies are drawn directly. A language's interval depends on the seed and its name alone, not on which other
-    languages were evaluated.
+    accuracies are drawn directly; of graded rows, the rows are. A language's interval depends on the seed and its name
+    alone, not on which other languages were evaluated.
 
     Mean: rows that ask one question in different languages tend to be right together, so questions are drawn with
     replacement, each with its rows in all languages (cluster bootstrap, Field and Welsh 2007). With w_k the number of
@@ -111,7 +112,7 @@ def bootstrap_intervals(
 
     Args:
         questions: language to the question of each row, at least one, as `questions_of` gives them.
-        correct: language to whether each row is right.
+        correct: language to whether each row is right, or its grade from 0 to 1.
         seed: of the resampling.
 
     Returns:
@@ -121,7 +122,11 @@ def bootstrap_intervals(
     for language, marks in correct.items():
         # crc32 and not hash(), which Python salts anew in every process.
         generator = np.random.default_rng([seed, zlib.crc32(language.encode())])
-        draws[language] = 100 * generator.binomial(len(marks), sum(marks) / len(marks), size=resamples) / len(marks)
+        if is_right_or_wrong(marks):
+            drawn = generator.binomial(len(marks), sum(marks) / len(marks), size=resamples) / len(marks)
+        else:
+            drawn = _resampled_means(np.asarray(marks, dtype=float), generator, resamples)
+        draws[language] = 100 * drawn
     intervals = {language: _percentiles(values) for language, values in draws.items()}
     rows_KL, right_KL = _by_question(questions, correct)
     if rows_KL.sum(1).max() == 1:
@@ -144,6 +149,19 @@ def bootstrap_intervals(
     return intervals, _percentiles(np.concatenate(means))
 
 
+def is_right_or_wrong(marks: Iterable[float]) -> bool:
+    """Returns whether marks are right or wrong, 1 or 0, and not grades between."""
+    return all(mark in (0, 1) for mark in marks)
+
+
+def _resampled_means(marks_N: np.ndarray, generator: np.random.Generator, resamples: int) -> np.ndarray:
+    number = len(marks_N)
+    # In parts: ten thousand times a thousand rows at once are 160 MB.
+    step = max(1, DRAWN_AT_ONCE // number)
+    sizes = [min(step, resamples - done) for done in range(0, resamples, step)]
+    return np.concatenate([marks_N[generator.integers(number, size=(size, number))].mean(1) for size in sizes])
+
+
 def _percentiles(values: np.ndarray) -> list[float]:
     return [round(float(bound), 4) for bound in np.quantile(values, [0.025, 0.975])]
 
@@ -163,15 +181,30 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * total / 2**n)
 
 
+def row_test(questions: list[Question], differences: list[float], seed: int) -> float:
+    """Computes the p-value of one language's difference: the exact McNemar test where rows are right or wrong, else,
+    where they are graded, `mean_difference_test`.
+
+    Args:
+        questions: of each row.
+        differences: second run minus first, of each row.
+        seed: of the signs.
+    """
+    if is_right_or_wrong(map(abs, differences)):
+        return mcnemar_exact(differences.count(-1), differences.count(1))
+    return mean_difference_test({"": questions}, {"": differences}, seed)
+
+
 def mean_difference_test(
-    questions: dict[str, list[Question]], differences: dict[str, list[int]], seed: int, over_rows: bool = False
+    questions: dict[str, list[Question]], differences: dict[str, list[float]], seed: int, over_rows: bool = False
 ) -> float:
     """Computes a two-sided sign-flip test (Fisher 1935) of the difference in mean accuracy of two runs on equal rows.
 
-    With d_kl = 1, 0 or -1 as the second run is better, equal or worse on question k in language l, and n_l rows in
-    language l, the difference is the sum over questions of D_k = 1/L sum_l d_kl / n_l. If both runs were equally good,
-    exchanging their answers to a question, in all languages together, would change nothing: every D_k could as well
-    have the other sign. So with signs drawn at random (Phipson and Smyth 2010),
+    With d_kl = 1, 0 or -1 as the second run is better, equal or worse on question k in language l (of graded rows: the
+    difference of their grades), and n_l rows in language l, the difference is the sum over questions of
+    D_k = 1/L sum_l d_kl / n_l. If both runs were equally good, exchanging their answers to a question, in all languages
+    together, would change nothing: every D_k could as well have the other sign. So with signs drawn at random (Phipson
+    and Smyth 2010),
 
         p = (1 + number of flips with |sum_k s_k D_k| >= |sum_k D_k|) / (1 + number of flips).
 

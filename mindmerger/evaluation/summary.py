@@ -6,6 +6,7 @@ import shutil
 import sys
 from importlib import metadata
 
+from mindmerger.evaluation.measures import CORPUS_TITLES, GRADE_KEY
 from mindmerger.evaluation.models import DEFAULT_BRIDGE
 from mindmerger.evaluation.scoring import LIKELIHOOD
 from mindmerger.evaluation.settings import Settings
@@ -86,8 +87,8 @@ def write_results(folder, items: dict[str, list[dict]], results: dict) -> None:
     for language, rows in items.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text_atomic(folder / "predictions" / f"{language}.jsonl", lines)
-    # The released code's file, in its form: language, tab, score.
-    scores = "".join(f"{name}\t{one['accuracy']}\n" for name, one in results["languages"].items())
+    # The released code's file, in its form: language, tab, score; of translations chrF2 of all rows.
+    scores = "".join(f"{name}\t{one.get('accuracy', one.get('chrf2'))}\n" for name, one in results["languages"].items())
     write_text_atomic(folder / "scores.tsv", scores)
     write_json_atomic(folder / "results.json", results)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # what stays of it goes at the next start
@@ -106,6 +107,7 @@ def prediction_item(settings: Settings, example, output: str) -> dict:
         "prediction": score.prediction,
         "answer": example.target,
         "correct": score.correct,
+        **({"grade": score.grade} if score.grade is not None else {}),
     }
     if settings.two_scorers:
         reference = score.reference_prediction
@@ -118,6 +120,7 @@ def prediction_item(settings: Settings, example, output: str) -> dict:
 def build_results(settings: Settings, items: dict[str, list[dict]], records: dict[int, dict]) -> dict:
     """Returns the content of results.json but for the timing: scores, then everything needed to run again."""
     from mindmerger.evaluation.statistics import bootstrap_intervals, describe_questions, questions_of, resampling_note
+    from mindmerger.tasks.scoring import signatures
 
     marks = mark_examples(settings, records)
     questions = {name: questions_of(settings.task.name, name, rows) for name, rows in items.items()}
@@ -125,14 +128,16 @@ def build_results(settings: Settings, items: dict[str, list[dict]], records: dic
     # Shifted rows would silently pair one question with another, and widen or narrow the interval of the mean.
     if resampling["numbers_with_different_answers"]:
         warn(f"the test sets are not parallel throughout: {resampling_note(resampling)}")
-    correct = {name: [row["correct"] for row in rows] for name, rows in items.items()}
-    intervals, mean_interval = bootstrap_intervals(questions, correct, settings.seed)
+    graded = settings.task.corpus_scores is not None
+    values = {name: [row["grade"] / 100 if graded else row["correct"] for row in rows] for name, rows in items.items()}
+    intervals, mean_interval = bootstrap_intervals(questions, values, settings.seed)
     languages = {}
     for name, rows in items.items():
         here = [i for i, example in enumerate(settings.examples) if example.language == name]
         counts = {mark: sum(values[i] for i in here) for mark, values in marks.items()}
         languages[name] = score_language(settings, rows, intervals[name]) | counts
     keys = ["accuracy", "reference_accuracy"] if settings.two_scorers else ["accuracy"]
+    keys = [*CORPUS_TITLES, GRADE_KEY] if graded else keys
     keys += ["gold_loss"] * settings.score_gold
     # Unweighted over languages, as the published averages are.
     mean = {key: round(sum(one[key] for one in languages.values()) / len(languages), 4) for key in keys}
@@ -151,6 +156,7 @@ def build_results(settings: Settings, items: dict[str, list[dict]], records: dic
         **({"faulty_rows": settings.faults} if settings.faults else {}),
         "counts": {"examples": len(settings.examples)} | {mark: sum(values) for mark, values in marks.items()},
         "published": find_published(settings, languages),
+        **({"signatures": signatures()} if graded else {}),
         **describe_run(settings),
     }
 
@@ -168,6 +174,11 @@ def mark_examples(settings: Settings, records: dict[int, dict]) -> dict[str, lis
 
 def score_language(settings: Settings, rows: list[dict], interval: list[float]) -> dict:
     """Returns the scores of one language."""
+    gold = mean_gold(rows) if settings.score_gold else {}
+    if settings.task.corpus_scores is not None:
+        together = settings.task.corpus_scores([row["prediction"] for row in rows], [row["answer"] for row in rows])
+        grade = round(sum(row["grade"] for row in rows) / len(rows), 4)
+        return {"n": len(rows), **together, GRADE_KEY: grade, "interval": interval, **gold}
 
     def percent(key: str) -> tuple[int, float]:
         right = sum(row[key] for row in rows)
@@ -177,7 +188,7 @@ def score_language(settings: Settings, rows: list[dict], interval: list[float]) 
     one = {"n": len(rows), "correct": correct, "accuracy": accuracy, "interval": interval}
     if settings.two_scorers:
         one["reference_correct"], one["reference_accuracy"] = percent("reference_correct")
-    return one | (mean_gold(rows) if settings.score_gold else {})
+    return one | gold
 
 
 def mean_gold(rows: list[dict]) -> dict:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mindmerger.evaluation.measures import CORPUS_NOTE, CORPUS_TITLES, MEASURES, measure_key
 from mindmerger.evaluation.models import DEFAULT_BRIDGE
 from mindmerger.evaluation.probes import PROBE_TITLES
 from mindmerger.evaluation.scoring import LIKELIHOOD_TITLE
@@ -53,12 +54,16 @@ def align(rows: list[list[str]], rule_before_last: bool = False) -> str:
 def format_results(results: dict) -> str:
     """Returns the table of one evaluation, from the content of its `results.json`."""
     languages, mean, published = results["languages"], results["mean"], results["published"]
-    both_scorers = "reference_accuracy" in mean
-    head = ["language", "n", "accuracy", "95 % interval"]
+    both_scorers, measure = "reference_accuracy" in mean, measure_key(results)
+    # Scores of all rows together, which translations are reported by, come first.
+    together = [key for key in CORPUS_TITLES if key in mean]
+    column = "sentence chrF2" if together else "accuracy"
+    head = ["language", "n", *(CORPUS_TITLES[key] for key in together), column, "95 % interval"]
     gold = results.get("gold")
     rows = [head + ["reference"] * both_scorers + ["published"] * bool(published) + ["gold loss"] * bool(gold)]
     for name, one in [*languages.items(), ("mean", {"n": results["counts"]["examples"], **mean})]:
-        row = [name, str(one["n"]), f"{one['accuracy']:.1f}", "{:.1f} – {:.1f}".format(*one["interval"])]
+        row = [name, str(one["n"]), *(f"{one[key]:.1f}" for key in (*together, measure))]
+        row.append("{:.1f} – {:.1f}".format(*one["interval"]))
         if both_scorers:
             row.append(f"{one['reference_accuracy']:.1f}")
         if published:
@@ -68,9 +73,11 @@ def format_results(results: dict) -> str:
             row.append(f"{one['gold_loss']:.4f}")
         rows.append(row)
     lines = [
-        f"{results['task']}, {form_title(results)}: accuracy in percent",
+        f"{results['task']}, {form_title(results)}: {MEASURES[measure][0]}",
         align(rows, rule_before_last=True),
     ]
+    if together:
+        lines.append(f"{CORPUS_NOTE}; the interval is that of the mean of rows")
     if both_scorers:
         # The released scorer's quirks in words: its column may be the higher one, and is not the better measure.
         lines.append("reference: scored as the released code does (no minus signs, a missing number counts as 0)")

@@ -74,6 +74,13 @@ class Task:
     scorer_version: int | None = None  # None where no other version has ever scored the task
     labels: tuple[str, ...] | None = None
     text_fields: tuple[tuple[str | int, ...], ...] = ()
+    # Of (outputs, targets) of one language, where answers are graded: scores of all rows together, by name.
+    corpus_scores: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
+
+    @property
+    def translates(self) -> bool:
+        """Whether answers are translations, as the mapping stage trains them on sentence pairs."""
+        return self.training_name == "translation"
 
     def gold_key(self, target: str, language: str) -> str:
         """Returns a gold answer in a form that translations of one row share: 1,450 in English is 1.450 in German."""

@@ -204,6 +204,10 @@ def _names(codes: str) -> tuple[str, ...]:
     return tuple(by_code[code] for code in codes.split())
 
 
+def _tagged(tags: str) -> tuple[str, ...]:
+    return tuple(find_language(tag).name for tag in tags.split())
+
+
 def _nearest(text: str, known: Iterable[str]) -> str:
     # A part of a name counts as the name: `mgms` is near `math_mgsm` by its end alone.
     by_part = {part: name for name in known for part in (name.split("_")[-1], name)}
