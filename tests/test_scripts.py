@@ -904,6 +904,7 @@ PARSERS = {
     "scripts.benchmarks.growth": ("scripts.benchmarks.growth", "build_parser"),
     "scripts.benchmarks.merge_memory": ("scripts.benchmarks.merge_memory", "build_parser"),
     "scripts.prepare_data": ("scripts.prepare_data", "build_parser"),
+    "scripts.tune_llm": ("mindmerger.training.tuning_settings", "build_parser"),
     "scripts.tiny_world": ("scripts.tiny_world.__main__", "build_parser"),
 }
 

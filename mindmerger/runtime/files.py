@@ -108,8 +108,11 @@ def write_csv_atomic(path, rows) -> None:
 class FolderLock:
     """Lock that keeps a second run out of an output folder. The system drops it when its owner dies in any way."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, flag: str = "--save_name"):
         """Takes the lock.
+
+        Args:
+            flag: the one that chooses another folder, for the message.
 
         Raises:
             UserError: when another living run holds it, naming its host and process, or the folder cannot be written or
@@ -140,7 +143,7 @@ class FolderLock:
                     ) from error
                 raise UserError(
                     f"another run is writing to {folder} ({owner or 'owner unknown'}): wait for it, stop it, or use "
-                    "another --save_name"
+                    f"another {flag}"
                 ) from error
             if self._is_in_place():
                 break

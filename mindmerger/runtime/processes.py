@@ -249,14 +249,17 @@ def on_rank_0(function, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def locked_folder(folder):
+def locked_folder(folder, flag: str = "--save_name"):
     """Context manager: a folder belongs to this run alone.
+
+    Args:
+        flag: the one that chooses another folder, for the message.
 
     Raises:
         ReportedError: on every rank, when another run holds it.
     """
     # Rank 0's lock alone: it writes everything, and on another node the folder may be another disk's.
-    lock = on_all_ranks(lambda: FolderLock(folder) if is_main() else None)
+    lock = on_all_ranks(lambda: FolderLock(folder, flag) if is_main() else None)
     try:
         yield
     finally:
