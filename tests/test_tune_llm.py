@@ -118,6 +118,7 @@ def test_the_tuned_llm_reads_what_the_evaluation_feeds_it(flags, tiny_llm, tmp_p
         assert torch.equal(read[i][: len(embeds_LD)], embeds_LD)
 
 
+@pytest.mark.slow
 def test_the_tuned_folder_is_an_ordinary_model_whose_evaluation_scores_what_the_dev_rows_say(
     flags, tiny_llm, tmp_path, monkeypatch
 ):
@@ -329,6 +330,7 @@ def test_wrong_inputs_say_what_to_do(flags, tmp_path, tiny_llm, tiny_encoder):
     assert (tmp_path / "foreign/notes.txt").read_text() == "mine" and not (tmp_path / "tuned").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_exit_code_2(flags):
     command = [sys.executable, "-m", "scripts.tune_llm", *flags("tuned", "--rows", "absent.json")]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)

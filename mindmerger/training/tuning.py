@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
@@ -27,14 +26,13 @@ from mindmerger.hub.model_configs import llm_config
 from mindmerger.hub.model_files import find_file
 from mindmerger.hub.tokenizer_files import TOKENIZER_FILES
 from mindmerger.model.adapters import adapted_layers, add_adapter
-from mindmerger.model.loss import ChunkedCrossEntropy
+from mindmerger.model.loss import token_losses
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.model.towers import load_llm
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import remove, sync_folder, write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import explain_out_of_memory, log, progress_bar
-from mindmerger.tasks.scoring import score_text
 from mindmerger.training.tuning_settings import RECORD, TuningSettings, describe, refuse_other_run
 
 TRAINED = "trained.safetensors"  # of a checkpoint, in the place of Trainer's model folder
@@ -168,7 +166,7 @@ class Tuner(Trainer):
         ]
         loss = sum(score[0] for score in scores) / sum(score[1] for score in scores)
         found = {"dev_loss": loss, "dev_perplexity": float(torch.exp(torch.tensor(loss)))}
-        if self.settings.task.score is score_text:  # of a worked solution other words may be right too
+        if self.settings.task.labels is not None:  # of a worked solution other words may be right too
             found["dev_accuracy"] = sum(score[2] for score in scores) / len(scores)
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
@@ -254,9 +252,7 @@ def score_targets(model: MindMerger, inputs: dict) -> list[tuple[float, int, boo
         handle.remove()
     [logits_MV], mask_BT = outputs, inputs["target_mask"].bool()
     labels_M = inputs["target_ids"][mask_BT]
-    chunks = list(ChunkedCrossEntropy.chunks(logits_MV, labels_M))
-    losses_M = torch.cat([cross_entropy(logits.float(), labels, reduction="none") for logits, labels in chunks])
-    right_M = torch.cat([logits.argmax(1) == labels for logits, labels in chunks])
+    losses_M, right_M = token_losses(logits_MV, labels_M), logits_MV.argmax(1) == labels_M
     sizes = mask_BT.sum(1).tolist()
     rows = zip(losses_M.split(sizes), right_M.split(sizes), sizes, strict=True)
     return [(loss.double().sum().item(), size, bool(right.all())) for loss, right, size in rows]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mindmerger.runtime import precision
 from mindmerger.runtime.command import CommandParser, DefaultsShown, at_least, check_seed, positive, share
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path, sha256_of_file
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--llm_path", type=model_path, required=True, help="folder or hub name of the LLM")
     add("--task", required=True, help="math, x-csqa or xnli: whose rows, prompt and targets")
     add("--languages", default="English", help="rows of these languages, by name or code, separated by commas")
+    add("--languages_file", metavar="FILE.tsv", help="languages of your own, as run_training.py takes them")
     add("--data_root", default="./datas", help="folder in the released layout")
     add("--rows", action="append", default=[], metavar="FILE", help="further rows in the form of the task's training "
         "rows, each with its language (.json, .jsonl); may be given more than once")  # fmt: skip
@@ -57,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_steps", type=at_least(1), help="end after this many optimizer steps")
     add("--train_batch_size", type=at_least(1), default=32, help="rows of one optimizer step")
     add("--micro_batch_tokens", type=at_least(1), default=2048, help="positions of one forward pass, padding included")
-    add("--precision", choices=("bf16", "fp32"), help="arithmetic of the LLM's layers; weights and optimizer are fp32 "
-        "in both (default: bf16 on a GPU, fp32 on a CPU)")  # fmt: skip
+    add("--precision", choices=(precision.AUTO, "bf16", "fp32"), default=precision.AUTO, help="arithmetic of the LLM's "
+        "layers, weights and optimizer are fp32; auto: bf16 where the device multiplies in it")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the dev split, the order of rows and a LoRA's start")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -117,16 +119,19 @@ def settle(args: argparse.Namespace) -> TuningSettings:
     Raises:
         UserError: for the first thing that does not.
     """
+    import torch
+
     from mindmerger.data.batches import automatic_dev_size
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.generation.answers import tokenise_inputs
     from mindmerger.model.towers import check_models, check_roles
     from mindmerger.tasks import find_task
     from mindmerger.tasks.examples import varying_text
-    from mindmerger.tasks.languages import parse_languages
+    from mindmerger.tasks.languages import parse_languages, use_languages_file
 
     check_alone()
     check_seed(args.seed, bits=32)  # numpy's generator is seeded too
+    use_languages_file(args.languages_file)
     task, languages = find_task(args.task), parse_languages(args.languages)
     if args.rows_only and not args.rows:
         raise UserError("--rows_only leaves out the data folder's rows, and no --rows gives others: pass --rows FILE")
@@ -152,7 +157,7 @@ def settle(args: argparse.Namespace) -> TuningSettings:
         lengths=lengths,
         train=train,
         dev=dev,
-        precision=args.precision or default_precision(),
+        precision=precision.settle_precision(args.precision, torch.cuda.is_available()),
         adapter=adapter,
         steps=min(steps, args.max_steps or steps),
         output=output,
@@ -169,13 +174,6 @@ def check_alone() -> None:
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or os.environ.get("LOCAL_RANK", "-1") not in ("", "-1"):
         given = " ".join(name for name in LAUNCHER_VARIABLES if name in os.environ)
         raise UserError(f"the tuning runs in one process: start it with python, after: unset {given}")
-
-
-def default_precision() -> str:
-    """Returns the precision of a run that names none: that of `run_evaluation.py`."""
-    import torch
-
-    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def settle_output(args: argparse.Namespace) -> tuple[Path, Path]:
