@@ -34,6 +34,7 @@ from mindmerger.runtime.processes import (
 from mindmerger.runtime.signals import Signals, end_with_parent, watch_launcher
 from mindmerger.training.deepspeed_config import zero_stage
 from mindmerger.training.dev_accuracy import check_selection, dev_accuracy, has_accuracy, is_best, read_labels
+from mindmerger.training.dev_split import GROUPS, describe_dev_split
 from mindmerger.training.dry_run import print_estimate
 from mindmerger.training.guards import (
     EVAL_MEMORY_FLAGS,
@@ -94,6 +95,7 @@ def load_data(settings: Settings, cache_dir=None) -> "TrainingData":
         max_gen_len=args.max_gen_len,
         with_prompt=settings.with_prompt,
         cache_dir=cache_dir,
+        with_groups=args.dev_split == GROUPS and args.dev_size != 0,
     )
     number = len(examples.dataset)
     if examples.faults:
@@ -107,7 +109,8 @@ def load_data(settings: Settings, cache_dir=None) -> "TrainingData":
                 f"--dev_size auto takes a tenth, none of {number} examples: nothing is evaluated and the last mapping "
                 "counts as the best; give a number for a dev split"
             )
-    dev, train = on_all_ranks(split_dev, number, args.dev_size, args.seed)
+    dev, train = on_all_ranks(split_dev, number, args.dev_size, args.seed, examples.groups)
+    describe_dev_split(args, stage, examples, dev)
     if len(dev) > len(train):
         warn(f"--dev_size {len(dev)} takes {len(dev) / number:.0%} of the examples: --dev_size auto takes a tenth")
     log(f"data: {len(train)} training and {len(dev)} dev examples; " + json.dumps(examples.counts, ensure_ascii=False))
@@ -325,7 +328,7 @@ def run_stage(settings: Settings, data: "TrainingData", device) -> int:
         checkpoint = on_rank_0(find_checkpoint_to_resume, settings, data.examples)
         run, progress = build(settings, data, device, checkpoint)
         with recording(settings.args, settings.output_dir) as run.record:
-            on_all_ranks(write_settings, settings, data.examples)
+            on_all_ranks(write_settings, settings, data.examples, len(data.dev))
             on_all_ranks(run.record.rewind, progress.step, progress.evaluation_due)
             run.engine.train()
             on_all_ranks(probe_memory, run)

@@ -86,7 +86,7 @@ class StageRows:
         """Returns the row numbers that a seed leaves beside its dev split."""
         from mindmerger.data.batches import split_dev
 
-        return split_dev(len(self.positions), self.args.dev_size, seed)[1]
+        return split_dev(len(self.positions), self.args.dev_size, seed, self.examples.groups)[1]
 
     def passes(self) -> int:
         """Returns the target tokens of the passes that --epoch_num asks for, with the seed of the flags."""

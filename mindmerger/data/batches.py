@@ -28,8 +28,14 @@ def automatic_dev_size(number_of_examples: int) -> int:
     return min(3000, number_of_examples // 10)
 
 
-def split_dev(number_of_examples: int, dev_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_dev(
+    number_of_examples: int, dev_size: int, seed: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Splits row numbers into (dev, train): dev is the first `dev_size` of the seeded shuffle. Both int64.
+
+    Args:
+        groups: of each row, numbered from 0 in the order of their first rows; then whole groups are shuffled, and dev
+            has as near to `dev_size` rows as they allow. Groups of one row each are split as single rows are.
 
     Raises:
         DataError: where `dev_size` leaves nothing to train on.
@@ -42,8 +48,36 @@ def split_dev(number_of_examples: int, dev_size: int, seed: int) -> tuple[np.nda
             f"({dev_size / number_of_examples:.0%} of them): pass --dev_size auto for a tenth "
             f"({automatic_dev_size(number_of_examples)}), another number, or 0 for no dev split"
         )
+    if groups is not None:
+        return _split_groups(groups, dev_size, seed)
     order = _generator(seed).permutation(number_of_examples).astype(np.int64)
     return order[:dev_size], order[dev_size:]
+
+
+def _split_groups(groups: np.ndarray, dev_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    sizes = np.bincount(groups)
+    if dev_size and len(sizes) == 1:
+        raise DataError(
+            f"--dev_split groups: all {len(groups)} examples are one question and its translations, of which no part "
+            "can be kept aside: pass --dev_split rows, or --dev_size 0"
+        )
+    order = _generator(seed).permutation(len(sizes))
+    smallest = order[np.argmin(sizes[order])]
+    in_dev, left = np.zeros(len(sizes), dtype=bool), dev_size
+    for group in order:
+        if 2 * left <= sizes[smallest]:  # none brings it nearer
+            break
+        if sizes[group] < 2 * left:
+            in_dev[group], left = True, left - sizes[group]
+    # Where groups are large, none or all can be nearest: there is to be something on either side.
+    if dev_size and not in_dev.any():
+        in_dev[smallest] = True
+    elif in_dev.all():
+        in_dev[smallest] = False
+    place = np.empty(len(sizes), dtype=np.int64)
+    place[order] = np.arange(len(sizes))
+    rows = np.argsort(place[groups], kind="stable")
+    return rows[in_dev[groups[rows]]], rows[~in_dev[groups[rows]]]
 
 
 def draw_rows(rows: np.ndarray, number: int, seed: int) -> np.ndarray:

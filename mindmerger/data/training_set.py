@@ -9,11 +9,12 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from mindmerger.data.groups import GroupKeys, load_groups
 from mindmerger.data.tokenising import Tokenizers, _tokenizer_identity, tokenise
 from mindmerger.runtime.files import is_utf8, sha256_of_file
 from mindmerger.runtime.processes import is_main, log, progress_bar
@@ -40,6 +41,7 @@ class TrainingSet:
     `dataset` has the columns id, language, encoder_ids, prompt_ids, target_ids. The length arrays are (rows,) int32.
     `counts` holds rows per language under "rows", "source_cut", "prompt_cut", "target_cut", and "empty_pairs" where
     pairs were left out for an empty side. `faults` lists the rows that were left out as faulty, each as file:line: why.
+    `groups` says which rows are the same question, (rows,) int32, where it was asked for.
     """
 
     dataset: object
@@ -50,6 +52,7 @@ class TrainingSet:
     counts: dict
     files: dict[str, str]
     faults: list[str] = field(default_factory=list)
+    groups: np.ndarray | None = None
 
     def merged_lengths(self, prefix_length) -> np.ndarray:
         """Returns the positions of each merged row, shape (rows,): BOS, prefix, prompt, target.
@@ -99,6 +102,7 @@ def open_or_build(
     with_prompt: bool,
     cache_dir=None,
     num_proc: int | None = None,
+    with_groups: bool = False,
 ) -> TrainingSet:
     """Tokenises a stage's examples once and opens the result; a later call with the same inputs only opens it.
 
@@ -108,6 +112,8 @@ def open_or_build(
 
     Args:
         num_proc: processes that tokenise; None for as many as the node and the number of rows call for.
+        with_groups: whether `TrainingSet.groups` is asked for. A cache without them, as earlier versions left, gets
+            them by reading the data files once more.
 
     Raises:
         DataError: for faulty data or arguments (see `StageData.examples`), and where the cache cannot be written.
@@ -120,7 +126,9 @@ def open_or_build(
         limits["with_source"] = False
     faults: list[str] | None = [] if stage.skip_faulty_rows else None
     empty: dict[str, tuple[int, int]] = {}
-    examples = stage.examples(faults, empty)  # arguments and files are checked here, before the files are hashed
+    keys = GroupKeys(stage)
+    # Arguments and files are checked here, before the files are hashed.
+    examples = keys.noting(stage.examples(faults, empty))
     hashes = {path.relative_to(stage.root).as_posix(): _hash_readable(path) for path in stage.files()}
     folder = _cache_root(cache_dir) / cache_key(stage, hashes, tokenizers, limits)
     if not is_utf8(folder):
@@ -133,7 +141,9 @@ def open_or_build(
                 with name_skip_flag():
                     _build_cache(folder, examples, tokenizers, limits, num_proc, faults, empty, stage.root)
                 manifest = _read_manifest(folder)
-        return _open_cache(folder, manifest, hashes, stage.root)
+            rows = sum(manifest["counts"]["rows"].values())
+            groups = load_groups(folder, keys, examples, rows) if with_groups else None
+        return replace(_open_cache(folder, manifest, hashes, stage.root), groups=groups)
     except OSError as error:
         where = error.filename or folder.parent
         raise DataError(f"cannot write the tokenised data to {where}: {error.strerror or error}") from error

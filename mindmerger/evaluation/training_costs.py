@@ -105,7 +105,9 @@ def read_steps(log: str, settings: dict) -> list[tuple[int, float]]:
     A line has the examples per second alone. Their number is the batch size, and what is left at the end of an epoch.
     """
     flags, counts = settings["arguments"], settings["data"]["counts"]["rows"]
-    rows, size = sum(counts.values()) - flags["dev_size"], flags["train_batch_size"]
+    # Folders without the entry are of earlier versions, whose dev splits had just the size that was asked for.
+    dev = settings["data"].get("dev_examples", flags["dev_size"])
+    rows, size = sum(counts.values()) - dev, flags["train_batch_size"]
     per_epoch, steps = math.ceil(rows / size), []
     for line in map(json.loads, log.splitlines()):
         if "target_tokens" in line:

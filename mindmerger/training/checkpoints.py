@@ -153,6 +153,14 @@ def newest_valid(output_dir) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def choose_checkpoint(given: str, output_dir) -> tuple[Path | None, list[str]]:
+    """Finds what --resume_from_checkpoint means: a checkpoint, whole or not where it is named itself, else the newest
+    that verifies, and a line for each newer one that does not."""
+    if given != "auto" and not holds_checkpoints(given):
+        return Path(given), []
+    return newest_valid(output_dir if given == "auto" else given)
+
+
 def holds_checkpoints(folder) -> bool:
     """Returns whether a folder is not a checkpoint itself but holds some, as a run's output folder does."""
     return not (Path(folder) / MANIFEST).exists() and bool(list_checkpoints(folder))

@@ -12,14 +12,14 @@ from mindmerger.runtime.processes import is_main, locked_folder, log, on_all_ran
 from mindmerger.training.checkpoints import (
     check_state,
     check_tensors,
-    holds_checkpoints,
+    choose_checkpoint,
     later_checkpoints,
     list_checkpoints,
-    newest_valid,
     read_checkpoint,
     remove_leftovers,
     write_checkpoint,
 )
+from mindmerger.training.dev_split import ROWS
 from mindmerger.training.record import TENSORBOARD_FOLDER, WANDB_FILE
 from mindmerger.training.settings import CHANGEABLE_ON_RESUME, FAULTS_FILE, Settings
 from mindmerger.training.trainer import Progress, Run
@@ -27,6 +27,8 @@ from mindmerger.training.trainer import Progress, Run
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
 ABSENT_IN_OLD_CHECKPOINTS = {"bridge", "bridge_options", "skip_faulty_rows", "init_checkpoint", "languages"}
 ABSENT_IN_OLD_CHECKPOINTS |= {"train_num", "max_seq_len", "max_gen_len", "select_by"}
+# And those whose absence says what the run had: there was nothing else.
+MEANT_BY_ABSENCE = {"dev_split": ROWS}
 
 
 @contextlib.contextmanager
@@ -103,6 +105,7 @@ def identity(settings: Settings, data) -> dict:
         "encoder": settings.models[1],
         "precision": args.precision,
         "dev_size": args.dev_size,
+        "dev_split": args.dev_split,
         "select_by": args.select_by,
         # Where the loss selects, an accuracy is only shown.
         "dev_accuracy_rows": args.dev_accuracy_rows if args.select_by == "accuracy" else None,
@@ -153,22 +156,20 @@ def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
             content is not training state of these models.
     """
     args = settings.args
-    given = None if args.resume_from_checkpoint == "auto" else Path(args.resume_from_checkpoint)
-    folder = given
-    if given is None or holds_checkpoints(given):
-        folder, skipped = newest_valid(given or settings.output_dir)
-        for line in skipped:
-            warn(f"skipped {line}")
-        # Nothing to continue is a fresh start only where nobody named a checkpoint.
-        if folder is None and given is None:
-            return None, None, None
-        if folder is None:
-            raise UserError(f"no checkpoint in {given} is whole: pass another folder, or auto")
+    folder, skipped = choose_checkpoint(args.resume_from_checkpoint, settings.output_dir)
+    for line in skipped:
+        warn(f"skipped {line}")
+    # Nothing to continue is a fresh start only where nobody named a checkpoint.
+    if folder is None and args.resume_from_checkpoint == "auto":
+        return None, None, None
+    if folder is None:
+        raise UserError(f"no checkpoint in {Path(args.resume_from_checkpoint)} is whole: pass another folder, or auto")
     tensors, state = read_checkpoint(folder)
     check_state(folder, state)
+    recorded = MEANT_BY_ABSENCE | state["identity"]
     for name, value in identity(settings, data).items():
-        before = state["identity"].get(name)
-        if before == value or name in ABSENT_IN_OLD_CHECKPOINTS and name not in state["identity"]:
+        before = recorded.get(name)
+        if before == value or name in ABSENT_IN_OLD_CHECKPOINTS and name not in recorded:
             continue
         # Exact resume is a promise: what would break it is refused, or named by the user.
         if name not in CHANGEABLE_ON_RESUME:
@@ -194,7 +195,7 @@ def find_checkpoint_to_resume(settings: Settings, data) -> tuple:
     return folder, tensors, state
 
 
-def write_settings(settings: Settings, data) -> None:
+def write_settings(settings: Settings, data, dev_examples: int) -> None:
     """Writes what really ran: arguments, versions, data fingerprint, and DeepSpeed's effective config."""
     if not is_main():
         return
@@ -206,7 +207,12 @@ def write_settings(settings: Settings, data) -> None:
         "augmentation": settings.with_prompt,
         "init_file": settings.init_file,
         "versions": versions(),
-        "data": {"fingerprint": data.fingerprint, "counts": data.counts, "files": data.files},
+        "data": {
+            "fingerprint": data.fingerprint,
+            "counts": data.counts,
+            "files": data.files,
+            "dev_examples": dev_examples,
+        },
     }
     write_json_atomic(settings.output_dir / "args.json", ran)
     if data.faults:

@@ -19,7 +19,7 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import is_main, log, warn, world_size
 from mindmerger.tasks.languages import add_language_flags
-from mindmerger.training import adapter_stage, dev_accuracy
+from mindmerger.training import adapter_stage, dev_accuracy, dev_split
 from mindmerger.training.initial_mapping import settle_start
 
 FAULTS_FILE = "faulty_rows.txt"  # in the output folder
@@ -38,12 +38,6 @@ CHANGEABLE_ON_RESUME = {
     "max_steps",
 }
 CHANGEABLE_ON_RESUME |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
-
-
-def _dev_size(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of examples of at least 0, or auto, got {text!r}")
-    return text if text == "auto" else int(text)
 
 
 # Names and defaults of published flags are the released scripts', so that their commands run unchanged.
@@ -74,8 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_root", default="./datas", help="folder in the released layout")
     add_language_flags(add, "only these, by name, code or NLLB's tag, with commas between (default: the task's)")
     add("--train_num", type=at_least(1), default=100000, help="examples per language")
-    add("--dev_size", type=_dev_size, default=3000, help="examples kept aside to select the best mapping; auto takes "
-        "3000, or a tenth of the examples where that is less")  # fmt: skip
+    dev_split.add_arguments(add)
     add("--skip_faulty_rows", action="store_true", help="leave out and list rows of the data files that are faulty, "
         "where the first one otherwise ends the run")  # fmt: skip
     add("--augmentation", type=parse_bool, help="put the prompt after the mapped source (default: by stage)")
@@ -196,6 +189,7 @@ def settle(args) -> Settings:
     models = settle_models(args, config)
     folder = adapter_stage.ALONE_FOLDER if args.llm_only else args.stage_name
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / folder
+    args.dev_split = dev_split.settle_dev_split(args, output_dir)
     bridge, (init_file, init_hash) = settle_bridge(args, stage, options, output_dir)
     shapes = {name: tuple(parameter.shape) for name, parameter in bridge.named_parameters()}
     return Settings(
