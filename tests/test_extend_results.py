@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -144,14 +145,16 @@ def test_a_language_and_the_rest_of_the_rows_are_added_in_two_steps(evaluate, tm
 
 def test_answers_that_hit_the_limit_are_counted_over_all_runs(evaluate, tmp_path, monkeypatch):
     def fixed(model, tokenizers, columns, batch, limit):
-        numbers = [sum(columns["prompt_ids"][i]) for i in batch]
-        return [answers.Generation(f"= {n}", 3, n % 2 == 1) for n in numbers]
+        numbers = [re.findall(r"\d+", tokenizers.llm.decode(columns["prompt_ids"][i])) for i in batch]
+        return [answers.Generation("= 1", 3, "4" in found or "25" in found) for found in numbers]  # rows 2 and 5
 
     monkeypatch.setattr(answers, "generate_batch", fixed)
-    evaluate(*TWO, "--limit", 3)
-    evaluate(*TWO)
-    evaluate(*TWO, "--results_dir", "fresh")
-    assert 0 < read(place(tmp_path))["counts"]["hit_limit"] < 12
+    counted = []
+    for limit in (3, 4, 6):
+        evaluate(*TWO, "--limit", limit)
+        counted.append(read(place(tmp_path))["counts"]["hit_limit"])
+    assert counted == [2, 2, 4]
+    evaluate(*TWO, "--limit", 6, "--results_dir", "fresh")
     assert_same_results(place(tmp_path), place(tmp_path, "fresh"))
 
 

@@ -144,9 +144,8 @@ def open_unfinished(folder: Path, identity: dict, kept=None) -> dict[int, dict]:
     write_json_atomic(run_file, run)
     _remove_leftovers(folder)
     finished = read_finished(partial) | (kept.records if kept is not None else {})
-    # One clean file replaces the shards, so that new lines never follow a line that a crash cut short. Each line is a
-    # batch of its own there: kept answers have none.
-    records = [finished[i] | {"batch": i, "batch_size": 1} for i in sorted(finished)]
+    # One clean file replaces the shards, so that new lines never follow a line that a crash cut short.
+    records = [finished[i] for i in sorted(finished)]
     write_text_atomic(partial / "finished.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for shard in partial.glob("rank*.jsonl"):
         shard.unlink()
