@@ -169,7 +169,7 @@ label="translate-test (machine)"
 if [[ -n $translator && -z $translate_test ]]; then
     command_line=(--task "$task" --translator "$translator" --output_dir "$results_dir/translations")
     # What is evaluated is translated, whether a variable or an argument says what that is.
-    for name in data_root languages limit precision; do
+    for name in data_root languages languages_file limit precision; do
         setting "" "$name"
         last_argument "$name" "$REPLY" ${extra[@]+"${extra[@]}"}
         if [[ -n $REPLY ]]; then command_line+=("--$name" "$REPLY"); fi

@@ -546,7 +546,7 @@ def hub(datas, tmp_path):
     """A clone in the form of masakhane/afrimgsm-translate-test: a head, quoted texts, the answer beside its number."""
     rows = rows_of("math", datas, "sw")
     texts = ['He said: "two"', "A pen costs 3,\nhow much?", "\tThree?", "Four?"]
-    file = tmp_path / "afrimgsm-translate-test/data/sw/test.tsv"
+    file = tmp_path / "afrimgsm-translate-test/data/swa/test.tsv"
     file.parent.mkdir(parents=True)
     with open(file, "w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out, delimiter="\t")
