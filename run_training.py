@@ -52,6 +52,7 @@ from mindmerger.training.outputs import (
 )
 from mindmerger.training.record import draw_loss, peak_memory_gb, perplexity, recording
 from mindmerger.training.settings import FAULTS_FILE, Settings, check_lengths, check_tokens, parse, settle
+from mindmerger.training.time_limit import TimeLimit
 from mindmerger.training.trainer import Progress, Run, build, set_learning_rate
 
 if TYPE_CHECKING:  # numpy and torch are imported where they are used: --help answers at once
@@ -131,33 +132,43 @@ def train(run: Run, progress: Progress) -> int:
         UserError: as `train_step` and `evaluate_and_save` do, and when the disk refuses what is written.
     """
     # A run that was stopped between a step and its evaluation makes up for it first: the best mapping depends on it.
-    if progress.evaluation_due and (code := evaluate_and_save(run, progress)):
-        return code
-    code, left = 0, run.total_steps - progress.step
+    if progress.evaluation_due:
+        with run.clock.timing("evaluation"):
+            code = evaluate_and_save(run, progress)
+        if code:
+            return code
+    # A run that has used up its time is finished: the same command trains it no further.
+    code, left = 0, 0 if run.clock.is_over() else run.total_steps - progress.step
     batches = itertools.islice(run.loader.starting_at(progress.epoch, progress.batch), left)
+    dev_positions = int(run.loader.lengths[run.loader.data.dev].sum())
     # The bar is closed after an error too, whose line would else begin behind it.
     with progress_bar(total=run.total_steps, initial=progress.step, desc=run.args.stage_name, unit="step") as bar:
         for batch in batches:
-            line, code = train_step(run, progress.step, batch)
+            with run.clock.timing("step"):
+                line, code = train_step(run, progress.step, batch)
+            run.clock.guess_evaluation(dev_positions / line["tokens_per_s"])  # with a backward pass, which it has not
             run.record(line, batch.epoch)
             progress.advance(run.loader.steps_per_epoch)
             bar.update()
             if progress.step % STEPS_PER_RELEASE == 0:
                 run.data.release_pages()
-            last = progress.step == run.total_steps
+            last = progress.step == run.total_steps or run.clock.is_over()
             if len(run.loader.data.dev) == 0:
                 if last:  # without a dev split the last mapping is the best known
                     save_mapping(run, run.settings.output_dir)
                     save_mapping(run, run.settings.output_dir / "last")
             elif progress.step % run.eval_steps == 0 or progress.batch == 0 or last:
                 progress.evaluation_due = True  # in the checkpoint of a run that is stopped before it
-                code = code or evaluate_and_save(run, progress)
+                with run.clock.timing("evaluation"):
+                    code = code or evaluate_and_save(run, progress)
+                last = last or run.clock.is_over()  # it may have taken the time of another step
             # After the evaluation, so that the checkpoint knows its outcome and the resumed run does not repeat it.
             if progress.step % run.save_steps == 0 or last or code or run.signals.save_agreed:
                 run.record.flush()
-                save_checkpoint(run, progress)
+                with run.clock.timing("saving"):
+                    save_checkpoint(run, progress)
                 run.signals.save_agreed = False
-            if code:
+            if code or last:
                 break
     return code
 
@@ -333,6 +344,7 @@ def run_stage(settings: Settings, data: "TrainingData", device) -> int:
             run.engine.train()
             on_all_ranks(probe_memory, run)
             run.signals = Signals()
+            run.clock = TimeLimit(run.args.max_minutes, progress.minutes)
             code = train(run, progress)
             with run.signals.saving():
                 on_all_ranks(run.record.flush)
@@ -341,6 +353,8 @@ def run_stage(settings: Settings, data: "TrainingData", device) -> int:
             # Not after an error: a launcher's SIGTERM must not end this rank before it has said what happened.
             run.signals.close()
     end = "ended by a signal" if code else "finished"
+    if not code and progress.step < run.total_steps:
+        end += f", --max_minutes {run.args.max_minutes:g} being over,"
     log(f"{end} at step {progress.step} of {run.total_steps}: {settings.output_dir}")
     return code
 

@@ -242,6 +242,8 @@ def check_state(folder, state) -> None:
         "evaluation_due": lambda value: type(value) is bool,
         "identity": lambda value: isinstance(value, dict),
     }
+    if isinstance(state, dict) and "minutes" in state:  # of a run with a limit alone
+        fields["minutes"] = lambda value: type(value) in (int, float) and 0 <= value < math.inf
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {folder}: {STATE} must hold an object: it is not training state, pass another")
     state = {"best_dev_accuracy": None} | state

@@ -78,7 +78,8 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
     # The run's own loader, so that the steps announced are those made.
     loader = BatchLoader(args, data, settings.bridge.prefix_length, torch.device("meta"))
     steps, lengths = loader.steps_per_epoch, loader.lengths
-    print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}")
+    within = f", or those of {args.max_minutes:g} minutes" if args.max_minutes else ""
+    print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}{within}")
     print(f"longest row: {int(lengths.max())} positions, mean {lengths.mean():.0f}")
     print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")
     print(

@@ -80,6 +80,8 @@ def save_checkpoint(run: Run, progress: Progress) -> None:
     # Out here and not in `write`: gathering is collective, and one rank alone writes.
     trained = {f"{run.settings.trains}.{name}": tensor for name, tensor in trained_state(run.engine).items()}
     tensors = trained | optimizer_state(run.engine)
+    if run.clock.limit_s is not None:
+        progress.minutes = run.clock.minutes()
     state = progress.state(run.args.train_batch_size) | {"identity": identity(run.settings, run.data)}
 
     def write():

@@ -19,7 +19,7 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import is_main, log, warn, world_size
 from mindmerger.tasks.languages import add_language_flags
-from mindmerger.training import adapter_stage, dev_accuracy, dev_split
+from mindmerger.training import adapter_stage, dev_accuracy, dev_split, time_limit
 from mindmerger.training.initial_mapping import settle_start
 
 FAULTS_FILE = "faulty_rows.txt"  # in the output folder
@@ -36,6 +36,7 @@ CHANGEABLE_ON_RESUME = {
     "micro_batch_tokens",
     "epoch_num",
     "max_steps",
+    "max_minutes",
 }
 CHANGEABLE_ON_RESUME |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
 
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_grad_norm", type=positive, help="gradient clipping (default: the DeepSpeed config's, else 1.0)")
     add("--epoch_num", type=at_least(1), default=3, help="passes over the training set")
     add("--max_steps", type=at_least(1), help="end after this many optimizer steps")
+    time_limit.add_arguments(add)
     add("--train_batch_size", type=at_least(1), default=24, help="examples of one optimizer step, over all processes")
     add("--train_micro_batch_size_per_gpu", type=at_least(1), default=1, help="examples of one forward pass")
     add("--gradient_accumulation", type=int, help="checked against the two above and the number of processes")

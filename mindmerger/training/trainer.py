@@ -1,7 +1,7 @@
 """A training run put together: `Run`, what it works with, and `Progress`, how far it has come."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mindmerger.runtime.processes import (
@@ -13,6 +13,7 @@ from mindmerger.runtime.processes import (
     rank,
 )
 from mindmerger.training.settings import Settings
+from mindmerger.training.time_limit import TimeLimit
 
 if TYPE_CHECKING:
     from mindmerger.data.loader import BatchLoader, TrainingData
@@ -81,6 +82,7 @@ class Progress:
     best_dev_loss: float = math.inf
     evaluation_due: bool = False  # the last step was to be followed by an evaluation that has not been made yet
     best_dev_accuracy: float | None = None  # in percent, of the evaluation with the best loss; None where there is none
+    minutes: float = 0.0  # of training, with --max_minutes alone
 
     def advance(self, steps_per_epoch: int) -> None:
         """Counts one optimizer step."""
@@ -97,6 +99,7 @@ class Progress:
             "best_dev_loss": None if math.isinf(self.best_dev_loss) else self.best_dev_loss,
             "best_dev_accuracy": self.best_dev_accuracy,
             "evaluation_due": self.evaluation_due,
+            **({"minutes": self.minutes} if self.minutes else {}),
         }
 
     @classmethod
@@ -106,7 +109,8 @@ class Progress:
         batch = state["examples_in_epoch"] // batch_size
         # Checkpoints of earlier versions know no accuracy.
         accuracy = state.get("best_dev_accuracy")
-        return cls(state["step"], state["epoch"], batch, best, state["evaluation_due"], accuracy)
+        minutes = state.get("minutes", 0.0)
+        return cls(state["step"], state["epoch"], batch, best, state["evaluation_due"], accuracy, minutes)
 
 
 @dataclass
@@ -121,6 +125,7 @@ class Run:
     save_steps: int
     record: object = None  # a `Recorder`
     signals: object = None  # `Signals`, from the first step on
+    clock: TimeLimit = field(default_factory=TimeLimit)
 
     @property
     def args(self):
@@ -138,8 +143,9 @@ class Run:
         return self.loader.device
 
 
-def learning_rate(args, step: int, total_steps: int) -> float:
-    """Returns the rate of step `step` (from 0): linear warm-up, then constant, cosine or linear decay to 0."""
+def learning_rate(args, step: float, total_steps: int) -> float:
+    """Returns the rate of step `step` (from 0): linear warm-up, then constant, cosine or linear decay to 0. Between
+    two steps there is one too, for a run whose schedule follows the clock."""
     warmup = math.ceil(args.warmup_ratio * total_steps)
     if step < warmup:
         # Never 0: the first step would be spent on nothing.
@@ -151,8 +157,9 @@ def learning_rate(args, step: int, total_steps: int) -> float:
 
 def set_learning_rate(run: Run, step: int) -> float:
     """Sets the learning rate of a step (from 0), and returns it."""
-    # A function of the step alone: a scheduler would be one more state to save and restore.
-    rate = learning_rate(run.args, step, run.total_steps)
+    # A function of the step alone: a scheduler would be one more state to save and restore. With --max_minutes the
+    # time that is used moves it on where that is the larger share.
+    rate = learning_rate(run.args, max(step, run.clock.share() * run.total_steps), run.total_steps)
     for group in run.engine.basic_optimizer.param_groups:
         group["lr"] = rate
     return rate
