@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from sacrebleu.metrics import BLEU, CHRF
+from scipy.stats import norm
 
 import run_evaluation
-from mindmerger.evaluation import comparison_table
+from mindmerger.evaluation import bridge_table, comparison_table, statistics
 from mindmerger.evaluation.statistics import bootstrap_intervals, mcnemar_exact, mean_difference_test, row_test
 from mindmerger.generation import answers
 from mindmerger.generation.answers import Generation
@@ -24,6 +25,7 @@ from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import TASKS, find_task, scoring
 from mindmerger.tasks.languages import LANGUAGES, find_language
 from mindmerger.tasks.readers import DataError
+from mindmerger.tasks.texts import fill_row, read_rows
 from scripts import hub_formats, prepare_data
 
 XCOPA = {"id": "7", "premise": "Kioo kilivunjika.", "question": "cause", "label": 0}
@@ -220,6 +222,16 @@ def test_a_languages_test_is_mcnemars_for_right_or_wrong_and_a_sign_flip_for_gra
     assert row_test(asked, grades, 0) == mean_difference_test({"": asked}, {"": grades}, 0)
 
 
+def test_a_sign_flip_test_of_a_thousand_sizes_is_the_one_of_few(monkeypatch):
+    asked = [(str(i), "", 0) for i in range(400)]
+    grades = list(np.random.default_rng(1).normal(0.1, 1, 400))
+    p = row_test(asked, grades, 0)
+    # A sum of so many signs is normal.
+    assert abs(p - 2 * norm.sf(abs(sum(grades)) / np.sqrt(np.square(grades).sum()))) < 0.01
+    monkeypatch.setattr(statistics, "MANY_SIZES", 1000)
+    assert abs(p - row_test(asked, grades, 0)) < 0.01
+
+
 # -- evaluations from start to end
 
 
@@ -346,6 +358,26 @@ def test_one_table_of_translators_has_grades_with_tests_and_corpus_scores(transl
     assert found["Hard", "sw"]["only_method"] == "2" and Path("tables/table.png").is_file()
 
 
+def test_bridges_are_compared_by_mean_grades(translated):
+    assert bridge_table.main(["--row", f"mindmerger={HARD}", "--row", f"other={ALONE}", "--output_dir", "tables"]) == 0
+    text = Path("tables/bridges.md").read_text()
+    assert text.startswith("# flores: bridges on the same items, mean sentence chrF2, from 0 to 100\n")
+    mean = json.loads(Path(HARD, "results.json").read_text())["mean"]["sentence_chrf2"]
+    assert f"{mean:.1f}" in next(line for line in text.splitlines() if line.startswith("| mindmerger |"))
+
+
+def test_an_extended_evaluation_of_translations_keeps_its_answers_and_grades(translated, capsys, pairs_mapping):
+    task = ("--task", "flores", "--init_checkpoint", pairs_mapping)
+    put("datas", "flores", "Thai", *({"sentence": f"Thai {i}", "english": "Birds fly."} for i in (0, 1, 2)))
+    before = Path(HARD, "predictions/Swahili.jsonl").read_text()
+    one = json.loads(Path(HARD, "results.json").read_text())["languages"]["Swahili"]
+    evaluate(capsys, *task, "--languages", "sw,de,th")
+    results = json.loads(Path(HARD, "results.json").read_text())
+    assert Path(HARD, "predictions/Swahili.jsonl").read_text() == before
+    assert results["languages"]["Swahili"] == one and results["languages"]["Thai"]["n"] == 3
+    assert results["timing"]["examples"] == 3, "three rows are generated, not nine"
+
+
 def test_a_damaged_grade_is_named_with_its_line(translated, capsys):
     path = Path(HARD, "predictions/Swahili.jsonl")
     first, *others = path.read_text().splitlines()
@@ -358,6 +390,32 @@ def test_parallel_input_is_refused_where_the_english_side_is_the_answer(translat
     arguments = ["--task", "flores", "--languages", "sw", "--data_root", "datas", "--llm_only", "--llm_path", tiny_llm]
     with pytest.raises(UserError, match="task flores has no parallel input: the English translation is the answer"):
         run_evaluation.main([*arguments, "--parallel_input", "1", "--translations", "aligned"])
+
+
+@pytest.mark.parametrize(("task", "fields"), [("xcopa", 3), ("belebele", 6), ("afrixnli", 2), ("afrimgsm", 1)])
+def test_translate_test_knows_the_texts_of_a_row(tmp_path, task, fields):
+    put(tmp_path, task, "Swahili", ROWS.get(task, "How many are 2 and 3?\t5"))
+    [row] = read_rows(find_task(task), tmp_path, find_language("Swahili"))
+    assert len(row.texts) == fields
+    filled = fill_row(find_task(task), row, {name: f"text {i}" for i, name in enumerate(row.texts)})
+    assert all(f"text {i}" in filled.prompt for i in range(fields))
+    assert (filled.target, filled.source) == (row.example.target, row.example.source)
+
+
+def test_translate_test_is_refused_where_the_translation_is_the_answer(tmp_path):
+    put(tmp_path, "flores", "Swahili", FLORES)
+    with pytest.raises(DataError, match="task flores has no test rows to translate"):
+        next(read_rows(find_task("flores"), tmp_path, find_language("Swahili")))
+
+
+@pytest.mark.parametrize("task", ["xcopa", "belebele", "afrixnli"])
+def test_labels_of_a_benchmark_can_be_chosen_by_likelihood(tmp_path, monkeypatch, capsys, tiny_llm, task):
+    monkeypatch.chdir(tmp_path)
+    put("datas", task, "Swahili", ROWS[task], ROWS[task])
+    arguments = ("--task", task, "--llm_only", "--llm_path", tiny_llm, "--languages", "sw", "--scoring", "likelihood")
+    evaluate(capsys, *arguments)
+    lines = Path(f"results/MindMerger/{task}-llm_only-likelihood/predictions/Swahili.jsonl").read_text().splitlines()
+    assert [tuple(json.loads(line)["label_log_probs"]) for line in lines] == [find_task(task).labels] * 2
 
 
 def test_a_mapping_that_saw_the_task_last_is_warned_of(tmp_path, monkeypatch, capsys, tiny_llm, tiny_encoder):
