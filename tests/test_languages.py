@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHIPPED, run_many
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mindmerger.data.tokenising import _tokenizer_identity, load_tokenizers
 from mindmerger.data.training_set import open_or_build
@@ -256,6 +258,28 @@ def test_a_faulty_row_is_one_line_with_file_and_line_and_changes_nothing(tmp_pat
     message = error_of(lambda: use_languages_file(str(path)))
     assert message.startswith(f"{path}:{line}: ") and what in message
     assert before == LANGUAGES and not own_languages()
+
+
+CELLS = st.text(st.sampled_from("aäD_ (),/-\r\x85\u0301\u200b\t")) | st.sampled_from(["gsw", "de", "deu_Latn", "Swiss"])
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(
+    st.lists(st.sampled_from(["name", "iso639_1", "iso639_3", "nllb", "m2m100", "code", "also", ""]), max_size=5),
+    st.lists(st.lists(CELLS, max_size=6), max_size=3),
+    st.binary(max_size=3),
+)
+def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, columns, rows, end):
+    path = tmp_path_factory.getbasetemp() / "any.tsv"
+    lines = "\n".join("\t".join(cells) for cells in (columns, *rows))
+    path.write_bytes(lines.encode() + end)
+    try:
+        use_languages_file(str(path))
+    except DataError as error:
+        assert str(error).startswith(str(path)) and str(error).isprintable() and not own_languages()
+    else:
+        for language in own_languages():
+            assert find_language(language.name) is find_language(f" {language.code} ") is language
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
