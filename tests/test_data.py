@@ -270,6 +270,22 @@ def test_exactly_the_languages_that_an_encoder_lacks_are_refused_by_name(tagged,
     assert refused == missing.split()
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "unknown"),
+    # Seven of the tags are FLORES-200's or Belebele's alone.
+    [("nllb", "nllb", 7), ("mbart50", "mbart", 0), ("m2m100", "m2m100", 0)],
+)
+def test_every_language_of_the_table_with_a_tag_is_known_to_its_encoder(tagged, name, column, unknown):
+    known, refused = [], []
+    for language in LANGUAGES.values():
+        try:
+            known.append(source_language_code(tagged[name], language) == getattr(language, column))
+        except DataError:
+            refused.append(language)
+    assert all(known) and len(known) == sum(getattr(one, column) is not None for one in LANGUAGES.values()) - unknown
+    assert sum(getattr(one, column) is not None for one in refused) == unknown
+
+
 def test_older_mbart_is_asked_for_its_own_list(tagged):
     assert source_language_code(tagged["mbart"], LANGUAGES["German"]) == "de_DE"
     assert "Swahili" in error_of(lambda: source_language_code(tagged["mbart"], LANGUAGES["Swahili"]))
