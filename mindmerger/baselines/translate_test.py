@@ -24,6 +24,8 @@ from mindmerger.evaluation.translate_test import RECORD_FILE, TRANSLATIONS_FILE
 from mindmerger.runtime.command import CommandParser, at_least, run_main, versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path, remove, write_json_atomic, write_text_atomic
+from mindmerger.runtime.precision import add_argument as add_precision
+from mindmerger.runtime.precision import settle_precision
 from mindmerger.runtime.processes import locked_folder, log, progress_bar, warn
 from mindmerger.tasks.languages import Language
 from mindmerger.tasks.readers import describe_faults, name_skip_flag
@@ -64,9 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_new_tokens", type=at_least(1), default=512, help="most tokens of a translation (default 512)"
     )
-    parser.add_argument(
-        "--precision", choices=["bf16", "fp32"], help="dtype of the translator (default bf16 on a GPU, fp32 on a CPU)"
-    )
+    add_precision(parser.add_argument)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the translations that the output folder holds"
     )
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     check_translator(args.translator, limits)
     tokenizer, tags = load_tags(args.translator, args.untagged, languages)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision = settle_precision(args.precision, device.type == "cuda")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     record = {"task": task.name, "translator": describe_translator(args, precision)}
     record |= {"command": sys.argv, "versions": versions()}
