@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_environment
@@ -266,6 +267,24 @@ def test_the_script_fills_the_rows_it_can_and_lists_the_others(datas, tmp_path, 
         "table.csv",
         "table.png",
     }
+
+
+@pytest.mark.slow
+def test_the_script_shows_both_ways_to_an_answer_as_rows_of_their_own(datas, tmp_path, tiny_llm):
+    environment = clean_environment(tmp_path) | {"LLM_PATH": tiny_llm, "DATA_ROOT": datas, "LANGUAGES": "sw,en"}
+    environment |= {"TASK": "x-csqa", "SCORING": "both", "LIMIT": "2", "PARALLEL_LANGUAGES": "es,de,fr"}
+    environment |= {"RESULTS_DIR": str(tmp_path / "r"), "MAX_NEW_TOKENS": "2", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] += os.pathsep + os.environ["PATH"]
+    command = ["bash", str(ROOT / "scripts/compare_all.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "r/table.csv").read_text().splitlines()))
+    made = {row["method"]: row["folder"] for row in rows if not row["missing"]}
+    assert {"task LLM alone", "task LLM alone, likelihood"} <= made.keys()
+    for label, folder in made.items():
+        results = json.loads((Path(folder) / "results.json").read_text())
+        assert (results.get("scoring") == "likelihood") == label.endswith(", likelihood"), label
+    assert "Not all answers were found alike" in (tmp_path / "r/table.md").read_text()
 
 
 def test_the_script_asks_for_the_llm_in_one_line(tmp_path):
