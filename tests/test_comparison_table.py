@@ -237,17 +237,24 @@ def test_ten_rows_and_sixteen_languages_fit_into_the_picture(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_fills_the_rows_it_can_and_lists_the_others(datas, tmp_path, tiny_llm):
-    """Only the task's LLM is given, so its own row and PMI are made; a second call generates nothing."""
+def test_the_script_fills_the_rows_it_can_and_lists_the_others(datas, tmp_path, tiny_llm, tiny_encoder):
+    """Only the task's LLM and a translator are given, so the LLM's own row, PMI and translate-test are made."""
     environment = clean_environment(tmp_path) | {"LLM_PATH": tiny_llm, "DATA_ROOT": datas, "LANGUAGES": "sw,th"}
     environment |= {"LIMIT": "1", "MAX_NEW_TOKENS": "2", "RESULTS_DIR": str(tmp_path / "r"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TRANSLATOR": tiny_encoder, "TRANSLATOR_ARGS": "--untagged --max_new_tokens 4"}
     # PMI-6 is refused for want of languages: a missing row with the command's own reason.
     environment |= {"PARALLEL_LANGUAGES": "es,de,fr", "PATH": environment["PATH"] + os.pathsep + os.environ["PATH"]}
     command = ["bash", str(ROOT / "scripts/compare_all.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "r/table.csv").read_text().splitlines()))
-    assert {row["method"] for row in rows if not row["missing"]} == {"task LLM alone", "PMI-3 (oracle)"}
+    assert {row["method"] for row in rows if not row["missing"]} == {
+        "task LLM alone",
+        "PMI-3 (oracle)",
+        "translate-test (machine)",
+    }
+    assert {row["translations"] for row in rows if row["method"] == "translate-test (machine)"} == {"machine"}
+    assert len((tmp_path / "r/translations/translations.jsonl").read_text().splitlines()) == 2
     assert {row["method"]: row["missing"] for row in rows if row["missing"]} == {
         "language expert alone": "LANGUAGE_EXPERT is not given",
         "soup": "LANGUAGE_EXPERT is not given",
@@ -256,13 +263,13 @@ def test_the_script_fills_the_rows_it_can_and_lists_the_others(datas, tmp_path, 
         "MAET-style": "BASE_PATH is not given",
         "PMI-6 (oracle)": "--parallel_input 6 needs 6 languages besides Swahili, there are 3 (es, de, fr): name more "
         "by --parallel_languages or take a smaller number",
-        "translate-test (machine)": "neither TRANSLATOR nor TRANSLATE_TEST is given",
         "MindMerger-Hard": "HARD_CHECKPOINT is not given",
         "MindMerger-Soft": "SOFT_CHECKPOINT is not given",
     }
     assert {path.name for path in (tmp_path / "r").iterdir()} == {
         "compare",
         "logs",
+        "translations",
         "table.md",
         "table.csv",
         "table.png",
