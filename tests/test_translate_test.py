@@ -4,7 +4,10 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -368,6 +371,25 @@ def test_a_killed_translation_continues_and_leaves_the_same_file(translate, tmp_
     monkeypatch.setattr(generation_translator, "Translator", None)
     translate(task="x-csqa")
     assert "holds these translations already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_translates_has_lost_a_chunk_at_most(translate, translators, datas, tmp_path):
+    languages, slow = "sw,de,fr,es,ru,zh", ("--max_new_tokens", 300)
+    translate(*slow, folder="whole", languages=languages)
+    flags = ["--task", "math", "--data_root", datas, "--languages", languages, "--output_dir", str(tmp_path / "t")]
+    flags += ["--translator", translators("nllb"), "--max_seq_len", "200", "--batch_size", "3", *map(str, slow)]
+    command = [sys.executable, "-m", "mindmerger.baselines.translate_test", *flags]
+    unfinished = tmp_path / "t/unfinished.jsonl"
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (unfinished.exists() and unfinished.stat().st_size):
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "t/translations.jsonl").exists()
+    kept = lines_of(unfinished)
+    lines = translate(*slow, languages=languages)
+    assert 4 <= len(kept) < len(lines) == 24 and lines[: len(kept)] == kept
+    assert (tmp_path / "t/translations.jsonl").read_bytes() == (tmp_path / "whole/translations.jsonl").read_bytes()
 
 
 def test_more_rows_and_languages_are_added_to_what_is_there(translate, monkeypatch):
