@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from mindmerger.baselines.model_folder import open_model
 from mindmerger.hub.model_configs import load_config
-from mindmerger.hub.model_files import one_line
 from mindmerger.model.mapping_files import MindMergerConfig, check_mapping, empty_bridge, read_config, read_mapping
 from mindmerger.model.towers import check_models
 from mindmerger.runtime.errors import UserError
@@ -106,15 +105,6 @@ def test_a_config_value_of_the_wrong_type_is_refused_with_its_reason(llm):
     edit_json(llm / "config.json", vocab_size="many")
     message = refusal(load_config, str(llm))
     assert str(llm) in message and "vocab_size" in message and "'many'" in message
-
-
-def test_the_reason_of_an_error_is_one_line_of_bounded_length_with_the_type_of_a_bare_key():
-    assert one_line(ValueError("Validation error for 'x':\n    it is\ttoo large\n")) == (
-        "Validation error for 'x': it is too large"
-    )
-    assert one_line(KeyError("metadata")) == "KeyError: 'metadata'"
-    assert one_line(EOFError()) == "EOFError"
-    assert len(one_line(ValueError("long " * 1000))) == 300
 
 
 def test_text_in_the_place_of_torch_weights_is_refused_by_file_as_model_mapping_and_expert(llm):

@@ -22,7 +22,7 @@ from mindmerger.runtime import command as runtime_command
 from mindmerger.runtime import files, processes
 from mindmerger.runtime import place as runtime_place
 from mindmerger.runtime import watch as runtime_watch
-from mindmerger.runtime.errors import UserError, first_line
+from mindmerger.runtime.errors import UserError, one_line
 from mindmerger.training import checkpoints
 from mindmerger.training.record import Recorder
 
@@ -503,11 +503,21 @@ def test_json_keeps_a_path_that_is_not_utf_8(tmp_path):
     assert json.loads(written.decode("utf-8")) == {folder: "é中"} and "é中".encode() in written
 
 
-def test_the_first_line_of_an_error_is_bounded_and_names_the_type_of_one_without_a_message():
+def test_the_reason_of_an_error_is_one_line_of_bounded_length_with_the_type_of_one_without_a_message():
     """The first line of no message is none: asking for it would hide the error behind an IndexError."""
-    assert first_line(RuntimeError("\nconnection lost\nframe #0: c10::Error")) == "connection lost"
-    assert first_line(EOFError()) == "EOFError"
-    assert len(first_line(ValueError("long " * 1000))) == 160
+    assert one_line(ValueError("Validation error for 'x':\n    it is\ttoo large\n")) == (
+        "Validation error for 'x': it is too large"
+    )
+    assert one_line(KeyError("metadata")) == "KeyError: 'metadata'"
+    assert one_line(EOFError()) == "EOFError"
+    assert len(one_line(ValueError("long " * 1000))) == 300
+
+
+@pytest.mark.parametrize(
+    "stack", ["frame #0: c10::Error", "Exception raised from recv at Utils.hpp:682", "C++ CapturedTraceback:"]
+)
+def test_the_stack_that_torch_appends_is_no_part_of_an_error_s_reason(stack):
+    assert one_line(RuntimeError(f"\nconnection lost\nby peer\n{stack}\n#1 more")) == "connection lost by peer"
 
 
 def test_a_rank_that_reads_other_data_or_models_than_rank_0_is_named(monkeypatch):

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mindmerger.hub.model_files import WEIGHT_FILES, begins_as_zip, one_line, refuse_unreadable
-from mindmerger.runtime.errors import UserError
+from mindmerger.hub.model_files import WEIGHT_FILES, begins_as_zip, refuse_unreadable
+from mindmerger.runtime.errors import UserError, one_line
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import warn
 

@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import is_kernels_available, logging
 
-from mindmerger.hub.model_files import ModelError, hub_advice, is_folder, one_line, read_json_object, refuse_unreadable
+from mindmerger.hub.model_files import ModelError, hub_advice, is_folder, read_json_object, refuse_unreadable
+from mindmerger.runtime.errors import one_line
 from mindmerger.runtime.files import find_endless, model_path
 
 # Names of a language model's weights inside a multimodal one, as its files have had them, to those of its own class.

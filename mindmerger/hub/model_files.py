@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.errors import UserError, one_line
 from mindmerger.runtime.files import ENDLESS, model_path, what_is
 
 WEIGHT_FILES = (
@@ -27,13 +27,6 @@ LFS_START = b"version https://git-lfs.github.com/spec/"
 
 class ModelError(UserError):
     """A model or mapping that cannot be used as asked; the message is one line."""
-
-
-def one_line(error: BaseException) -> str:
-    """Returns an error's message in one line of at most 300 characters, its type where it has none or is a bare key."""
-    prefix = "KeyError: " if isinstance(error, KeyError) else ""
-    message = prefix + (" ".join(str(error).split()) or type(error).__name__)
-    return message if len(message) <= 300 else message[:297] + "..."
 
 
 def hub_advice(name: str, error: BaseException) -> str | None:

@@ -12,10 +12,10 @@ from mindmerger.hub.model_files import (
     find_file,
     hub_advice,
     is_folder,
-    one_line,
     read_json_object,
     refuse_unreadable,
 )
+from mindmerger.runtime.errors import one_line
 from mindmerger.runtime.files import model_path
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json")

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from mindmerger.bridges.base import nearest
 from mindmerger.hub.model_configs import llm_config
-from mindmerger.hub.model_files import ModelError, one_line, read_json_object, refuse_unreadable
+from mindmerger.hub.model_files import ModelError, read_json_object, refuse_unreadable
+from mindmerger.runtime.errors import one_line
 from mindmerger.runtime.files import model_path, sha256_of_file, write_bytes_atomic, write_json_atomic
 from mindmerger.runtime.processes import warn
 

@@ -21,10 +21,10 @@ from safetensors.torch import load
 from mindmerger.bridges import BRIDGES, Bridge, Stage, Towers
 from mindmerger.bridges.base import nearest
 from mindmerger.hub.model_configs import load_config
-from mindmerger.hub.model_files import ModelError, begins_as_zip, one_line, read_json_object, refuse_unreadable
+from mindmerger.hub.model_files import ModelError, begins_as_zip, read_json_object, refuse_unreadable
 from mindmerger.model.attention_memory import check_attention_memory
 from mindmerger.model.trained_head import refuse_tied_head
-from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.errors import UserError, one_line
 from mindmerger.runtime.files import is_utf8, model_path, sha256_of_file, write_bytes_atomic
 
 FORMAT_VERSION = 1

@@ -21,10 +21,10 @@ from mindmerger.hub.model_files import (
     find_file,
     hub_advice,
     is_folder,
-    one_line,
     read_json_object,
 )
 from mindmerger.hub.tokenizer_files import check_eos_token
+from mindmerger.runtime.errors import one_line
 from mindmerger.runtime.files import is_utf8, model_path
 from mindmerger.runtime.processes import is_out_of_memory, warn
 

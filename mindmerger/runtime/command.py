@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from mindmerger.runtime.errors import ReportedError, StartError, UserError, first_line
+from mindmerger.runtime.errors import ReportedError, StartError, UserError, one_line
 from mindmerger.runtime.messages import _lost_output, say_error, steady_streams
 from mindmerger.runtime.processes import (
     LOG_INTERVAL_S,
@@ -153,7 +153,7 @@ def check_progress_settings() -> None:
         values = ", ".join(f"{name}={value!r}" for name, value in sorted(given.items()))
         raise UserError(
             f"the environment has {values}, with which tqdm draws no progress bar ({type(error).__name__}: "
-            f"{first_line(error)}): unset {' '.join(sorted(given))}"
+            f"{one_line(error)}): unset {' '.join(sorted(given))}"
         ) from error
 
 

@@ -1,5 +1,10 @@
 """Errors whose message is one line for the user: what is wrong, where, and what to do."""
 
+import re
+
+# How the stack begins that torch appends to a message of its C++ code.
+STACK = re.compile(r"^\s*(?:Exception raised from |frame #0|C\+\+ CapturedTraceback)", re.MULTILINE)
+
 
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do."""
@@ -13,7 +18,10 @@ class StartError(UserError):
     """A rank's own `UserError` before the ranks have met: each rank prints its own."""
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, at most 160 characters; its type where it has no message."""
-    # torch appends its C++ stack to a message, dozens of lines of it, and some libraries raise errors without any.
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def one_line(error: BaseException) -> str:
+    """Returns an error's message in one line of at most 300 characters, its type where it has none or is a bare key."""
+    prefix = "KeyError: " if isinstance(error, KeyError) else ""
+    # torch appends its C++ stack to a message, dozens of lines of it.
+    text = STACK.split(str(error), maxsplit=1)[0]
+    message = prefix + (" ".join(text.split()) or type(error).__name__)
+    return message if len(message) <= 300 else message[:297] + "..."

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-from mindmerger.runtime.errors import ReportedError, StartError, UserError, first_line
+from mindmerger.runtime.errors import ReportedError, StartError, UserError, one_line
 from mindmerger.runtime.files import FolderLock
 from mindmerger.runtime.messages import _Lines, say, say_error
 from mindmerger.runtime.place import LAUNCHER_VARIABLES, Place, _place_or_alone, find_place
@@ -157,7 +157,7 @@ def _meet(place: Place):
 
         _wait_until(lambda: missing() <= 0, waiting_for, end, quiet=place.rank > 0)
     except distributed.DistError as error:
-        reason = first_line(error)
+        reason = one_line(error)
         raise StartError(f"rank {place.rank}: the ranks cannot meet at {where}, {hint} ({reason})") from error
     return store
 
@@ -343,7 +343,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _fail_by_fault(error: Exception) -> None:
-    reason = first_line(error)
+    reason = one_line(error)
     if isinstance(error, RuntimeError) and is_lost_peer(error):
         # The process group is broken: leave without the clean-up that would wait for the peer again.
         leave_at_once(

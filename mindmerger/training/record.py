@@ -6,7 +6,7 @@ import math
 import sys
 from pathlib import Path
 
-from mindmerger.runtime.errors import UserError, first_line
+from mindmerger.runtime.errors import UserError, one_line
 from mindmerger.runtime.files import unfollowed, write_bytes_atomic, write_text_atomic
 from mindmerger.runtime.processes import is_main, log, warn
 
@@ -75,7 +75,7 @@ class WandB:
             self.run = wandb.init(project=args.save_name, config=vars(args), dir=str(output_dir), **same)
         except wandb.Error as error:
             raise UserError(
-                f"--report_to wandb: {first_line(error)}: log in with 'wandb login', or set WANDB_MODE=offline"
+                f"--report_to wandb: {one_line(error)}: log in with 'wandb login', or set WANDB_MODE=offline"
             ) from error
         write_text_atomic(file, self.run.id + "\n")
         self.run.define_metric("step")

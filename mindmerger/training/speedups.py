@@ -7,7 +7,7 @@ are read.
 import inspect
 from importlib import metadata
 
-from mindmerger.runtime.errors import UserError, first_line
+from mindmerger.runtime.errors import UserError, one_line
 
 LIGER_WRITTEN_FOR = "0.8.5"
 # What of Liger is taken. Its cross entropies stay out: our output head sees target positions only, through a hook that
@@ -53,7 +53,7 @@ def check_compiler() -> None:
     except RuntimeError as error:
         needed = {"cpu": "a C++ compiler such as g++", "cuda": "triton and a C compiler such as gcc"}[device]
         raise UserError(
-            f"--compile needs {needed} here: install it, or leave --compile out ({first_line(error)})"
+            f"--compile needs {needed} here: install it, or leave --compile out ({one_line(error)})"
         ) from error
 
 
