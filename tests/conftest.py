@@ -25,6 +25,12 @@ SHIPPED = [
 ]
 
 
+def pytest_configure(config):
+    """Registers the tests' own bridge before any file is collected: whichever file runs, alone or among all, its
+    parameters over `BRIDGES` are the same."""
+    import toy_bridge  # noqa: F401
+
+
 def byte_tokenizer(folder, specials: dict[str, str], template: str | None = None):
     """Saves a byte-level tokenizer without training: 256 bytes after the special tokens, any text round-trips.
 

@@ -33,9 +33,10 @@ from mindmerger.data.tokenising import (
     tokenise,
 )
 from mindmerger.data.training_set import open_or_build
+from mindmerger.generation.answers import tokenise_inputs
 from mindmerger.tasks import find_task, math
 from mindmerger.tasks.base import Example
-from mindmerger.tasks.examples import StageData
+from mindmerger.tasks.examples import StageData, read_by_encoder
 from mindmerger.tasks.languages import LANGUAGES, Language, find_language, parse_languages
 from mindmerger.tasks.readers import DataError
 
@@ -161,6 +162,39 @@ def test_long_prompt_loses_the_querys_end_and_never_the_templates(tokenizers, qu
         room = max_gen_len - template
         assert room - len(query[0].encode()) < len(kept.encode()) <= room
         assert columns["prompt_cut"] == [True]
+
+
+@pytest.mark.parametrize("query", ["word " * 200, "é" * 3000])
+def test_a_long_prompt_that_the_encoder_reads_loses_the_querys_end_and_never_the_templates(tokenizers, query):
+    """LangBridge's encoder no longer read that an answer should follow, nor the question's last words: its own end."""
+    (example,) = read_by_encoder([math_example(query)], "prompt")
+    limits = LIMITS | {"max_seq_len": 200, "with_prompt": False}
+    columns = tokenise(tokenizers, [example, math_example()], with_target=False, shrink_source=True, **limits)
+    ids = columns["encoder_ids"][0]
+    assert ids[-1] == tokenizers.encoder.eos_token_id and columns["source_cut"] == [True, False]
+    text = tokenizers.encoder.decode(ids[:-1])
+    kept = text[: -len(END)].split("### Instruction:\n")[1]
+    assert text.endswith(END) and query.startswith(kept) and kept
+    assert 200 - len(query[0].encode()) < len(ids) <= 200
+    # An evaluation tokenises in the same way.
+    read = {"with_source": True, "with_prompt": False, "max_seq_len": 200, "max_gen_len": 512, "encoder_text": "prompt"}
+    assert tokenise_inputs(tokenizers, [math_example(query)], **read)["encoder_ids"] == [ids]
+
+
+def test_a_template_too_long_for_the_encoder_keeps_its_last_tokens_between_the_special_ones(tokenizers, tagged):
+    (example,) = read_by_encoder([math_example("a" * 99)], "prompt")
+    limits = {"max_seq_len": 20, "max_gen_len": 8, "with_prompt": False, "with_target": False}
+    (ids,) = tokenise(tokenizers, [example], shrink_source=True, **limits)["encoder_ids"]
+    end = tokenizers.encoder.eos_token_id
+    assert len(ids) == 20 and ids[-1] == end and tokenizers.encoder.decode(ids[:-1]) == END[-19:]
+    # Later texts are truncated at the other end, as ever.
+    (ids,) = tokenise(tokenizers, [math_example("a" * 30)], **limits)["encoder_ids"]
+    assert tokenizers.encoder.decode(ids[:-1]) == "a" * 19
+    for encoder in tagged.values():
+        pair = Tokenizers(encoder, None, 1, 0, 0, None)
+        (ids,) = tokenise(pair, [example], shrink_source=True, **limits)["encoder_ids"]
+        (whole,) = tokenise(pair, [example], **limits | {"max_seq_len": 10_000})["encoder_ids"]
+        assert len(ids) == 20 and [ids[0], ids[-1]] == [whole[0], whole[-1]] and encoder.truncation_side == "right"
 
 
 def test_prompt_whose_template_is_too_long_keeps_its_last_tokens(tokenizers):

@@ -148,9 +148,11 @@ def _ids(tokenizer, texts: list[str], special: bool, max_length: int | None = No
     )["input_ids"]
 
 
-def _encode_sources(tokenizer, examples: Sequence[Example], max_seq_len: int) -> tuple[list[list[int]], list[bool]]:
-    """Returns encoder ids with the tokenizer's own special tokens, truncated on the right inside them, and for each row
-    whether it was."""
+def _encode_sources(
+    tokenizer, examples: Sequence[Example], max_seq_len: int, shrink: bool
+) -> tuple[list[list[int]], list[bool]]:
+    """Returns encoder ids with the tokenizer's own special tokens, and for each row whether it was too long: then it is
+    truncated on the right inside them, or with `shrink` in its shrinkable span."""
     if max_seq_len <= tokenizer.num_special_tokens_to_add():
         raise DataError(f"--max_seq_len {max_seq_len} leaves no room for text in {_named(tokenizer)}")
     # One call for each language: the tag is a state of the tokenizer, not an argument of its call.
@@ -167,40 +169,55 @@ def _encode_sources(tokenizer, examples: Sequence[Example], max_seq_len: int) ->
             ids[row], truncated[row] = row_ids, len(row_ids) > max_seq_len
         # Only the long rows a second time: ids that are truncated at once do not tell that they were.
         long = [row for row in rows if truncated[row]]
+        if shrink:
+            for row, example in ((row, examples[row]) for row in long):
+                ids[row] = _shorten(tokenizer, example.source, example.shrinkable, max_seq_len, special=True)
+            continue
         short_ids = _ids(tokenizer, [examples[row].source for row in long], True, max_seq_len)
         for row, row_ids in zip(long, short_ids, strict=True):
             ids[row] = row_ids
     return ids, truncated
 
 
-def _shorten_prompt(tokenizer, example: Example, max_gen_len: int) -> list[int]:
-    """Returns ids of the prompt with as much of its shrinkable span as fits, from its start; the template stays whole.
+def _shorten(tokenizer, text: str, shrinkable: tuple[int, int], limit: int, special: bool = False) -> list[int]:
+    """Returns ids of a prompt with as much of its shrinkable span as fits, from its start; the template stays whole.
 
-    Where even the template alone is too long, its last `max_gen_len` tokens.
+    Where even the template alone is too long, its last tokens, `limit` of them.
+
+    Args:
+        special: whether the tokenizer's special tokens are part of them.
     """
-    start, end = example.shrinkable
+    start, end = shrinkable
 
     def ids_with(characters: int) -> list[int]:
-        text = example.prompt[: start + characters] + example.prompt[end:]
-        return _ids(tokenizer, [text], False)[0]
+        return _ids(tokenizer, [text[: start + characters] + text[end:]], special)[0]
 
     best = ids_with(0)
-    if len(best) > max_gen_len:
+    if len(best) > limit:
         # The end, where the template says that an answer follows; the released code cuts that off.
-        return best[-max_gen_len:]
+        return _last_ids(tokenizer, text[:start] + text[end:], limit) if special else best[-limit:]
     # Searched for, not computed: the tokens of two halves of a text are not those of the whole.
     # Doubling first: a span of megabytes is never tokenised whole.
-    fits, too_long = 0, min(max_gen_len, end - start)
-    while too_long < end - start and len(ids := ids_with(too_long)) <= max_gen_len:
+    fits, too_long = 0, min(limit, end - start)
+    while too_long < end - start and len(ids := ids_with(too_long)) <= limit:
         fits, best, too_long = too_long, ids, min(2 * too_long, end - start)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
         ids = ids_with(middle)
-        if len(ids) <= max_gen_len:
+        if len(ids) <= limit:
             fits, best = middle, ids
         else:
             too_long = middle
     return best
+
+
+def _last_ids(tokenizer, text: str, limit: int) -> list[int]:
+    """Returns a text's last ids between the tokenizer's special tokens, `limit` with them."""
+    tokenizer.truncation_side = "left"
+    try:
+        return _ids(tokenizer, [text], True, limit)[0]
+    finally:
+        tokenizer.truncation_side = "right"
 
 
 def tokenise(
@@ -212,12 +229,14 @@ def tokenise(
     with_prompt: bool,
     with_target: bool,
     with_source: bool = True,
+    shrink_source: bool = False,
 ) -> dict[str, list]:
     """Turns examples into columns of ids, in their order; what is not asked for is an empty list.
 
     Args:
         max_seq_len: most encoder tokens, its special ones included.
         max_gen_len: most prompt tokens, and most target tokens with EOS.
+        shrink_source: whether sources are whole prompts, which lose of their shrinkable span where they are too long.
 
     Returns:
         `encoder_ids`, `prompt_ids`, `target_ids` (lists of ids) and `source_cut`, `prompt_cut`, `target_cut` (bools).
@@ -232,12 +251,13 @@ def tokenise(
     columns = {"encoder_ids": empty, "prompt_ids": empty, "target_ids": empty}
     columns |= {name: [False] * len(examples) for name in ("source_cut", "prompt_cut", "target_cut")}
     if with_source:
-        columns["encoder_ids"], columns["source_cut"] = _encode_sources(tokenizers.encoder, examples, max_seq_len)
+        found = _encode_sources(tokenizers.encoder, examples, max_seq_len, shrink_source)
+        columns["encoder_ids"], columns["source_cut"] = found
     if with_prompt:
         ids = _ids(tokenizers.llm, [example.prompt for example in examples], False)
         columns["prompt_cut"] = [len(row) > max_gen_len for row in ids]
         columns["prompt_ids"] = [
-            _shorten_prompt(tokenizers.llm, example, max_gen_len) if len(row) > max_gen_len else row
+            _shorten(tokenizers.llm, example.prompt, example.shrinkable, max_gen_len) if len(row) > max_gen_len else row
             for example, row in zip(examples, ids, strict=True)
         ]
     if with_target:

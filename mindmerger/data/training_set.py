@@ -124,6 +124,8 @@ def open_or_build(
     limits = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "with_prompt": with_prompt}
     if tokenizers.encoder is None:  # the LLM alone is trained, which reads no source
         limits["with_source"] = False
+    elif stage.encoder_text == "prompt":
+        limits["shrink_source"] = True
     faults: list[str] | None = [] if stage.skip_faulty_rows else None
     empty: dict[str, tuple[int, int]] = {}
     keys = GroupKeys(stage)
@@ -232,7 +234,7 @@ def _build_cache(
         shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=folder.parent))
     try:
-        rows = _write_texts(temporary / "texts.arrow", examples, limits["with_prompt"])
+        rows = _write_texts(temporary / "texts.arrow", examples, limits)
         truncated = _tokenise_file(temporary, sum(rows.values()), tokenizers, limits, num_proc)
         (temporary / "texts.arrow").unlink()
         shards = sorted(temporary.glob("ids*.arrow"))
@@ -262,7 +264,7 @@ def _build_cache(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> dict[str, int]:
+def _write_texts(path: Path, examples: Iterable[Example], limits: dict) -> dict[str, int]:
     """Streams examples into an Arrow file and counts the rows of each language; memory holds one batch."""
     import pyarrow as pa
 
@@ -280,7 +282,8 @@ def _write_texts(path: Path, examples: Iterable[Example], with_prompt: bool) -> 
             batch.clear()
 
         for example in progress_bar(examples, desc="reading", unit=" rows", delay=2):
-            prompt, shrinkable = (example.prompt, example.shrinkable) if with_prompt else ("", (0, 0))
+            prompt = example.prompt if limits["with_prompt"] else ""
+            shrinkable = example.shrinkable if prompt or limits.get("shrink_source") else (0, 0)
             batch.append((example.id, example.language, example.source, prompt, example.target, *shrinkable))
             rows[example.language] += 1
             if len(batch) == _ROWS_PER_BATCH:

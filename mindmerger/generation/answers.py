@@ -45,6 +45,7 @@ def tokenise_inputs(
         with_source=with_source,
         with_prompt=with_prompt,
         with_target=with_target,
+        shrink_source=encoder_text == "prompt",
     )
     # No empty columns: by a column's absence later steps know which segments the form has.
     kept = ["encoder_ids", "source_cut"] * with_source + ["prompt_ids", "prompt_cut"] * with_prompt

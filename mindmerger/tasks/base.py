@@ -71,6 +71,8 @@ class Task:
     score: Callable[..., Score]  # of (output, target, language of the question)
     published: Mapping[str, Mapping[str, float]]
     published_rows: int | None = None
+    # Whether training rows of one target are one question in several languages, as the question stage pairs them.
+    pairs_by_target: bool = False
     scorer_version: int | None = None  # None where no other version has ever scored the task
     labels: tuple[str, ...] | None = None
     text_fields: tuple[tuple[str | int, ...], ...] = ()
@@ -112,18 +114,21 @@ class Task:
             languages = [LANGUAGES[name] for name in self.augmentation_languages]
         return self._read(self.augmentation_file, self.parse_augmentation, data_root, languages, train_num, faults)
 
-    def check_augmentation(self) -> None:
-        """Makes sure that the task has an augmentation stage.
+    def check_augmentation(self, otherwise: str = "") -> None:
+        """Makes sure that the task has rows of its own to train on.
+
+        Args:
+            otherwise: what the message advises beside another task: a stage that needs none, where there is one.
 
         Raises:
-            DataError: naming the tasks that have one.
+            DataError: naming the tasks that have them.
         """
         if self.augmentation_file is None:
             from mindmerger.tasks import _stage_tasks
 
             raise DataError(
-                f"task {self.name} has no augmentation stage: choose --task {', '.join(_stage_tasks())}, "
-                "or --stage_name mapping"
+                f"task {self.name} has no rows of its own to train on: choose --task {', '.join(_stage_tasks())}"
+                f"{otherwise}"
             )
 
     def read_evaluation(self, data_root, language: Language, faults: list[str] | None = None) -> Iterator[Example]:

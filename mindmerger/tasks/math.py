@@ -66,6 +66,8 @@ _MATH = {
     "format_query": math_prompt,
     "score": score_number,
     "scorer_version": NUMBER_SCORER_VERSION,
+    # Responses are English whatever the question's language, and long enough to be one question's alone.
+    "pairs_by_target": True,
 }
 
 

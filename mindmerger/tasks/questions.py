@@ -19,12 +19,15 @@ def check_questions(task: Task, languages: Sequence[Language] | None) -> None:
     """Makes sure that a task's rows can be paired by their responses.
 
     Raises:
-        DataError: for another task than math, whose targets are choices, and for English alone.
+        DataError: for a task that does not have them so (`Task.pairs_by_target`), and for English alone.
     """
-    if task.training_name != "math":
+    if not task.pairs_by_target:
+        from mindmerger.tasks import TASKS
+
+        known = dict.fromkeys(one.training_name for one in TASKS.values() if one.pairs_by_target)
         raise DataError(
-            f"task {task.name} has no question stage: its targets are choices, which do not tell which rows are the "
-            "same question: choose --task math, or another --stage_name"
+            f"task {task.name} has no question stage: its targets do not tell which rows are the same question: "
+            f"choose --task {', '.join(known)}, or another --stage_name"
         )
     if languages is not None and not [one for one in languages if one.name != "English"]:
         raise DataError("the question stage pairs English with other languages: --languages names English only")
