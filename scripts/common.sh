@@ -23,13 +23,31 @@ fail() {
     exit 2
 }
 
-# An environment that is already active comes first; else the one that setup_venv.sh makes.
+# lacking_packages: prints which packages the python on PATH lacks. They are looked for and not imported: 0.1 s, not 10.
+lacking_packages() {
+    python -c '
+import importlib.util, sys
+print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None), sep=", ")
+' torch transformers tokenizers datasets deepspeed safetensors
+}
+
+how_to_install="run 'source scripts/setup_venv.sh', or activate the environment that holds requirements.txt"
+
+# use_environment PROGRAM: python or deepspeed as it stands on PATH, where python has the packages: an environment that
+# is active comes first. Else the one that setup_venv.sh makes: nearly every machine has a python without them.
 use_environment() {
-    if ! command -v "$1" >/dev/null 2>&1 && [[ -f .venv/bin/activate ]]; then
-        # shellcheck disable=SC1091
-        source .venv/bin/activate
+    local name lacking=""
+    if ! command -v "$1" >/dev/null 2>&1 || ! lacking=$(lacking_packages 2>/dev/null) || [[ -n $lacking ]]; then
+        if [[ -f .venv/bin/activate ]]; then
+            # shellcheck disable=SC1091
+            source .venv/bin/activate
+            lacking=$(lacking_packages 2>/dev/null) || true
+        fi
     fi
-    command -v "$1" >/dev/null 2>&1 || fail "$1 is not on PATH: run 'source scripts/setup_venv.sh', or activate the environment that holds requirements.txt"
+    for name in python "$1"; do
+        command -v "$name" >/dev/null 2>&1 || fail "$name is not on PATH: $how_to_install"
+    done
+    [[ -z $lacking ]] || fail "$(command -v python) lacks $lacking: $how_to_install"
 }
 
 # setting PREFIX NAME [DEFAULT]: puts the value that holds into REPLY, empty if there is none.
@@ -178,7 +196,8 @@ last_argument() {
 }
 
 # evaluate TASK TRAINED_TASK NAME=PUBLISHED... -- ARGUMENT...
-# The mapping defaults to what the augmentation stage of TRAINED_TASK left; the LLM alone needs none.
+# The mapping defaults to what the training of TRAINED_TASK left: the bridge's last stage that is there. The LLM alone
+# needs none.
 evaluate() {
     local task=$1 trained_task=$2 published=() command_line trained word alone=""
     shift 2
@@ -198,7 +217,11 @@ evaluate() {
         trained=$REPLY
         setting "" save_name MindMerger
         last_argument save_name "$REPLY" "$@"
-        published+=("init_checkpoint=$trained/$REPLY/$trained_task/augmentation/pytorch_model.bin" augmentation=True)
+        published+=("init_checkpoint=$trained/$REPLY/$trained_task")
+        setting "" bridge mindmerger
+        last_argument bridge "$REPLY" "$@"
+        # Published for MindMerger; what another bridge's LLM reads is what its last stage trains.
+        if [[ $REPLY == mindmerger ]]; then published+=(augmentation=True); else published+=(augmentation); fi
     fi
     use_environment deepspeed
     # The last two change nothing in an evaluation, and may be set for the training before it.

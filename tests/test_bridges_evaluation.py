@@ -106,3 +106,44 @@ def test_vllm_is_refused_for_a_trained_output_head(tiny_llm, tiny_encoder, tmp_p
     with pytest.raises(UserError, match="--engine vllm loads the LLM with its own output head"):
         evaluation_models.check_models_fit(models, "vllm")
     assert evaluation_models.check_models_fit(models).lm_head.weight.shape == (259, 32)
+
+
+def test_without_a_mapping_the_last_stage_of_the_bridge_that_is_there_is_evaluated(tmp_path, monkeypatch, capsys):
+    """It was looked for in MindMerger's last stage alone, whatever bridge was trained."""
+    monkeypatch.chdir(tmp_path)
+
+    def leave(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+
+    def found(bridge, name="MindMerger"):
+        return evaluation_models.trained_mapping(name, find_task("math"), bridge)
+
+    with pytest.raises(UserError, match="training left nothing in outputs/MindMerger/math: pass the mapping"):
+        found("layalign")
+    # As the released code leaves it, and ours; a stage that has just begun holds no mapping yet.
+    leave("outputs/MindMerger/math/mapping/pytorch_model.bin", "outputs/MindMerger/math/augmentation/log.jsonl")
+    assert found("mindmerger") == "outputs/MindMerger/math/mapping"
+    leave("outputs/MindMerger/math/question/mapping.safetensors")  # no stage of MindMerger's own curriculum
+    leave(*(f"outputs/MindMerger/math/augmentation/{part}mapping.safetensors" for part in ("", "last/")))
+    assert found("mindmerger") == "outputs/MindMerger/math/augmentation"
+    leave("outputs/MindMerger/math/adapter/mapping.safetensors")
+    assert found("mindmerger") == "outputs/MindMerger/math/adapter"
+    leave("outputs/other/math/translation/mapping.safetensors", "outputs/other/math/task/mapping.safetensors")
+    assert found("layalign", "other") == found("langbridge", "other") == "outputs/other/math/task"
+    assert "of the stages in outputs/other/math (task, translation) taking task" in capsys.readouterr().err
+    message = r"outputs/other/math holds no stage of --bridge mindmerger \(mapping, augmentation, adapter\) but task"
+    with pytest.raises(UserError, match=message):
+        found("mindmerger", "other")
+    # A stage's own folder and a file are themselves.
+    for one in ("outputs/MindMerger/math/augmentation", "outputs/MindMerger/math/mapping/pytorch_model.bin", "absent"):
+        assert evaluation_models.last_stage(one, "mindmerger") is None
+
+
+def test_a_run_s_folder_may_be_named_in_the_place_of_its_last_stage(latent, flags, tmp_path, capsys):
+    model, _ = latent
+    model.save_pretrained(tmp_path / "run/math/task")
+    assert run_evaluation.main([*flags, "--bridge", "langbridge", "--init_checkpoint", "run/math"]) == 0
+    results = json.loads((tmp_path / "results/MindMerger/math_mgsm-hard/results.json").read_text())
+    assert results["checkpoint"] == "run/math/task/mapping.safetensors"

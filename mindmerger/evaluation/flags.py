@@ -118,8 +118,8 @@ def _add_models(group) -> None:
     group.add_argument(
         "--init_checkpoint",
         type=model_path,
-        help="the mapping: a saved folder, a .safetensors file or a released pytorch_model.bin (default: what the last "
-        "stage of training left in outputs/<save_name>/<task>)",
+        help="the mapping: a saved folder, a .safetensors file, a released pytorch_model.bin, or a folder of several "
+        "stages, of which the bridge's last one that is there counts (default: outputs/<save_name>/<task>)",
     )
     group.add_argument(
         "--llm_path",

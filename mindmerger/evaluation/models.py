@@ -1,6 +1,7 @@
 """The models of an evaluation: which ones the flags and the mapping mean, and whether they fit each other."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ def find_models(args: argparse.Namespace, task) -> Models:
     given = args.init_checkpoint
     if given is None and not args.llm_only:
         given = trained_mapping(args.save_name, task, args.bridge or DEFAULT_BRIDGE)
+    elif given is not None:
+        given = last_stage(given, args.bridge or DEFAULT_BRIDGE, task.translates) or given
     recorded = read_config(given) if given is not None else None
     without_mapping = recorded is not None and recorded.mt_path is None
     if without_mapping and not args.llm_only:
@@ -120,26 +123,63 @@ def choose_bridge(args: argparse.Namespace, recorded, mapping_file: str) -> tupl
 
 
 def trained_mapping(save_name: str, task, bridge: str) -> str:
-    """Returns the folder in which the last stage of training leaves its mapping.
+    """Returns the folder in which the last stage of training left its mapping.
 
     Raises:
-        UserError: when it is not there.
+        UserError: when none is there.
     """
-    from mindmerger.model.mapping_files import find_bridge
-
-    # Stages are named in the order in which they are trained: the last one's mapping has seen the task, and what
-    # translates is trained on sentence pairs alone.
-    stages = find_bridge(bridge).stages
-    pairs = [name for name, stage in stages.items() if stage.data == "pairs"]
-    last_stage = (pairs if task.translates and pairs else list(stages))[-1]
-    folder = Path("outputs") / save_name / task.training_name / last_stage
-    if not folder.is_dir():
+    folder = Path("outputs") / save_name / task.training_name
+    found = last_stage(folder, bridge, task.translates)
+    if found is None:
         raise UserError(
             f"no --init_checkpoint given and training left nothing in {folder}: pass the mapping to evaluate, or "
             "--llm_only for the LLM alone"
         )
-    log(f"--init_checkpoint not given: taking {folder}")
-    return str(folder)
+    return found
+
+
+def last_stage(path: str | Path, bridge: str, translates: bool = False) -> str | None:
+    """Returns the folder of the last stage that training left in a run's folder of one task: of the adapter, else of
+    the bridge's own stages the last one that is there; None where the folder holds no stages.
+
+    Args:
+        translates: whether the task is translation, of which stages on sentence pairs know most.
+
+    Raises:
+        UserError: where it holds stages of another bridge alone.
+    """
+    from mindmerger.hub.model_files import ModelError
+    from mindmerger.model.mapping_files import (
+        ADAPTER_STAGE,
+        MAPPING_FILE,
+        RELEASED_FILE,
+        find_bridge,
+        find_mapping_file,
+    )
+
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    files = [file for kind in (MAPPING_FILE, RELEASED_FILE) for file in sorted(folder.glob(f"*/{kind}"))]
+    there = list(dict.fromkeys(file.parent.name for file in files))
+    if not there:
+        return None
+    with suppress(ModelError):  # a stage's own folder, which has last/ in it
+        find_mapping_file(folder)
+        return None
+    # Stages are named in the order in which they are trained: the last one's mapping has seen the task, and what
+    # translates is trained on sentence pairs alone.
+    stages = find_bridge(bridge).stages
+    pairs = [name for name, stage in stages.items() if stage.data == "pairs"]
+    names = [*reversed(pairs)] if translates and pairs else [ADAPTER_STAGE, *reversed(stages)]
+    found = next((name for name in names if name in there), None)
+    if found is None:
+        raise UserError(
+            f"{folder} holds no stage of --bridge {bridge} ({', '.join(reversed(names))}) but {', '.join(there)}: pass "
+            "--bridge, or one of these folders as --init_checkpoint"
+        )
+    log(f"of the stages in {folder} ({', '.join(there)}) taking {found}")
+    return str(folder / found)
 
 
 def choose_path(args: argparse.Namespace, config, flag: str, default: str) -> str:
