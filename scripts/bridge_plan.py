@@ -10,11 +10,8 @@ and training agree to the token.
 
 `choose` picks the learning rate with the lowest dev loss among finished trainings.
 
-FLOP of the training are counted from the real lengths, without padding and the LLM's attention scores: 4 for each
-weight of the LLM's layers and position (forward, and backward to the inputs alone), the same for its output head and
-target tokens, 2 for each weight of the encoder and source token, 3 times what torch counts in the bridge's forward
-pass, 4 for each weight of the LLM's key and value projections and source token where the bridge gives a memory, and 6
-for each weight of an adapter and position.
+FLOP of the training are counted from the real lengths, as `run_training.py --dry_run` does (the formula stands at
+`training_flop` in mindmerger/training/dry_run.py).
 """
 
 import json
@@ -47,6 +44,8 @@ def build_parser():
     add = plan.add_argument
     add("--output", type=Path, required=True, help="JSON file for the plan and the costs")
     add("--bridges", type=_names, default=[], help="names of mindmerger.bridges.BRIDGES, with commas (default: all)")
+    add("--bridge_option", action="append", default=[], metavar="BRIDGE:KEY=VALUE", help="an option of one of them, as "
+        "run_training.py takes it; once per option")  # fmt: skip
     add("--seeds", type=_seeds, default=[0], help="of the trainings, with commas (default 0)")
     add("--target_tokens", type=at_least(1), help="of each bridge over all its stages (default: what mindmerger's "
         "stages read in the passes that the flags give them)")  # fmt: skip
@@ -70,14 +69,22 @@ def build_parser():
 class StageRows:
     """One stage of one bridge on its data: what each step would read."""
 
-    def __init__(self, bridge: str, name: str, words: list[str]):
+    def __init__(self, label: str, own: list[str], name: str, words: list[str]):
+        """Reads the data.
+
+        Args:
+            label: of the bridge in the plan.
+            own: words of run_training.py's command line that choose the bridge.
+            name: of the stage.
+            words: the other ones.
+        """
         import run_training
         from mindmerger.training import settings as training_settings
 
-        alone = bridge == CONTROL
-        flags = [*words, "--stage_name", name, "--dry_run"]
-        flags += ["--llm_only"] if alone else ["--bridge", bridge, "--init_checkpoint", "none"]
-        self.bridge, self.name = bridge, name
+        flags = [*words, *own, "--stage_name", name, "--dry_run"]
+        if label != CONTROL:
+            flags += ["--init_checkpoint", "none"]
+        self.bridge, self.own, self.name = label, own, name
         self.settings, data = run_training.prepare(training_settings.parse(flags))
         self.stage, self.args, self.examples = self.settings.stage, self.settings.args, data.examples
         self.positions = data.examples.merged_lengths(self.settings.bridge.prefix_length)
@@ -119,6 +126,7 @@ class StageRows:
             "steps": len(taken),
             "epochs": -(-len(taken) // per_epoch),
             "target_tokens": total,
+            "words": " ".join(self.own),
         }
 
     def parameters(self) -> int:
@@ -131,34 +139,9 @@ class StageRows:
 
         from mindmerger.training.dry_run import training_flop
 
-        rows, bridge = np.concatenate(taken), self.settings.bridge
-        sources = int(self.examples.encoder_lengths[rows].sum(dtype="int64"))
-        if self.bridge == CONTROL:
-            total = training_flop(self.args, self.examples, self.positions, rows, llm, None)
-            return total + 6 * self.parameters() * int(self.positions[rows].sum(dtype="int64"))
-        total = training_flop(self.args, self.examples, self.positions, rows, llm, encoder)
-        mean = max(1, round(sources / len(rows)))
-        # 3: its forward pass, and a backward pass of twice that, to its weights and to its input. At the mean length:
-        # counting each length would take a pass for every one of them.
-        total += 3 * bridge_flop(bridge, mean) / mean * sources
-        if bridge.uses_memory:
-            attentions = [layer.self_attn for layer in llm.get_decoder().layers]
-            total += 4 * sources * sum(a.k_proj.weight.numel() + a.v_proj.weight.numel() for a in attentions)
-        return total
-
-
-def bridge_flop(bridge, tokens: int) -> int:
-    """Returns the FLOP of a bridge's forward pass over one row of that many encoder tokens; it needs no storage."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # On the meta device nothing is computed: shapes are all that the counter asks for.
-    with torch.device("meta"), torch.no_grad():
-        states = [torch.empty(1, tokens, bridge.towers.encoder_width) for _ in bridge.encoder_layers]
-        mask = torch.ones(1, tokens, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            bridge(states, mask)
-    return counter.get_total_flops()
+        alone = self.bridge == CONTROL
+        models = (llm, None if alone else encoder, self.settings.bridge, self.parameters() if alone else 0)
+        return training_flop(self.args, self.examples, self.positions, np.concatenate(taken), *models)
 
 
 def towers_without_storage(args):
@@ -174,18 +157,44 @@ def towers_without_storage(args):
     return llm, encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
 
 
-def read_stages(bridge: str, words: dict[str, list[str]]) -> list[StageRows]:
+def read_stages(bridge: str, words: dict[str, list[str]], options: list[str] = ()) -> list[StageRows]:
     """Returns the stages that lead to a bridge's last one, in the order in which they are trained, on their data.
 
     One that no other starts from, such as MindMerger's on pairs of questions, is left out.
+
+    Args:
+        words: of run_training.py's command line, for each kind of data.
+        options: of the bridge, KEY=VALUE each.
     """
+    from mindmerger.bridges.base import parse_options
     from mindmerger.model.mapping_files import find_bridge
 
-    stages = find_bridge(bridge).stages_with(find_bridge(bridge).settle({}))
+    given = parse_options(options)
+    stages = find_bridge(bridge).stages_with(find_bridge(bridge).settle(given))
     chain = [list(stages)[-1]]
     while (before := stages[chain[0]].starts_from) is not None:
         chain.insert(0, before)
-    return [StageRows(bridge, name, words[stages[name].data]) for name in chain]
+    own = ["--bridge", bridge, *(word for text in options for word in ("--bridge_option", text))]
+    # No equals sign: the table's --row parts a label from its folder there.
+    label = f"{bridge} ({', '.join(f'{key} {value}' for key, value in given.items())})" if given else bridge
+    return [StageRows(label, own, name, words[stages[name].data]) for name in chain]
+
+
+def options_by_bridge(texts: list[str], bridges: list[str]) -> dict[str, list[str]]:
+    """Returns the options of each bridge, KEY=VALUE each, from the texts of `--bridge_option`.
+
+    Raises:
+        UserError: for a text of another form, and a bridge that is not compared.
+    """
+    found = {name: [] for name in bridges}
+    for text in texts:
+        bridge, colon, option = text.partition(":")
+        if not colon:
+            raise UserError(f"--bridge_option {text!r} must be BRIDGE:KEY=VALUE")
+        if bridge not in found:
+            raise UserError(f"--bridge_option {text}: {bridge!r} is none of the compared bridges: {', '.join(bridges)}")
+        found[bridge].append(option)
+    return found
 
 
 def settle_budget(args, reference: list[StageRows] | None) -> tuple[int, float]:
@@ -212,7 +221,9 @@ def make_plan(args) -> dict:
 
     words = {kind: getattr(args, kind) for kind in KINDS}
     names = args.bridges or list(BRIDGES)
-    bridges = {name: read_stages(name, words) for name in names}
+    options = options_by_bridge(args.bridge_option, names)
+    read = [read_stages(name, words, options[name]) for name in names]
+    bridges = {stages[0].bridge: stages for stages in read}
     reference = None
     if args.target_tokens is None:
         # Its data are read even where it is not compared: its published epochs are the measure.
@@ -221,7 +232,7 @@ def make_plan(args) -> dict:
     plan = {"target_tokens": tokens, "pairs_share": share, "search_tokens": args.search_tokens or tokens, "lines": []}
     plan["costs"] = {}
     if args.control:
-        bridges[CONTROL] = [StageRows(CONTROL, "adapter", [*args.task, *args.adapter_word])]
+        bridges[CONTROL] = [StageRows(CONTROL, ["--llm_only"], "adapter", [*args.task, *args.adapter_word])]
     llm, encoder = towers_without_storage(next(iter(bridges.values()))[0].args)
     for name, stages in bridges.items():
         made, flop = [], 0.0
@@ -287,7 +298,7 @@ def main(argv=None) -> int:
     files.write_json_atomic(args.output, plan)
     # Tabs, for a shell to read.
     for line in plan["lines"]:
-        columns = ("phase", "bridge", "seed", "stage", "data", "steps", "epochs")
+        columns = ("phase", "bridge", "seed", "stage", "data", "steps", "epochs", "words")
         sys.stdout.write("\t".join(str(line[name]) for name in columns) + "\n")
     return 0
 

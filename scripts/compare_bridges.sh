@@ -7,8 +7,9 @@
 # For each bridge of mindmerger.bridges.BRIDGES: its stages in order with each of LRS and the first seed, the learning
 # rate with the lowest dev loss of the last stage, its stages with that rate and every seed, and an evaluation of each
 # seed, also with the prefix of another question (--probe_prefix shuffled). The same but for the prefix for the control
-# of every bridge, an adapter on the LLM alone that is trained on the task's rows. Then the LLM alone, once. Rows: the LLM alone, the bridges, the LLM with an adapter, ST-Merge (not reproduced). What cannot be made
-# is listed as missing with the reason. What is finished is kept: the same command continues.
+# of every bridge, an adapter on the LLM alone that is trained on the task's rows. Then the LLM alone, once. Rows: the
+# LLM alone, the bridges, the LLM with an adapter, ST-Merge (not reproduced). What cannot be made is listed as missing
+# with the reason. What is finished is kept: the same command continues.
 #
 # Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced
 # (by the times of single steps about 25 minutes on two idle cores): two seeds, TARGET_TOKENS=150000 (about a quarter of
@@ -17,6 +18,8 @@
 #
 # Environment (as in common.sh, capitals or as the flag is written):
 #   LLM_PATH, MT_PATH     both models; TASK (math_mgsm), BRIDGES (all; names with blanks between them)
+#   <BRIDGE>_OPTIONS      of one bridge, with blanks between them (LANGBRIDGE_OPTIONS="mapper=latent latents=32"); its
+#                         row then names them
 #   SEEDS (0,1,2)         of the trainings
 #   LRS (2e-5 1e-4 6e-4)  the learning rates to choose from, the same for all bridges; LR fixes one for all instead
 #   TARGET_TOKENS         of each bridge over all its stages (default: what MindMerger's stages read in EPOCH_NUM passes)
@@ -129,23 +132,32 @@ finish() {
     printf '%s' "$*" >"$stamp"
 }
 
+# slug_of BRIDGE: puts what names its files into REPLY; options of the bridge are part of it.
+slug_of() {
+    REPLY=adapter
+    if [[ $1 != "$control" ]]; then REPLY=$(printf '%s' "$1" | tr -cs 'A-Za-z0-9_.' '-'); fi
+    REPLY=${REPLY%-}
+}
+
 # train_bridge BRIDGE LR SEED PHASE: trains its stages in order. The last one's folder is then in `trained`. False, with
 # the reason in REPLY, when a stage is refused.
 train_bridge() {
-    local name=$save_name-$1-lr$2-seed$3 command_line=() program=() phase bridge seed stage data steps epochs
-    if [[ $1 == "$control" ]]; then name=$save_name-adapter-lr$2-seed$3; fi
+    local name command_line=() program=() phase bridge seed stage data steps epochs words
+    slug_of "$1"
+    name=$save_name-$REPLY-lr$2-seed$3
     if [[ $4 == search ]]; then name+=-search; fi
-    while IFS=$'\t' read -r phase bridge seed stage data steps epochs <&4; do
+    while IFS=$'\t' read -r phase bridge seed stage data steps epochs words <&4; do
         if [[ "$phase|$bridge|$seed" != "$4|$1|$3" ]]; then continue; fi
         stage_flags "$data"
         program=(python run_training.py)
         if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then program=(launch run_training.py --deepspeed); fi
         trained=$output_dir/$name/$trained_task/$stage
+        # Several words on purpose: --bridge and its options.
+        # shellcheck disable=SC2206
+        command_line+=($words)
         if [[ $bridge == "$control" ]]; then
-            command_line+=(--llm_only "${adapter_words[@]}")
+            command_line+=("${adapter_words[@]}")
             trained=$output_dir/$name/$trained_task/llm_adapter
-        else
-            command_line+=(--bridge "$bridge")
         fi
         command_line+=(--stage_name "$stage" --lr "$2" --seed "$seed" --max_steps "$steps" --epoch_num "$epochs")
         command_line+=(--output_dir "$output_dir" --save_name "$name")
@@ -173,7 +185,8 @@ choose_rate() {
     done
     REPLY="no learning rate of ${rates[*]} trains it: $reason"
     [[ ${#candidates[@]} -gt 0 ]] || return 1
-    file=$results_dir/lr/${1// /}.json
+    slug_of "$1"
+    file=$results_dir/lr/$REPLY.json
     rate=$(python -m scripts.bridge_plan choose --output "$file" "${candidates[@]}") || exit
     found="$rate of ${rates[*]}"
     printf '=== %s: learning rate %s (dev losses in %s)\n' "$1" "$found" "$file"
@@ -238,6 +251,13 @@ else
 fi
 command_line=()
 add_settings "" target_tokens search_tokens pairs_share
+for name in $(compgen -e | grep -x '[A-Z_]*_OPTIONS' || true); do
+    # Other programs have such variables too: JAVA_OPTIONS.
+    known=${known-$(python -c 'from mindmerger.bridges import BRIDGES; print(*BRIDGES)')}
+    bridge=$(printf '%s' "${name%_OPTIONS}" | tr '[:upper:]' '[:lower:]')
+    if [[ " $known " != *" $bridge "* ]]; then continue; fi
+    for word in ${!name}; do plan_words+=(--bridge_option "$bridge:$word"); done
+done
 setting "" bridges
 python -m scripts.bridge_plan plan --output "$results_dir/plan.json" --bridges "${REPLY// /,}" --seeds "$seeds" \
     ${command_line[@]+"${command_line[@]}"} "${plan_words[@]}" >"$plan.unfinished" 2>"$results_dir/logs/plan.log" || {
@@ -258,19 +278,20 @@ for one in "${names[@]}"; do
         continue
     fi
     rates_found+=(--lr "$one=$found")
+    slug_of "$one"
+    slug=$REPLY-lr$rate-seed
     for seed in ${seeds//,/ }; do
         if ! train_bridge "$one" "$rate" "$seed" full; then
             missing "$one, seed $seed" "$REPLY"
             continue
         fi
         if [[ $one == "$control" ]]; then
-            evaluate_row "$one" "adapter-lr$rate-seed$seed" --llm_only --llm_path "$llm" \
-                --adapter_path "$trained/adapter"
+            evaluate_row "$one" "$slug$seed" --llm_only --llm_path "$llm" --adapter_path "$trained/adapter"
             continue
         fi
         given=(--llm_path "$llm" --mt_path "$encoder" --init_checkpoint "$trained")
-        evaluate_row "$one" "$one-lr$rate-seed$seed" "${given[@]}"
-        evaluate_row "$one (shuffled prefix)" "$one-lr$rate-seed$seed-shuffled" "${given[@]}" --probe_prefix shuffled
+        evaluate_row "$one" "$slug$seed" "${given[@]}"
+        evaluate_row "$one (shuffled prefix)" "$slug$seed-shuffled" "${given[@]}" --probe_prefix shuffled
     done
 done
 if [[ -n $no_control ]]; then missing "$control" "$no_control"; fi

@@ -216,6 +216,26 @@ def test_without_a_number_the_budget_is_what_mindmergers_stages_read_in_their_ep
     assert {line["bridge"] for line in plan["lines"] if line["phase"] == "search"} == {"mindmerger", "langbridge"}
 
 
+def test_options_of_a_bridge_reach_its_stages_name_its_row_and_change_its_costs(plan_flags, tmp_path, capsys):
+    asked = ["--bridges", "mindmerger,langbridge", "--target_tokens", 400]
+    options = ["--bridge_option", "langbridge:mapper=latent", "--bridge_option", "langbridge:latents=3"]
+    costs = plan_of(tmp_path, *plan_flags, *asked)["costs"] | plan_of(tmp_path, *plan_flags, *asked, *options)["costs"]
+    label = "langbridge (mapper latent, latents 3)"
+    assert list(costs) == ["mindmerger", "langbridge", label]
+    assert costs["langbridge"]["trained_parameters"] != costs[label]["trained_parameters"]
+    last = capsys.readouterr().out.splitlines()[-1].split("\t")
+    assert last[1] == label
+    assert last[-1] == "--bridge langbridge --bridge_option mapper=latent --bridge_option latents=3"
+    for text, message in (
+        ("langbridge", "--bridge_option 'langbridge' must be BRIDGE:KEY=VALUE"),
+        ("langbridge:mapper", "--bridge_option 'mapper' must be KEY=VALUE"),
+        ("langbridge:maper=ffn", "maper: LangBridge has no such option .did you mean mapper"),
+        ("layalign:structure=mlp", "'layalign' is none of the compared bridges: mindmerger, langbridge"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan_of(tmp_path, *plan_flags, *asked, "--bridge_option", text)
+
+
 def test_the_rate_with_the_lowest_dev_loss_is_chosen_and_kept(tmp_path, capsys):
     for name, losses in {"a": (0.9, 0.5), "b": (0.4, 0.6), "c": (0.45,)}.items():
         (tmp_path / name).mkdir()
@@ -397,6 +417,24 @@ def test_a_rate_that_diverges_is_out_and_a_bridge_that_no_rate_trains_is_missing
     # Given again, only what was refused is tried again.
     done, calls = noted({"mindmerger * 1e-2 *": 2, "langbridge *": 2})
     assert done.returncode == 0 and calls == ["mindmerger mapping 1e-2 0", *others]
+
+
+@pytest.mark.slow
+def test_a_variable_gives_one_bridge_options_and_its_row_names_them(noted, tmp_path):
+    options = {"LANGBRIDGE_OPTIONS": "mapper=latent latents=3", "JAVA_OPTIONS": "-Xmx1g", "LR": "1e-3", "SEEDS": "0"}
+    done, calls = noted({}, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    slug = "langbridge-mapper-latent-latents-3-lr1e-3-seed0"
+    assert calls[-3:] == ["langbridge task 1e-3 0", slug, f"{slug}-shuffled"]
+    ran = (tmp_path / f"r/finished/bridges-{slug}-task").read_text()
+    assert " --bridge langbridge --bridge_option mapper=latent --bridge_option latents=3 --stage_name task " in ran
+    label = "langbridge (mapper latent, latents 3)"
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines())}
+    assert {"mindmerger", label, f"{label} (shuffled prefix)"} < set(rows) and "langbridge" not in rows
+    assert rows[f"{label} (shuffled prefix)"]["against"] == label and float(rows[label]["flop_per_target_token"]) > 0
+    assert "bridge_option" not in (tmp_path / "r/finished/bridges-mindmerger-lr1e-3-seed0-mapping").read_text()
+    done, calls = noted({}, **options | {"LANGBRIDGE_OPTIONS": "maper=ffn"})
+    assert done.returncode == 2 and "maper: LangBridge has no such option (did you mean mapper?)" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,15 +1,21 @@
 """Duties of every entry of `BRIDGES`, so that a new bridge is tested by its one line there."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mindmerger.bridges import BRIDGES
 from mindmerger.model.adapters import adapter_values, add_adapter
+from mindmerger.model.mapping_files import empty_bridge
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
+from mindmerger.training.dry_run import bridge_flop, training_flop
 
 # Each bridge with its defaults, and with the options that make it another one.
 EVERY = [(name, {}) for name in BRIDGES]
@@ -45,6 +51,11 @@ def model(request, tiny_encoder, tiny_llm):
         for parameter in model.mapping.parameters():
             parameter += 0.5 * (parameter.abs().mean() or 0.5) * torch.randn_like(parameter)
     return model
+
+
+def test_the_bridges_that_are_tested_are_the_same_for_this_file_alone_and_among_all():
+    """The tests' own bridge stood in the list only where another file had been collected before."""
+    assert ("toy", {}) in EVERY
 
 
 def rows(with_prompt: bool) -> list[dict]:
@@ -215,3 +226,51 @@ def test_released_weights_load_and_the_towers_in_them_are_passed_over(model, for
     torch.save(state | {"stranger": torch.zeros(1)}, tmp_path / "other.bin")
     with pytest.raises(UserError, match=r"missing nothing, unknown \['stranger'\]"):
         model.load_mapping(str(tmp_path / "other.bin"))
+
+
+def products(counter) -> tuple[int, int]:
+    """FLOP that torch counted in matrix products, and in attention's, which come in batches."""
+    found = {str(op): flop for op, flop in counter.get_flop_counts()["Global"].items()}
+    plain = sum(flop for op, flop in found.items() if "mm" in op and "bmm" not in op)
+    return plain, sum(found.values()) - plain
+
+
+def counted_and_estimated(model, adapter: int = 0) -> tuple[float, float]:
+    """FLOP of a training step, as torch counts them without both models' attention, and as a dry run estimates them."""
+    with_prompt = list(model.mapping.stages.values())[-1].with_prompt
+    lengths = {"encoder_input_ids": 30, "prompt_ids": 20 if with_prompt else 0, "target_ids": 10}
+    tensors = batch([{name: [7] * n for name, n in lengths.items() if n}] * 2)
+    with FlopCounterMode(display=False) as counter:
+        model(**tensors).loss.backward()
+    states = model.encode(tensors["encoder_input_ids"], tensors["encoder_attention_mask"])
+    with FlopCounterMode(display=False) as attending:  # a bridge that attends does so in here
+        made = model.mapping(*states).prefix_BKD.sum()
+        if made.requires_grad:  # not under an adapter
+            made.backward()
+    counted = products(counter)[0] + products(attending)[1]
+    merged = 1 + model.mapping.prefix_length(30) + lengths["prompt_ids"] + 10
+    columns = {"merged": merged, "encoder": 30, "target": 10}
+    data = SimpleNamespace(**{f"{name}_lengths": np.array([n, n]) for name, n in columns.items()})
+    with torch.device("meta"):  # an LLM as a dry run has it: without adapter, with a head of its own
+        llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.config.llm_path))
+    args = SimpleNamespace(gradient_checkpointing=False)
+    parts = (llm, model.encoder, empty_bridge(model.config), adapter)
+    return counted, training_flop(args, data, data.merged_lengths, np.arange(2), *parts)
+
+
+def test_the_hours_of_a_dry_run_count_the_bridge_s_own_arithmetic(model):
+    """They left it out: of LayAlign and of a trained output head it is more than a tenth of the whole."""
+    counted, estimated = counted_and_estimated(model)
+    # Of fused attention on a CPU torch counts nothing; latents attend, and on the meta device that is counted.
+    assert estimated == pytest.approx(counted, rel=0.15 if model.mapping.options.get("mapper") == "latent" else 0.03)
+
+
+def test_under_an_adapter_a_bridge_counts_as_its_forward_pass_alone(model):
+    trained, bridge = counted_and_estimated(model)[1], empty_bridge(model.config)
+    model.zero_grad()
+    add_adapter(model, adapter_values("lora", 4, 8.0, 0.0, ["q_proj", "v_proj"], model.config.llm_path))
+    number = sum(p.numel() for p in model.trained_parameters().values())
+    counted, estimated = counted_and_estimated(model, number)
+    # Of the first layer nothing goes back into the prefix, which the estimate counts; here the LLM has two.
+    assert counted < estimated < 1.35 * counted
+    assert bridge_flop(bridge, 30, trained=False) < bridge_flop(bridge, 30, trained=True) and estimated < 2 * trained

@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 PEAK_FLOPS = {"bf16": 312e12, "fp32": 19.5e12}
 
 
-def training_flop(args, data, merged, rows, llm, encoder) -> float:
+def training_flop(args, data, merged, rows, llm, encoder, bridge=None, adapter: int = 0) -> float:
     """Estimates the arithmetic of one pass over training rows from their real lengths, without padding and attention.
 
     Each weight of the LLM's layers takes 4 FLOP for a position (forward, and backward to the inputs alone; 6 where
-    gradient checkpointing computes the forward pass again), each of its output head the same for a target token, each
-    of the encoder's 2 for a source token. Embeddings are looked up, and the mapping is small beside all this.
+    gradient checkpointing computes the forward pass again), each of its output head 4 for a target token (6 where the
+    bridge trains it), each of the encoder's 2 for a source token. Embeddings are looked up. The bridge takes what torch
+    counts in its own passes, and 4 for a source token and weight of the LLM's key and value projections where it gives
+    a memory. Under an adapter, whose weights take 6 for a position, both go forward alone.
 
     Args:
         merged: positions of every merged row of the data set.
         rows: (n,) row numbers.
         llm, encoder: the models, which may be without storage; None without an encoder.
+        bridge: between the two, without storage; None leaves its arithmetic out.
+        adapter: trained parameters of an adapter; 0 where the bridge is trained.
     """
     head = llm.get_output_embeddings().weight
     tables = {id(table): table.numel() for table in (llm.get_input_embeddings().weight, head)}
@@ -36,7 +40,37 @@ def training_flop(args, data, merged, rows, llm, encoder) -> float:
         int(lengths[rows].sum(dtype="int64")) for lengths in (merged, data.target_lengths, data.encoder_lengths)
     )
     passes = 6 if args.gradient_checkpointing else 4
-    return float(passes * layers * positions + 4 * head.numel() * targets + 2 * encoding * sources)
+    total = passes * layers * positions + 4 * head.numel() * targets + 2 * encoding * sources
+    total += 6 * adapter * positions
+    if bridge is None or encoder is None:
+        return float(total)
+    # At the mean length: counting each length would take a pass for every one of them.
+    mean = max(1, round(sources / len(rows)))
+    total += bridge_flop(bridge, mean, trained=not adapter) / mean * sources
+    if bridge.uses_memory:
+        attentions = [layer.self_attn for layer in llm.get_decoder().layers]
+        projecting = sum(one.k_proj.weight.numel() + one.v_proj.weight.numel() for one in attentions)
+        total += (2 if adapter else 4) * projecting * sources
+    if hasattr(bridge, "lm_head") and not adapter:
+        total += 2 * head.numel() * targets
+    return float(total)
+
+
+def bridge_flop(bridge, tokens: int, trained: bool) -> int:
+    """Returns the FLOP of the forward pass of a bridge without storage over one row of that many encoder tokens, and
+    where it is trained of the backward pass too."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # On the meta device nothing is computed: shapes are all that the counter asks for. With gradients in either case:
+    # its hooks fail on a view of a parameter that was made without.
+    with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        states = [torch.empty(1, tokens, bridge.towers.encoder_width) for _ in bridge.encoder_layers]
+        made = bridge(states, torch.ones(1, tokens, dtype=torch.long))
+        if trained:
+            outputs = [made.prefix_BKD, *(part for layer in made.memory or () for part in layer)]
+            torch.autograd.grad([one.float().sum() for one in outputs], list(bridge.parameters()), allow_unused=True)
+    return counter.get_total_flops()
 
 
 def print_estimate(settings: Settings, data: "TrainingData") -> None:
@@ -92,7 +126,9 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
             "layers at work come on top of the GPU's memory too"
         )
     total = min(args.max_steps or math.inf, steps * args.epoch_num)
-    flop = training_flop(args, data.examples, lengths, data.train, llm, encoder) * total / steps
+    adapter = trained if settings.adapter is not None else 0
+    models = (llm, encoder, settings.bridge, adapter)
+    flop = training_flop(args, data.examples, lengths, data.train, *models) * total / steps
     rate = PEAK_FLOPS[args.precision]
     print(
         f"arithmetic: {flop:.3g} FLOP in all; at an assumed {ASSUMED_SHARE:.0%} of the {rate / 1e12:g} TFLOP/s in "
