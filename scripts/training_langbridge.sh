@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains LangBridge on the English rows of math with its published settings: its encoder reads the whole prompt, the LLM
 # reads nothing else. Ours: both models (the release has an LM-adapted mT5), the lengths, micro-batches by tokens; its
-# betas of AdamW (0.9, 0.999) and weight decay 0 are (0.8, 0.999) and 3e-7 here, as for every bridge.
+# betas of AdamW (0.9, 0.999) and weight decay 0 are (0.8, 0.999) and 3e-7 here, as for every bridge. The released code
+# also trains the output head: BRIDGE_OPTION=train_lm_head=true HEAD_LR=2e-5.
 # Every value can be replaced by an environment variable of the flag's name (TRAIN_NUM=5000); further arguments win. See
 # common.sh beside this file, and `python run_training.py --help`.
 set -euo pipefail

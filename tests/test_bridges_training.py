@@ -46,6 +46,12 @@ def launch(tiny_llm, tiny_encoder, datas, tmp_path_factory):
         if other is not None:
             changed = [*which, "--bridge_option", other, "--save_name", f"{bridge}-0"]
             runs[bridge, "other options"] = [*common, *changed]
+    for way in ("0", "2", "3"):  # an output head with a learning rate of its own
+        runs["langbridge", f"head {way}"] = [
+            *(*runs["langbridge", way], "--head_lr", "1e-5", "--save_name", f"langbridge-head {way}"),
+            *("--resume_from_checkpoint", "auto"),
+        ]
+    runs["langbridge", "other rate"] = [*runs["langbridge", "head 0"], "--head_lr", "1e-4"]
     outcomes = run_many(folder, list(runs.values()), ranks=2)
     return folder, dict(zip(runs, outcomes, strict=True))
 
@@ -104,6 +110,20 @@ def test_a_trained_output_head_moves_and_is_in_mapping_and_checkpoint(launch, ti
 
 
 @pytest.mark.slow
+def test_a_trained_output_head_may_have_a_learning_rate_of_its_own(launch, tiny_llm):
+    """Published: 2e-5, a thirtieth of the bridge's. Adam's first steps move each weight by about the rate."""
+    start = load_file(f"{tiny_llm}/model.safetensors")["lm_head.weight"]
+    same = load_file(trained(launch, "langbridge", "0") / "mapping.safetensors")
+    for way in ("0", "2", "3"):
+        found = load_file(trained(launch, "langbridge", f"head {way}") / "mapping.safetensors")
+        moved, usual = ((one["lm_head.weight"] - start).abs().max() for one in (found, same))
+        assert 0.5e-5 < moved < 3e-5 < usual, way
+        assert (found["linear.weight"] - same["linear.weight"]).abs().max() < 1e-2, way
+    outcome = launch[1]["langbridge", "other rate"]
+    assert outcome["code"] == 2 and "--head_lr 1e-05, this run has 0.0001: use the same, or say" in outcome["error"]
+
+
+@pytest.mark.slow
 def test_a_resume_with_other_options_is_refused_by_name(launch):
     for bridge, option in (("langbridge", "'train_lm_head': 'true'"), ("layer_fusion", "'feed_forward': '24'")):
         outcome = launch[1][bridge, "other options"]
@@ -125,6 +145,11 @@ def test_langbridge_is_trained_on_english_rows_whose_prompt_its_encoder_reads(ti
     assert not any(data.dataset["prompt_ids"][:])
     assert plain_data.dataset["encoder_ids"][:] == [tokenizers.encoder(one.source)["input_ids"] for one in examples]
     assert data.fingerprint != plain_data.fingerprint
+    # A prompt that is too long loses of its question: the encoder always reads that an answer follows.
+    short = open_or_build(asked, tokenizers, **limits | {"max_seq_len": 200})
+    texts = [tokenizers.encoder.decode(ids, skip_special_tokens=True) for ids in short.dataset["encoder_ids"][:]]
+    assert all(text.endswith("### Response: Let's think step by step.") for text in texts)
+    assert short.counts["source_cut"] > 0 and max(short.encoder_lengths) <= 200
 
 
 @pytest.mark.slow

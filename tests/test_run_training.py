@@ -318,7 +318,7 @@ def test_wrong_inputs_end_with_one_line_and_write_nothing(flags, tiny_llm, tiny_
         (["--stage_name", "augmentation"], ["outputs/MindMerger/math/mapping", "--init_checkpoint"]),
         (
             ["--task", "translation", "--stage_name", "augmentation"],
-            ["translation has no augmentation stage", "--task math"],
+            ["translation has no rows of its own to train on", "--task math"],
         ),
         (["--deepspeed_config", str(tmp_path / "ds.json")], ["gradient_cliping", "gradient_clipping"]),
         (["--deepspeed_config", str(tmp_path / "ds_bf16.json")], ["bf16", "--precision"]),
@@ -443,7 +443,16 @@ def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, t
     ("more", "message"),
     [
         # A comparison of a method with None let this through to the search for the mapping stage's outputs.
-        (["--task", "translation", "--stage_name", "augmentation"], "translation has no augmentation stage: choose"),
+        (
+            ["--task", "translation", "--stage_name", "augmentation"],
+            "no rows of its own to train on: choose --task math, x-csqa, xnli, or --stage_name mapping$",
+        ),
+        (
+            ["--task", "translation", "--bridge", "layalign", "--stage_name", "task"],
+            "translation has no rows of its own to train on: .*, or --stage_name translation$",
+        ),
+        # Of LangBridge's stages none reads pairs.
+        (["--task", "translation", "--bridge", "langbridge"], "no rows of its own to train on: choose --task .* xnli$"),
         (["--languages", ""], "no language in ''"),
         (["--save_name", ""], "--save_name '' names no folder"),
         (["--save_name", "."], "--save_name '.' names no folder"),
@@ -547,6 +556,8 @@ def test_flags_without_effect_are_said(flags, capsys):
         assert f"{given[0]} is ignored: --dry_run neither resumes nor removes anything" in capsys.readouterr().err
     settled(flags, "--gpu", "0,1")
     assert "--gpu is ignored: choose GPUs with the launcher" in capsys.readouterr().err
+    assert settled(flags, "--head_lr", "1e-5").args.head_lr is None
+    assert "--head_lr is ignored: the mapping stage of --bridge mindmerger trains no" in capsys.readouterr().err
 
 
 def test_a_stage_with_another_form_than_its_own_is_obeyed_and_said(flags, capsys):

@@ -66,6 +66,80 @@ def run_script(tmp_path):
     return run
 
 
+def make_executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A copy of the scripts in a project without .venv, and an environment whose PATH begins with a python that has no
+    package."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "project/scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    make_executable(tmp_path / "bare/python", f'#!/bin/sh\nexec "{sys.executable}" -S -I "$@"\n')
+    make_executable(tmp_path / "bare/deepspeed", "#!/bin/sh\necho launched\n")
+    return tmp_path / "project", {"PATH": f"{tmp_path}/bare:/usr/bin:/bin", "HOME": str(tmp_path)}
+
+
+def add_venv(project: Path) -> Path:
+    """Makes what `source .venv/bin/activate` needs, with a python that has the packages."""
+    folder = project / ".venv/bin"
+    make_executable(folder / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    make_executable(folder / "deepspeed", "#!/bin/sh\necho launched\n")
+    (folder / "activate").write_text(f'PATH="{folder}:$PATH"\n')
+    return folder
+
+
+def environment_of(project: Path, program: str, environment: dict) -> subprocess.CompletedProcess:
+    """Asks common.sh for a program, and prints where it was found."""
+    command = f"set -euo pipefail; source scripts/common.sh; use_environment {program}; command -v {program}"
+    return subprocess.run(["bash", "-c", command], cwd=project, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("program", ["python", "deepspeed"])
+def test_a_python_without_the_packages_gives_way_to_the_project_s_environment(bare, program):
+    """A machine's own python came first on PATH: the scripts died in a traceback, the environment beside them."""
+    project, environment = bare
+    done = environment_of(project, program, environment)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {environment['PATH'].split(':')[0]}/python lacks torch, transformers, ")
+    folder = add_venv(project)
+    done = environment_of(project, program, environment)
+    assert (done.stdout, done.stderr) == (f"{folder}/{program}\n", "")
+
+
+@pytest.mark.parametrize("program", ["python", "deepspeed"])
+def test_an_environment_that_has_the_packages_comes_before_the_project_s_own(bare, program, tmp_path):
+    project, environment = bare
+    add_venv(project)
+    mine = add_venv(tmp_path / "mine")
+    done = environment_of(project, program, environment | {"PATH": f"{mine}:{environment['PATH']}"})
+    assert (done.stdout, done.stderr) == (f"{mine}/{program}\n", "")
+    # Without the launcher it is not enough.
+    (mine / "deepspeed").unlink()
+    done = environment_of(project, "deepspeed", environment | {"PATH": f"{mine}:/usr/bin:/bin"})
+    assert (done.stdout, done.stderr) == (f"{project}/.venv/bin/deepspeed\n", "")
+
+
+NEEDING = [path.name for path in SCRIPTS if "scripts/common.sh" in path.read_text() and path.name != "common.sh"]
+
+
+@pytest.mark.parametrize("name", NEEDING)
+def test_a_script_without_the_packages_ends_in_one_line(bare, name):
+    project, environment = bare
+    environment |= {"LLM_PATH": "a", "MT_PATH": "b"}
+    done = subprocess.run(["bash", project / "scripts" / name], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*/bare/python lacks torch, .*: run 'source scripts/setup_venv.sh', .*\n", done.stderr)
+
+
+def test_every_script_that_starts_a_program_finds_its_environment_in_the_same_way():
+    assert {"prepare_data.sh", "compare_bridges.sh", "compare_all.sh", "training_math.sh"} < set(NEEDING)
+    others = {path.name for path in SCRIPTS} - {*NEEDING, "common.sh", "setup_venv.sh"}
+    assert all("setup_venv.sh" in (ROOT / "scripts" / name).read_text() for name in others)
+
+
 def split_launcher(call: list[str]) -> tuple[list[str], str, list[str]]:
     at = next(index for index, word in enumerate(call) if word.endswith(".py"))
     return call[:at], call[at], call[at + 1 :]
@@ -212,7 +286,7 @@ def test_evaluation_script_evaluates_what_training_left(run_script, script, task
         "task": task,
         "llm_path": llm,
         "mt_path": "google/mt5-xl",
-        "init_checkpoint": f"outputs/MindMerger/{trained}/augmentation/pytorch_model.bin",
+        "init_checkpoint": f"outputs/MindMerger/{trained}",  # of whose stages the program takes the last one
         "augmentation": True,
         "eval_max_tokens": 16384,
         "eval_batch_size": None,
@@ -228,11 +302,20 @@ def test_evaluation_under_another_name_reads_that_runs_mapping(run_script):
     """`--save_name other` must not score the default run's mapping under the other name."""
     for arguments in (["--save_name", "other"], ["--save_name=other"]):
         calls, _ = run_script("evaluation_xnli.sh", *arguments)
-        assert flags_of(calls[0])["init_checkpoint"] == "outputs/other/xnli/augmentation/pytorch_model.bin"
+        assert flags_of(calls[0])["init_checkpoint"] == "outputs/other/xnli"
     calls, _ = run_script("evaluation_xnli.sh", SAVE_NAME="third", OUTPUT_DIR="elsewhere")
-    assert flags_of(calls[0])["init_checkpoint"] == "elsewhere/third/xnli/augmentation/pytorch_model.bin"
+    assert flags_of(calls[0])["init_checkpoint"] == "elsewhere/third/xnli"
     calls, _ = run_script("evaluation_xnli.sh", INIT_CHECKPOINT="a.bin", AUGMENTATION="False")
     assert (flags_of(calls[0])["init_checkpoint"], flags_of(calls[0])["augmentation"]) == ("a.bin", False)
+
+
+def test_evaluation_of_another_bridge_takes_the_form_that_it_trains(run_script):
+    """MindMerger's published form put a prompt before LangBridge's LLM, which was trained without one."""
+    for arguments, variables in ((["--bridge", "langbridge"], {}), ([], {"BRIDGE": "langbridge"})):
+        (flags,) = map(flags_of, run_script("evaluation_mgsm.sh", *arguments, **variables)[0])
+        assert (flags["bridge"], flags["augmentation"]) == ("langbridge", None)
+    (flags,) = map(flags_of, run_script("evaluation_mgsm.sh", BRIDGE="layalign", AUGMENTATION="False")[0])
+    assert (flags["bridge"], flags["augmentation"]) == ("layalign", False)
 
 
 def test_evaluation_of_the_llm_alone_names_no_mapping(run_script):
@@ -332,6 +415,39 @@ def test_the_math_scripts_train_and_evaluate_with_the_real_launcher(tmp_path, ti
     assert results["form"] == "soft" and results["counts"]["examples"] == 4
     trained = json.loads((tmp_path / "outputs/MindMerger/math/augmentation/config.json").read_text())
     assert trained["stage"] == "augmentation"
+
+
+@pytest.mark.slow
+def test_the_merlin_style_script_trains_its_four_stages_and_the_evaluation_finds_the_adapter(
+    tmp_path, tiny_llm, tiny_encoder
+):
+    """In the small world's data, as a user calls both; only sizes are made small."""
+    from scripts.tiny_world.__main__ import write_data
+
+    write_data(tmp_path / "datas", seed=0, pairs=8, problems=8, test_problems=2)
+    environment = clean_environment(tmp_path) | {"LLM_PATH": tiny_llm, "MT_PATH": tiny_encoder, "NUM_GPUS": "1"}
+    environment |= {"TRAIN_NUM": "6", "DEV_SIZE": "4", "MAX_STEPS": "2", "TRAIN_BATCH_SIZE": "4", "LANGUAGES": "sw,de"}
+    environment |= {"TRAIN_MICRO_BATCH_SIZE_PER_GPU": "2", "MAX_NEW_TOKENS": "4", "MASTER_PORT": str(free_port())}
+    environment |= {"DATA_ROOT": str(tmp_path / "datas"), "ADAPTER_RANK": "2"}
+    environment |= {name: str(tmp_path / folder) for name, folder in (("OUTPUT_DIR", "o"), ("RESULTS_DIR", "r"))}
+    environment["PATH"] += os.pathsep + os.environ["PATH"]
+    for script, more in (("training_merlin_style.sh", {}), ("evaluation_mgsm.sh", {"SAVE_NAME": "MERLIN"})):
+        command, settings = ["bash", str(ROOT / "scripts" / script)], environment | more
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=tmp_path, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+    folder, before = tmp_path / "o/MERLIN/math", None
+    for stage in ("mapping", "question", "augmentation", "adapter"):
+        settings = json.loads((folder / stage / "args.json").read_text())
+        start = None if before is None else str(folder / before / "mapping.safetensors")
+        assert settings["init_file"] == start, stage
+        assert sum("loss" in line for line in (folder / stage / "log.jsonl").read_text().splitlines()) >= 2
+        before = stage
+    assert (folder / "adapter/mapping.safetensors").read_bytes() == (
+        folder / "augmentation/mapping.safetensors"
+    ).read_bytes()
+    results = json.loads((tmp_path / "r/MERLIN/math_mgsm-adapter/results.json").read_text())
+    assert results["checkpoint"] == str(folder / "adapter/mapping.safetensors")
+    assert (results["form"], results["counts"]["examples"], results["adapter"]["adapter_rank"]) == ("soft", 4, 2)
 
 
 @pytest.mark.slow
@@ -1036,21 +1152,28 @@ def test_the_speed_benchmark_measures_every_part_with_the_programs_own_functions
 def test_the_speed_benchmark_times_a_bridge_beside_mindmerger_in_one_run(run, tmp_path, datas):
     done = run(
         *(sys.executable, "-m", "scripts.benchmarks.speed", "--preset", "tiny", "--data_root", datas, "--bridge"),
-        *("layalign", "--train_num", 20, "--global_batch", 2, "--micro_batch", 2, "--windows", 1),
+        *("layalign,langbridge", "--train_num", 20, "--global_batch", 2, "--micro_batch", 2, "--windows", 1),
+        *("--parts", "generation", "--questions", 3, "--max_new_tokens", 2),
         *("--output", tmp_path / "report.json"),
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "mapping" not in report and list(report["bridges"]) == ["mindmerger", "layalign"]
-    base, other = report["bridges"].values()
+    assert "mapping" not in report and list(report["bridges"]) == ["mindmerger", "layalign", "langbridge"]
+    base, other, _ = report["bridges"].values()
     assert base["target_tokens_per_s_relative"] == 1 and other["stage"] == "task"
     ratio = other["target_tokens_per_s"] / base["target_tokens_per_s"]
     assert other["target_tokens_per_s_relative"] == ratio > 0
     assert other["trained_parameters"] > base["trained_parameters"] > 0
-    order = re.findall(r"^(?:.*\] )?(mindmerger|layalign) window (\d)", done.stderr + done.stdout, flags=re.MULTILINE)
-    assert order == [("mindmerger", "0"), ("layalign", "0"), ("mindmerger", "1"), ("layalign", "1")]
+    order = re.findall(r"^(?:.*\] )?(\w+) window (\d)", done.stderr + done.stdout, flags=re.MULTILINE)
+    assert order == [(name, number) for number in "01" for name in report["bridges"]]
     assert f"| layalign | task | {other['trained_parameters']:,} |" in done.stdout
+    # In fp32 both ways of generating give the same answers, also where the LLM attends to a memory.
+    made = report["generation"]
+    forms = dict(zip(report["bridges"], ("soft", "soft", "hard"), strict=True))
+    assert {name: row["form"] for name, row in made.items()} == forms
+    assert all(row["same_answers"] == 1 and row["ours"]["questions_per_s"] > 0 for row in made.values())
+    assert f"| layalign | soft | {made['layalign']['ours']['questions_per_s']:.2f} |" in done.stdout
 
 
 def test_the_speed_benchmark_refuses_an_unknown_bridge_and_times_no_other_part_beside_bridges():
@@ -1061,3 +1184,5 @@ def test_the_speed_benchmark_refuses_an_unknown_bridge_and_times_no_other_part_b
     args = speed.parse(["--bridge", "xbridge, layalign", "--bridge", "xbridge"])
     assert (args.parts, args.bridge) == ([], ["mindmerger", "xbridge", "layalign"])
     assert speed.parse([]).parts == speed.PARTS.split(",") and speed.parse([]).bridge == []
+    with pytest.raises(UserError, match="--parts generation times the bridges of --bridge, and none is given"):
+        speed.parse(["--parts", "generation"])

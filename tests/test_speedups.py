@@ -15,6 +15,7 @@ from conftest import ROOT, make_tiny_llm, read_log
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+from mindmerger.model.adapters import adapter_values, add_adapter
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import speedups
@@ -62,13 +63,57 @@ def test_compiled_layers_have_the_same_losses_and_gradients(tiny_llm, tiny_encod
     assert traced and outcomes[1] == pytest.approx(outcomes[0], rel=1e-5)
 
 
+def with_adapter(encoder, llm, kind, targets) -> MindMerger:
+    """A model whose adapter is the same each time."""
+    torch.manual_seed(0)
+    model = MindMerger.from_models(encoder, llm, torch.float32)
+    add_adapter(model, adapter_values(kind, 4, 8.0, 0.0, targets, llm))
+    return model
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("lora", False), ("dora", False), ("lora", True)])
+def test_an_adapter_in_compiled_layers_trains_with_the_same_losses(
+    tiny_llm, tiny_encoder, monkeypatch, kind, checkpointing
+):
+    """As above; its weights change between the steps, which code that holds them as constants would not see."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **way: compile_module(self, backend="aot_eager", **way)
+    )
+    outcomes = []
+    for compiled in (False, True):
+        model = with_adapter(tiny_encoder, tiny_llm, kind, ["q_proj", "v_proj", "down_proj"])
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        if compiled:
+            speedups.compile_layers(model)
+        model.train()
+        optimizer, losses = torch.optim.AdamW(model.trained_parameters().values(), lr=1e-2), []
+        for rows, length in ((3, 9), (1, 5), (2, 17), (1, 30), (3, 9)):
+            ids = torch.arange(rows * length).view(rows, length) % 200 + 5
+            mask = torch.ones(rows, length, dtype=torch.long)
+            optimizer.zero_grad()
+            loss = model(encoder_input_ids=ids, encoder_attention_mask=mask, target_ids=ids, target_mask=mask).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        outcomes.append(losses)
+    traced = torch._dynamo.utils.counters["frames"]["ok"]
+    torch._dynamo.reset()
+    assert traced and outcomes[1] == pytest.approx(outcomes[0], rel=1e-4) and outcomes[0][-1] < outcomes[0][0]
+
+
 @pytest.mark.soak  # a minute of g++ each
-@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--gradient_checkpointing"], ["--stage_name", "adapter", "--llm_only", "--adapter_dropout", "0"]]
+)
 @pytest.mark.skipif(which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_training_has_the_same_losses(run, flags, tmp_path, more):
     """Batches of one row, evaluation without gradient and many lengths must all stay compiled and right."""
     steps = ["--max_steps", "4", "--eval_steps", "2", "--micro_batch_tokens", "150"]
-    ways = {"plain": [], "compiled": ["--compile", *more]}
+    # Recomputing changes no loss: the plain run needs none of it.
+    own = [] if more == ["--gradient_checkpointing"] else more
+    ways = {"plain": own, "compiled": ["--compile", *more]}
     # The clean environment of tests has no compiler on PATH, and ours must not be shadowed by its CC and CXX.
     env = {"PATH": os.environ["PATH"], "CXX": which("g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     losses = {}
@@ -76,7 +121,7 @@ def test_compiled_training_has_the_same_losses(run, flags, tmp_path, more):
         done = run(ROOT / "run_training.py", *flags, *steps, *option, "--save_name", name, env=env, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "recompile_limit" not in done.stderr
-        folder = tmp_path / "outputs" / name / "math/mapping"
+        folder = tmp_path / "outputs" / name / "math" / ("llm_adapter" if "--llm_only" in more else "mapping")
         losses[name] = read_log(folder) + read_log(folder, "dev_loss")
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5)
 
@@ -146,6 +191,35 @@ def test_liger_gets_no_cross_entropy(stand_in, tiny_llm):
     speedups.apply_liger(LlamaForCausalLM.from_pretrained(tiny_llm))
     off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert stand_in == [{"rope": True, "rms_norm": True, "swiglu": True, **off}]
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]])
+def test_liger_finds_the_layers_that_it_replaces_under_an_adapter_and_calls_what_lies_on_them(
+    stand_in, tiny_llm, tiny_encoder, monkeypatch, targets
+):
+    """Training puts the adapter on first. Liger binds its own SwiGLU to each MLP, which calls its linear layers."""
+
+    def swiglu(self, x):
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def bind(model, **kernels):
+        for layer in getattr(model, model.base_model_prefix).layers:
+            assert type(layer.mlp) is modeling_llama.LlamaMLP
+            assert type(layer.input_layernorm) is modeling_llama.LlamaRMSNorm
+            layer.mlp.__dict__["forward"] = swiglu.__get__(layer.mlp)
+
+    ids, mask = torch.arange(24).view(2, 12) + 5, torch.ones(2, 12, dtype=torch.long)
+    batch = {"encoder_input_ids": ids, "encoder_attention_mask": mask, "target_ids": ids, "target_mask": mask}
+    found = []
+    for with_liger in (False, True):
+        model = with_adapter(tiny_encoder, tiny_llm, "lora", targets)
+        if with_liger:
+            monkeypatch.setattr(sys.modules["liger_kernel.transformers"], "_apply_liger_kernel_to_instance", bind)
+            speedups.apply_liger(model.llm)
+        model(**batch).loss.backward()
+        found.append({name: p.grad.norm().item() for name, p in model.trained_parameters().items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert all(norm > 0 for name, norm in found[1].items() if "lora_B" in name)
 
 
 def test_liger_refuses_models_it_does_not_know(stand_in, tmp_path):

@@ -7,8 +7,7 @@ towers, and where the optimizer's state lives. Heavy imports happen inside the f
 import os
 from contextlib import contextmanager
 
-from mindmerger.hub.model_files import one_line
-from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.errors import UserError, one_line
 from mindmerger.runtime.processes import rank, world_size
 from mindmerger.training.deepspeed_config import zero_stage
 
@@ -111,11 +110,15 @@ def broadcastable_scalars():
         DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast, take
 
 
-def make_engine(model, config: dict, lr: float):
+def make_engine(model, config: dict, lr: float, head_lr: float | None = None):
     """Wraps the model in a DeepSpeed engine that optimises its trained parameters with AdamW.
 
+    Args:
+        head_lr: learning rate of the LLM's output head, where the bridge trains it; None for the same.
+
     Returns:
-        the engine; its `basic_optimizer` is the torch AdamW whose learning rate the loop sets.
+        the engine; its `basic_optimizer` is the torch AdamW whose learning rate the loop sets. Each of its groups says
+        in `share_of_lr` by which factor its rate differs.
 
     Raises:
         UserError: for settings that DeepSpeed finds at odds with each other, the model or the machine.
@@ -125,11 +128,18 @@ def make_engine(model, config: dict, lr: float):
     from deepspeed.runtime.config import DeepSpeedConfigError
 
     os.environ.setdefault("LOCAL_RANK", "0")  # as above
-    parameters = list(model.trained_parameters().values())
+    trained = model.trained_parameters()
+    parameters = list(trained.values())
+    groups = [{"params": parameters, "share_of_lr": 1.0}]
+    if head_lr is not None:
+        parts = {False: [], True: []}  # whether they are the output head's
+        for name, parameter in trained.items():
+            parts[name.startswith("lm_head.")].append(parameter)
+        groups = [{"params": parts[head], "share_of_lr": head_lr / lr if head else 1.0} for head in parts]
     on_cuda = parameters[0].device.type == "cuda" and not config["zero_optimization"].get("offload_optimizer")
     # The published runs' constants. Given as an object: from JSON, DeepSpeed would compile an AdamW of its own.
     optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7, fused=True if on_cuda else None
+        groups, lr=lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7, fused=True if on_cuda else None
     )
     if zero_stage(config) == 0:
         # The loop clips by itself there: DeepSpeed neither reports the norm nor stops at one that is not finite.

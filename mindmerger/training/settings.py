@@ -38,7 +38,7 @@ CHANGEABLE_ON_RESUME = {
     "max_steps",
     "max_minutes",
 }
-CHANGEABLE_ON_RESUME |= {"lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
+CHANGEABLE_ON_RESUME |= {"lr", "head_lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
 
 
 # Names and defaults of published flags are the released scripts', so that their commands run unchanged.
@@ -52,8 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("models").add_argument
     add("--llm_path", type=model_path, default="../LLMs/Llama-2-7b-hf/", help="folder or hub name of the frozen LLM")
-    add("--mt_path", type=model_path, default="../LLMs/mt5-xl/", help="folder or hub name of the frozen "
-        "multilingual encoder")  # fmt: skip
+    add("--mt_path", type=model_path, default="../LLMs/mt5-xl/", help="folder or hub name of the frozen encoder")
     add("--init_checkpoint", help="mapping to start from (folder, .safetensors or released .bin); the augmentation "
         "stage finds the mapping stage's by itself; 'none' starts that stage from a fresh mapping")  # fmt: skip
     add("--bridge", default="mindmerger", help="what is trained between the two: a name of mindmerger.bridges.BRIDGES")
@@ -81,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     adapter_stage.add_arguments(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=positive, default=2e-5, help="learning rate of AdamW")
+    add("--head_lr", type=positive, help="learning rate of an output head that the bridge trains (default: as --lr)")
     add("--lr_scheduler", choices=("constant", "cosine", "linear"), default="constant", help="decay after warm-up")
     add("--warmup_ratio", type=share, default=0.0, help="share of the steps with a linearly rising learning rate")
     add("--max_grad_norm", type=positive, help="gradient clipping (default: the DeepSpeed config's, else 1.0)")
@@ -180,8 +180,11 @@ def settle(args) -> Settings:
     options = settle_options(args.bridge, args.bridge_option)
     stage = settle_stage(args, options)
     adapter = adapter_stage.settle_adapter(args, stage)
+    if args.head_lr is not None and "lm_head" not in stage.trains:
+        warn(f"--head_lr is ignored: the {args.stage_name} stage of --bridge {args.bridge} trains no output head")
+        args.head_lr = None
     if stage.data != "pairs":
-        task.check_augmentation()
+        task.check_augmentation(otherwise=advise_pairs(args.bridge, options))
     dev_accuracy.check_selection(args, task, stage)
     languages = settle_languages(args, stage)
     if stage.data == "question_pairs":
@@ -316,6 +319,14 @@ def settle_stage(args, options: dict[str, str]):
         args.stage_name = next(iter(find_bridge(args.bridge).stages_with(options)))
     stage = find_stage(args.bridge, args.stage_name, options)
     return adapter_stage.settle_alone(args, stage) if args.llm_only else stage
+
+
+def advise_pairs(bridge: str, options: dict[str, str]) -> str:
+    """Returns the advice to train a stage on sentence pairs, which every task has, "" where the bridge has none."""
+    from mindmerger.model.mapping_files import stages_of
+
+    names = [name for name, stage in stages_of(bridge, options).items() if stage.data == "pairs"]
+    return f", or --stage_name {' or '.join(names)}" if names else ""
 
 
 def find_stage(bridge: str, name: str, options: dict[str, str] | None = None):

@@ -156,12 +156,12 @@ def learning_rate(args, step: float, total_steps: int) -> float:
 
 
 def set_learning_rate(run: Run, step: int) -> float:
-    """Sets the learning rate of a step (from 0), and returns it."""
+    """Sets the learning rate of a step (from 0), and returns it; a trained head's differs by a constant factor."""
     # A function of the step alone: a scheduler would be one more state to save and restore. With --max_minutes the
     # time that is used moves it on where that is the larger share.
     rate = learning_rate(run.args, max(step, run.clock.share() * run.total_steps), run.total_steps)
     for group in run.engine.basic_optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["share_of_lr"]
     return rate
 
 
@@ -184,7 +184,7 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
         start = f"{settings.trains}."
         model.load_trained({name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)})
     with explain_placing_out_of_memory(device):
-        engine = make_engine(model, settings.config, args.lr)
+        engine = make_engine(model, settings.config, args.lr, args.head_lr)
     loader, progress = BatchLoader(args, data, settings.bridge.prefix_length, device), Progress()
     if folder is not None:
         load_optimizer_state(engine, tensors, state["step"], loader.load(data.train[:1]).tensors)

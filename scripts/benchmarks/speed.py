@@ -13,7 +13,8 @@ limit. They alternate window by window in one process, or in each process of
     python -m scripts.benchmarks.speed --bridge langbridge,layalign,xbridge,layer_fusion --precision fp32
 
 times the last stage of each bridge beside MindMerger's, between the same two models, again window by window in turn.
-Bridges differ in what a row holds (LangBridge's has no prompt), so the ratio is that of target tokens per second.
+Bridges differ in what a row holds (LangBridge's has no prompt), so the ratio is that of target tokens per second. With
+`--parts generation` also generation with each bridge against the plain one, in the form that its last stage trains.
 
 Useful tokens are the real positions of merged rows. FLOP utilisation counts 4 N per useful position of the LLM (one
 forward pass, and one backward pass to the inputs alone), 2 N per encoder token and 6 N per token of the mapping, over
@@ -68,8 +69,8 @@ def build_parser():
     add(
         "--parts",
         help="mapping, augmentation: training; mapping_memory, augmentation_memory: its peak memory, in processes of "
-        "their own; soft, hard: generation in that form; separated by commas (default: all but mapping_memory; with "
-        "--bridge none of them)",
+        "their own; soft, hard: generation in that form; generation: with each --bridge; separated by commas (default: "
+        "all but mapping_memory and generation; with --bridge none of them)",
     )
     add(
         "--bridge",
@@ -112,6 +113,8 @@ def parse(argv=None):
     for name in args.bridge:
         find_bridge(name)
     args.parts = [part for part in (args.parts or ("" if named else PARTS)).split(",") if part]
+    if "generation" in args.parts and not named:
+        raise UserError("--parts generation times the bridges of --bridge, and none is given: name some, or take hard")
     return args
 
 
@@ -525,10 +528,13 @@ def plain_generation(model, tokenizers, columns: dict, batch: list[int], new: in
     from mindmerger.generation import answers as generation_answers
 
     inputs = generation_answers.batch_inputs(model, tokenizers, columns, batch)
-    embeds, mask = model.merged_embeddings(**inputs)
-    ids = model.llm.generate(
-        inputs_embeds=embeds, attention_mask=mask.to(embeds.device), max_new_tokens=new, do_sample=False
-    )
+    every = ("encoder_input_ids", "encoder_attention_mask", "prompt_ids", "prompt_mask")
+    # Not `merged_embeddings`, which refuses a bridge whose LLM also attends to a memory: here it does.
+    embeds, mask, memory = model._merged(*(inputs.get(name) for name in every))
+    with memory:
+        ids = model.llm.generate(
+            inputs_embeds=embeds, attention_mask=mask.to(embeds.device), max_new_tokens=new, do_sample=False
+        )
     return [generation_answers.to_generation(model, tokenizers, row) for row in ids.tolist()]
 
 
@@ -538,6 +544,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
 
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.generation import answers as generation_answers
+    from mindmerger.model.mapping_files import stage_of
     from mindmerger.tasks import find_task
     from mindmerger.tasks.examples import evaluation_examples
     from mindmerger.tasks.languages import find_language
@@ -550,6 +557,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
         for example in evaluation_examples(task, args.data_root, find_language(code), args.questions // 3)
     ]
     kept = {"with_source": form != "llm_only", "with_prompt": form != "hard"}
+    kept["encoder_text"] = stage_of(model.config).encoder_text
     columns = generation_answers.tokenise_inputs(tokenizers, examples, **kept, max_seq_len=512, max_gen_len=512)
     lengths = generation_answers.input_positions(columns, model.mapping)
     every, new = list(range(len(examples))), args.max_new_tokens
@@ -575,7 +583,8 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
             outputs = {i: generation for share in shares for i, generation in share.items()}
             answers[mode] = [outputs[i].output for i in every]
             tokens[mode] = sum(generation.generated_tokens for generation in outputs.values())
-            log(f"generation, {form}, window {number} {mode}: {len(examples) / seconds:.2f} questions/s")
+            where = f"generation, {model.config.bridge}, {form}, window {number} {mode}"
+            log(f"{where}: {len(examples) / seconds:.2f} questions/s")
             if number or not args.windows:
                 found[mode].append(seconds)
     result = {"mean_input": statistics.mean(lengths)}
@@ -585,6 +594,19 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
     # In bf16 a random model's best tokens lie so close that another batch shape tips them; in fp32 all answers agree.
     result["same_answers"] = sum(map(str.__eq__, answers["ours"], answers["plain"])) / len(every)
     result["times_plain"] = result["ours"]["questions_per_s"] / result["plain"]["questions_per_s"]
+    return result
+
+
+def time_bridges_generation(args, folder: Path, model, device) -> dict:
+    """Times generation with each bridge in the form that its last stage trains; the towers are the same for all."""
+    from mindmerger.model.mapping_files import form_of
+    from mindmerger.model.mindmerger import MindMerger
+
+    result, paths = {}, (str(folder / "encoder"), str(folder / "llm"))
+    for name in args.bridge:
+        one = MindMerger.from_towers(model.encoder, model.llm, *paths, name).to(device)
+        form = form_of(one.config, None)
+        result[name] = {"form": form, **time_generation(args, folder, form, one, device)}
     return result
 
 
@@ -625,6 +647,14 @@ def markdown(report: dict) -> str:
             cells = [name, row["stage"], f"{row['trained_parameters']:,}"]
             for unit in ("target_tokens_per_s", "useful_tokens_per_s"):
                 cells += [f"{row[unit]:.0f}", f"{row[f'{unit}_relative']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    if "generation" in report:
+        head = ("generation", "form", "questions/s", "plain", "x plain", "same answers")
+        lines += ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+        for name, row in report["generation"].items():
+            cells = [name, row["form"], *(f"{row[mode]['questions_per_s']:.2f}" for mode in ("ours", "plain"))]
+            cells += [f"{row['times_plain']:.2f}", f"{row['same_answers']:.0%}"]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     for form in ("soft", "hard"):
@@ -669,6 +699,8 @@ def run(args, folder: Path, device) -> dict:
     for part in args.parts + ["bridges"] * bool(args.bridge):
         if part == "bridges":
             report[part] = time_bridges(args, folder, model, device, rate * world_size())
+        elif part == "generation":
+            report[part] = time_bridges_generation(args, folder, model, device)
         elif part in ("soft", "hard"):
             report[part] = time_generation(args, folder, part, model, device)
         elif part.endswith("_memory"):
