@@ -65,7 +65,7 @@ def lines_of(folder):
 
 
 def test_dev_accuracy_is_that_of_an_evaluation_of_the_same_rows(stage, tmp_path, monkeypatch):
-    [outcome] = run_many(tmp_path, [[*stage, "--save_name", "one"]])
+    [outcome] = run_many(tmp_path, [[*stage, "--dev_split", "rows", "--save_name", "one"]])
     assert outcome["code"] == 0, outcome
     folder = folder_of(tmp_path, "one")
     accuracies = read_log(folder, "dev_accuracy")
