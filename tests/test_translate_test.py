@@ -112,7 +112,7 @@ def translate(translators, datas, tmp_path):
     def call(*flags, folder="t", translator=None, languages="sw,de", task="math"):
         given = ["--task", task, "--data_root", datas, "--languages", languages, "--output_dir", str(tmp_path / folder)]
         given += ["--translator", translator or translators("nllb"), "--max_new_tokens", "12", "--batch_size", "3"]
-        given += ["--max_seq_len", "200"]
+        given += ["--max_seq_len", "200", "--precision", "fp32"]  # on every CPU: some would take bf16
         assert translate_test.main([*given, *map(str, flags)]) == 0
         return lines_of(tmp_path / folder / "translations.jsonl")
 
@@ -379,6 +379,7 @@ def test_a_process_killed_while_it_translates_has_lost_a_chunk_at_most(translate
     translate(*slow, folder="whole", languages=languages)
     flags = ["--task", "math", "--data_root", datas, "--languages", languages, "--output_dir", str(tmp_path / "t")]
     flags += ["--translator", translators("nllb"), "--max_seq_len", "200", "--batch_size", "3", *map(str, slow)]
+    flags += ["--precision", "fp32"]
     command = [sys.executable, "-m", "mindmerger.baselines.translate_test", *flags]
     unfinished = tmp_path / "t/unfinished.jsonl"
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
@@ -476,7 +477,7 @@ def test_parallel_input_reads_the_same_file(translate, datas, tmp_path, capsys):
 def evaluate(datas, tiny_llm, tmp_path, capsys):
     def call(*flags, task="math", languages="sw,de,en"):
         given = ["--llm_only", "--llm_path", tiny_llm, "--data_root", datas, "--task", task, "--languages", languages]
-        given += ["--max_new_tokens", "4", "--results_dir", str(tmp_path / "results")]
+        given += ["--max_new_tokens", "4", "--results_dir", str(tmp_path / "results"), "--precision", "fp32"]
         assert run_evaluation.main([*given, *map(str, flags)]) == 0
         return capsys.readouterr()
 
