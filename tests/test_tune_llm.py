@@ -131,6 +131,7 @@ def test_the_tuned_folder_is_an_ordinary_model_whose_evaluation_scores_what_the_
     assert llm.dtype == source.dtype
     changed = [name for name, one in source.state_dict().items() if not torch.equal(one, llm.state_dict()[name])]
     assert len(changed) == len(source.state_dict())
+    assert len({path.stat().st_mode for path in (tmp_path / "tuned").iterdir()}) == 1
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "tuned" / name).read_bytes() == (Path(tiny_llm) / name).read_bytes()
     losses, shares = log_of("tuned", "dev_loss"), log_of("tuned", "dev_accuracy")

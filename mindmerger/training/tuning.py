@@ -203,8 +203,10 @@ class Tuner(Trainer):
 
 def training_arguments(settings: TuningSettings, fresh: bool) -> TrainingArguments:
     """Returns Trainer's settings."""
-    args = settings.args
+    args, on_gpu = settings.args, torch.cuda.is_available()
     logging.set_verbosity_error()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn of it
     arguments = TrainingArguments(
         output_dir=str(settings.work),
         per_device_train_batch_size=1,
@@ -217,7 +219,7 @@ def training_arguments(settings: TuningSettings, fresh: bool) -> TrainingArgumen
         max_grad_norm=args.max_grad_norm,
         optim="adamw_torch_fused",
         bf16=settings.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not on_gpu,
         seed=args.seed,
         eval_strategy="steps" if len(settings.dev) else "no",
         eval_steps=args.eval_steps,
@@ -374,6 +376,8 @@ def write_folder(settings: TuningSettings, llm: torch.nn.Module, history: list[d
         remove(folder)
         merge_lora(llm)
         llm.to(stored_dtype(settings)).save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", path)  # safetensors makes files that their owner alone may read
         copy_settings(settings.args.llm_path, folder)
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_text_atomic(folder / "log.jsonl", lines)
