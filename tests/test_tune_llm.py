@@ -234,9 +234,18 @@ def test_rows_of_one_premise_are_never_on_both_sides(flags, tmp_path):
     rows = xnli_rows(36) + xnli_rows(12)[::-1] + xnli_rows(9, seed=3)
     sides = [{rows[i]["sentence1"] for i in side} for side in (settings.dev, settings.train)]
     assert not sides[0] & sides[1]
-    assert 10 <= len(settings.dev) <= 15 and len(settings.dev) + len(settings.train) == len(rows)
+    assert 9 <= len(settings.dev) <= 15 and len(settings.dev) + len(settings.train) == len(rows)
     assert list(settings.dev) != list(settle(flags("tuned", "--rows", str(extra), "--seed", "1")).dev)
     assert len(settle(flags("tuned", "--dev_size", "0")).dev) == 0
+
+
+def test_translations_of_a_row_are_never_on_both_sides(flags, tmp_path):
+    rows = xnli_rows(36)
+    swahili = [{**row, "sentence1": row["sentence1"][::-1], "language": "Swahili"} for row in rows]
+    write_root(tmp_path / "datas", rows + swahili)
+    settings = settle(flags("tuned", "--languages", "English,sw", "--dev_size", "12"))
+    sides = [{int(i) % 36 for i in side} for side in (settings.dev, settings.train)]
+    assert not sides[0] & sides[1] and len(settings.dev) == 12
 
 
 def test_rows_of_a_test_set_are_left_out_and_counted(flags, tmp_path, capfd):
@@ -312,7 +321,7 @@ def test_wrong_inputs_say_what_to_do(flags, tmp_path, tiny_llm, tiny_encoder):
         (["--languages", "Englisch"], "unknown language 'Englisch': did you mean English"),
         (["--languages", "Thai"], "no rows in Thai; the file holds English"),
         (["--task", "xnly"], "unknown task 'xnly'; did you mean xnli"),
-        (["--task", "translation"], "translation has no augmentation stage"),
+        (["--task", "translation"], "translation has no rows of its own to train on"),
         (["--llm_path", str(tmp_path / "empty")], "empty"),
         (["--llm_path", tiny_encoder], "an encoder-decoder and not a causal language model"),
         (["--rows_only"], "no --rows gives others"),
@@ -320,7 +329,8 @@ def test_wrong_inputs_say_what_to_do(flags, tmp_path, tiny_llm, tiny_encoder):
         (["--lora", "--adapter_targets", "qproj"], "has no linear layer of this name .did you mean q_proj"),
         (["--output_dir", str(tmp_path / "foreign")], "holds no tune.json, so it is not ours to replace"),
         (["--output_dir", tiny_llm], "is the LLM that is tuned"),
-        (["--dev_size", "36"], "would take all of the 36 rows, in 12 groups"),
+        (["--dev_size", "36"], "would take all of the 36 examples"),
+        (["--train_num", "3"], "all 3 rows are of one question, premise or stem"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--data_root", str(tmp_path / "empty")], "no file .*xnli_dev.json"),
     ]

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mindmerger.runtime.files import model_path, sha256_of_file
 from mindmerger.runtime.place import LAUNCHER_VARIABLES
 from mindmerger.runtime.processes import log, warn
 from mindmerger.training.adapter_stage import DEFAULTS
+from mindmerger.training.dev_split import _dev_size
 
 RECORD = "tune.json"  # in a finished folder: what it is
 HELP = """\
@@ -24,12 +24,6 @@ Tunes an LLM on a task's rows in the prompt and target form of this project: the
 the prompt, exactly the ids that run_evaluation.py --llm_only feeds it, and learns target and end token. Prompt tokens
 have no loss. The output is an ordinary model folder. The same command resumes a run that was killed.
 """
-
-
-def _dev_size(text: str) -> int | None:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of rows of at least 0, or auto, got {text!r}")
-    return None if text == "auto" else int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows_only", action="store_true", help="leave out the data folder's own rows: the files of --rows alone")
     add("--train_num", type=at_least(1), help="most rows of each language from the data folder and from each file "
         "(default: all)")  # fmt: skip
-    add("--dev_size", type=_dev_size, default="auto", help="rows kept aside, whole groups of one premise, question or "
-        "stem; auto takes 3000, or a tenth where that is less")  # fmt: skip
+    add("--dev_size", type=_dev_size, default="auto", help="rows kept aside, whole groups of one question, premise "
+        "or stem; auto takes 3000, or a tenth where that is less")  # fmt: skip
     add("--max_gen_len", type=at_least(1), default=512, help="limit of the prompt's and of the target's tokens")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -121,12 +115,11 @@ def settle(args: argparse.Namespace) -> TuningSettings:
     """
     import torch
 
-    from mindmerger.data.batches import automatic_dev_size
+    from mindmerger.data.batches import automatic_dev_size, split_dev
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.generation.answers import tokenise_inputs
     from mindmerger.model.towers import check_models, check_roles
     from mindmerger.tasks import find_task
-    from mindmerger.tasks.examples import varying_text
     from mindmerger.tasks.languages import parse_languages, use_languages_file
 
     check_alone()
@@ -139,14 +132,15 @@ def settle(args: argparse.Namespace) -> TuningSettings:
     check_models(None, args.llm_path, backward=True)
     output, work = settle_output(args)
     adapter = settle_lora(args)
-    examples, data = read_examples(args, task, languages)
+    sources, data = read_sources(args, task, languages)
+    examples = [example for source in sources for example in source]
     tokenizers = load_tokenizers(None, args.llm_path)
     # The evaluation's own function, so that the LLM is tuned on the very ids that it is asked with.
     limits = {"max_seq_len": 1, "max_gen_len": args.max_gen_len}
     columns = tokenise_inputs(tokenizers, examples, with_source=False, with_prompt=True, with_target=True, **limits)
     lengths = check_rows_fit(args, tokenizers, columns)
-    dev_size = automatic_dev_size(len(examples)) if args.dev_size is None else args.dev_size
-    dev, train = split_by_group([varying_text(example) for example in examples], dev_size, args.seed)
+    dev_size = automatic_dev_size(len(examples)) if args.dev_size == "auto" else args.dev_size
+    dev, train = split_dev(len(examples), dev_size, args.seed, group_rows(task, sources, dev_size))
     data["rows"] |= {"train": len(train), "dev": len(dev)}
     steps = args.epoch_num * -(-len(train) // args.train_batch_size)
     settings = TuningSettings(
@@ -219,11 +213,11 @@ def settle_lora(args: argparse.Namespace) -> dict | None:
     return values
 
 
-def read_examples(args: argparse.Namespace, task, languages: list) -> tuple[list, dict]:
+def read_sources(args: argparse.Namespace, task, languages: list) -> tuple[list[list], dict]:
     """Reads all rows and leaves out those that a test set of the task holds too.
 
     Returns:
-        the examples, and what `tune.json` says of the data.
+        the examples of the data folder and of each file, and what `tune.json` says of the data.
 
     Raises:
         UserError: for missing or faulty data, and where no row is left.
@@ -232,27 +226,52 @@ def read_examples(args: argparse.Namespace, task, languages: list) -> tuple[list
     from mindmerger.tasks.rows import evaluation_sources, normalise_source, read_rows
 
     task.check_augmentation()
-    files, examples = [], []
+    files, sources = [], []
     if not args.rows_only:
         stage = StageData(task, "augmentation", args.data_root, languages, args.train_num)
-        examples += stage.examples()
+        sources.append(list(stage.examples()))
         files += stage.files()
     for path in args.rows:
-        examples += read_rows(task, path, languages, args.train_num)
+        sources.append(list(read_rows(task, path, languages, args.train_num)))
         files.append(Path(path))
     known = evaluation_sources(task, args.data_root, languages)
-    kept = [one for one in examples if known is None or normalise_source(one.source) not in known]
-    left_out = len(examples) - len(kept)
+    kept = [[one for one in source if normalise_source(one.source) not in (known or ())] for source in sources]
+    read, left = sum(map(len, sources)), sum(map(len, kept))
     if known is None:
         warn(f"{args.data_root} holds no test set of {task.training_name}: rows that stand in one are not found")
-    if left_out:
-        warn(f"{left_out} of {len(examples)} rows are left out: a test set of {task.training_name} holds them too")
-    if not kept:
-        raise UserError(f"no row is left to tune on: a test set of {task.training_name} holds all {len(examples)}")
-    return kept, {
-        "files": {str(path): sha256_of_file(path) for path in files},
-        "rows": {"read": len(examples), "in_a_test_set": left_out if known is not None else None},
-    }
+    if read > left:
+        warn(f"{read - left} of {read} rows are left out: a test set of {task.training_name} holds them too")
+    if not left:
+        raise UserError(f"no row is left to tune on: a test set of {task.training_name} holds all {read}")
+    rows = {"read": read, "in_a_test_set": read - left if known is not None else None}
+    return kept, {"files": {str(path): sha256_of_file(path) for path in files}, "rows": rows}
+
+
+def group_rows(task, sources: list[list], dev_size: int) -> np.ndarray:
+    """Returns the group of each row: rows that are too alike to judge by those that were trained on. The three
+    hypotheses of a premise share most of their words, and so do translations of a row.
+
+    Raises:
+        UserError: where all rows are one group, of which dev rows are wanted.
+    """
+    from mindmerger.data.groups import GroupKeys, connect
+    from mindmerger.tasks.examples import StageData, varying_text
+
+    within, texts, number = [], {}, 0
+    for source in sources:
+        # Translations are told by their numbers, which count in one source alone.
+        keys = GroupKeys(StageData(task, "augmentation", ""))
+        noted = list(keys.noting(source))
+        within.append(keys.groups() + number)
+        number += len(noted)
+    rows = [(row.language, varying_text(row)) for source in sources for row in source]
+    by_text = np.array([texts.setdefault(row, len(texts)) for row in rows])
+    groups = connect([np.concatenate(within), by_text])
+    if dev_size and not groups.any():
+        raise UserError(
+            f"all {len(groups)} rows are of one question, premise or stem: pass --dev_size 0, or other rows"
+        )
+    return groups
 
 
 def check_rows_fit(args: argparse.Namespace, tokenizers, columns: dict) -> np.ndarray:
@@ -274,35 +293,6 @@ def check_rows_fit(args: argparse.Namespace, tokenizers, columns: dict) -> np.nd
     lengths = np.array([1 + len(prompt) + len(target) for prompt, target in pairs])
     check_positions(args.llm_path, int(lengths.max()), "the longest row", "--max_gen_len")
     return lengths
-
-
-def split_by_group(groups: Sequence[str], dev_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits row numbers into (dev, train), each int64 and in order: whole groups in seeded order until dev has
-    `dev_size` rows or more.
-
-    Rows of one group are too alike to judge by: the three hypotheses of a premise share most of their words.
-
-    Raises:
-        UserError: where that leaves nothing to train on.
-    """
-    from mindmerger.data.batches import _generator
-
-    rows: dict[str, list[int]] = {}
-    for number, group in enumerate(groups):
-        rows.setdefault(group, []).append(number)
-    dev: list[int] = []
-    names = list(rows)
-    for position in _generator(seed).permutation(len(names)):
-        if len(dev) >= dev_size:
-            break
-        dev += rows[names[position]]
-    if len(dev) == len(groups):
-        raise UserError(
-            f"--dev_size {dev_size} would take all of the {len(groups)} rows, in {len(names)} groups of one premise, "
-            "question or stem: pass a smaller one, or 0 for no dev rows"
-        )
-    train = np.setdiff1d(np.arange(len(groups)), dev)
-    return np.array(sorted(dev), dtype=np.int64), train.astype(np.int64)
 
 
 def identity_of(settings: TuningSettings) -> dict:
