@@ -1,0 +1,179 @@
+"""What the experiment with small pretrained models needs beside the programs: its data folder, a random encoder.
+
+    python -m scripts.small_models data --data_root datas --output_dir small_models/datas --languages sw,de,zh
+    python -m scripts.small_models random_encoder --mt_path intfloat/multilingual-e5-small --output_dir random
+
+`data` parts the premises of XNLI's dev set in two, since one row must not tune the LLM in English and then train a
+mapping in another language: the LLM would know the answer from the row, whatever the prefix says. It writes
+
+    tuning.json                          the English rows of one part, for `python -m scripts.tune_llm --rows`
+    query_translation/xnli_dev.json      the rows of the other part, in English and the languages
+    evaluation/xnli/test.json            the test rows in English and the languages, as they are
+    bilingual_pairs/en-XX/               the data folder's sentence pairs; where it has none, the sentences of XNLI's
+                                         dev set with their translations
+
+`random_encoder` writes a model folder of the same shape and tokenizer with random weights, as its library initialises
+them: the control that says what of a gain is the encoder's knowledge.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+from mindmerger.runtime import command, files
+from mindmerger.runtime.command import CommandParser, number_where
+from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.files import model_path
+from mindmerger.runtime.processes import log
+
+ROWS_FILE, TEST_FILE, TUNING_FILE = "query_translation/xnli_dev.json", "evaluation/xnli/test.json", "tuning.json"
+
+
+def build_parser() -> CommandParser:
+    """Returns the parser."""
+    parser = CommandParser(prog="python -m scripts.small_models", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("data", help="write the experiment's data folder").add_argument
+    add("--data_root", type=Path, required=True, help="folder in the released layout, with XNLI")
+    add("--output_dir", type=Path, required=True, help="the new data folder")
+    add("--languages", required=True, help="languages beside English, by name or code, separated by commas")
+    share = number_where(lambda value: 0 < value < 1, "a number above 0 and below 1")
+    add("--tuning_share", type=share, default=0.5, help="share of the dev set's premises that tune the LLM")
+    add("--seed", type=int, default=0, help="decides which premises")
+    add = commands.add_parser("random_encoder", help="write an encoder of random weights").add_argument
+    add("--mt_path", type=model_path, required=True, help="folder or hub name of the encoder whose shape it has")
+    add("--output_dir", type=Path, required=True, help="the new model folder")
+    add("--seed", type=int, default=0, help="of the weights")
+    return parser
+
+
+def read_rows(data_root: Path, relative: str, languages: list) -> dict[str, list[dict]]:
+    """Returns the rows of an XNLI file by the language's name, those of `languages` alone, in the file's order.
+
+    Raises:
+        DataError: for a missing or faulty file, and a language without rows.
+    """
+    from mindmerger.tasks.languages import find_language
+    from mindmerger.tasks.readers import DataError, find_file, read_records
+
+    path = find_file(data_root, relative)
+    rows: dict[str, list[dict]] = {language.name: [] for language in languages}
+    for record in read_records(path):
+        name = find_language(record.text("language")).name
+        if name in rows:
+            rows[name].append({field: record.text(field) for field in ("sentence1", "sentence2", "label")})
+    if absent := [name for name, found in rows.items() if not found]:
+        raise DataError(f"{path}: no rows in {', '.join(absent)}")
+    return rows
+
+
+def choose_premises(english: list[dict], share: float, seed: int) -> set[str]:
+    """Returns the English premises whose rows tune the LLM: a share of all, drawn by the seed."""
+    premises = sorted({row["sentence1"] for row in english})
+    random.Random(seed).shuffle(premises)
+    return set(premises[: max(1, min(len(premises) - 1, round(share * len(premises))))])
+
+
+def write_rows(path: Path, rows: dict[str, list[dict]], kept: set[int] | None = None) -> None:
+    """Writes rows in the released form: those with these numbers in every language, all with None."""
+    records = [
+        row | {"language": name}
+        for name, found in rows.items()
+        for number, row in enumerate(found)
+        if kept is None or number in kept
+    ]
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    files.write_text_atomic(path, f"[\n{lines}\n]\n")
+
+
+def write_pairs(folder: Path, code: str, english: list[dict], translated: list[dict]) -> None:
+    """Writes each sentence of the rows and its translation once, line by line, as the release has them."""
+    pairs = dict.fromkeys(
+        tuple(" ".join(row[field].split()) for row in (theirs, ours))
+        for ours, theirs in zip(english, translated, strict=True)
+        for field in ("sentence1", "sentence2")
+    )
+    for end, side in ((code, 0), ("en", 1)):
+        files.write_text_atomic(folder / f"train_100k.{end}", "".join(f"{pair[side]}\n" for pair in pairs))
+
+
+def write_data(data_root: Path, output_dir: Path, names: str, share: float, seed: int) -> None:
+    """Writes the experiment's data folder, whole or not at all.
+
+    Raises:
+        UserError: for languages, files or rows that cannot be used, and a folder that is there already.
+    """
+    from mindmerger.tasks.languages import LANGUAGES, parse_languages
+
+    languages = [one for one in parse_languages(names) if one.name != "English"]
+    if not languages:
+        raise UserError("--languages names no language beside English, which alone has nothing to be merged")
+    if output_dir.exists():
+        raise UserError(f"--output_dir {output_dir} is there already: remove it, or name another folder")
+    everyone = [LANGUAGES["English"], *languages]
+    rows = read_rows(data_root, ROWS_FILE, everyone)
+    test = read_rows(data_root, TEST_FILE, everyone)
+    for name, found in rows.items():
+        if len(found) != len(rows["English"]):
+            raise UserError(
+                f"{data_root / ROWS_FILE}: {len(found)} rows in {name}, {len(rows['English'])} in English: the "
+                "languages' rows must be translations of each other, one by one"
+            )
+    tuning = choose_premises(rows["English"], share, seed)
+    of_tuning = {number for number, row in enumerate(rows["English"]) if row["sentence1"] in tuning}
+    of_stages = set(range(len(rows["English"]))) - of_tuning
+    unfinished = output_dir.with_name(output_dir.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_rows(unfinished / TUNING_FILE, {"English": rows["English"]}, of_tuning)
+    write_rows(unfinished / ROWS_FILE, rows, of_stages)
+    write_rows(unfinished / TEST_FILE, test)
+    for language in languages:
+        folder, code = Path("bilingual_pairs") / f"en-{language.code}", language.code
+        given = [data_root / folder / f"train_100k.{end}" for end in (code, "en")]
+        if all(path.is_file() for path in given):
+            (unfinished / folder).mkdir(parents=True)
+            for path in given:
+                shutil.copyfile(path, unfinished / folder / path.name)
+        else:
+            write_pairs(unfinished / folder, code, rows["English"], rows[language.name])
+    unfinished.rename(output_dir)
+    log(f"{output_dir}: {len(of_tuning)} English rows tune the LLM, {len(of_stages)} rows of each language train")
+
+
+def write_random_encoder(path: str, output_dir: Path, seed: int) -> None:
+    """Writes a model folder with the shape and tokenizer of the encoder at `path` and random weights.
+
+    Raises:
+        UserError: for a model that cannot be used, and a folder that is there already.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from mindmerger.data.tokenising import load_tokenizers
+    from mindmerger.hub.model_configs import load_config
+
+    if output_dir.exists():
+        raise UserError(f"--output_dir {output_dir} is there already: remove it, or name another folder")
+    config = load_config(path)
+    tokenizer = load_tokenizers(path, None).encoder
+    torch.manual_seed(seed)
+    unfinished = output_dir.with_name(output_dir.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    AutoModel.from_config(config, dtype=torch.float32).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(output_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; see the module's docstring."""
+    args = build_parser().parse_args(argv)
+    if args.command == "data":
+        write_data(args.data_root, args.output_dir, args.languages, args.tuning_share, args.seed)
+    else:
+        write_random_encoder(args.mt_path, args.output_dir, args.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    command.run_main(main, alone=True)

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# The whole method on real pretrained models that two CPU cores can train: tuning an English LLM on NLI, both stages,
+# Soft and Hard, their controls, one table.
+#
+#   bash scripts/small_real_models.sh                 # FAST=1: reduced, to see it run; LONG=1: more steps and rows
+#   LLM_PATH=folder MT_PATH=folder DATA_ROOT=datas TUNING_ROWS=snli.json bash scripts/small_real_models.sh
+#
+# The LLM is tuned on English rows alone, as the published ones were, and the mappings on other premises of XNLI's dev
+# set. Every number of the table is on XNLI's test rows, which nothing was chosen on. What is finished is kept: the same
+# command continues, also after a kill; with a larger LIMIT the finished evaluations are extended.
+#
+# Environment:
+#   LLM_PATH (HuggingFaceTB/SmolLM2-135M-Instruct), MT_PATH (intfloat/multilingual-e5-small)
+#   DATA_ROOT (datas)      with XNLI (scripts/prepare_data.sh fetches it) and, better, bilingual_pairs
+#   TUNING_ROWS            a file of further English rows for the LLM, in the form of query_translation/xnli_dev.json
+#   SMALL_MODELS_DIR (small_models)   everything that is written
+#   LANGUAGES (sw,tr,de,zh,ru,ar,hi)  beside English
+#   TUNING_STEPS, MAPPING_STEPS, HARD_STEPS, SOFT_STEPS, LIMIT (test rows per language)   defaults below
+#   CONTROLS=1             also a random encoder in the same recipe, and the LLM with a LoRA tuned on the same rows
+#   BRIDGES                also compares these (compare_bridges.sh), on the same models and data
+#   SEED (0), PRECISION (auto), PYTHON
+set -euo pipefail
+called_from=$PWD
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+use_environment python
+
+llm=${LLM_PATH:-HuggingFaceTB/SmolLM2-135M-Instruct} encoder=${MT_PATH:-intfloat/multilingual-e5-small}
+data_root=${DATA_ROOT:-datas} seed=${SEED:-0} languages=${LANGUAGES:-sw,tr,de,zh,ru,ar,hi} precision=${PRECISION:-auto}
+work=${SMALL_MODELS_DIR:-small_models}
+if [[ -n ${SMALL_MODELS_DIR-} && $work != /* ]]; then work=$called_from/$work; fi
+
+tuning_steps=150 mapping_steps=400 hard_steps=200 soft_steps=120 limit=300
+if is_on FAST "${FAST-}"; then tuning_steps=40 mapping_steps=60 hard_steps=40 soft_steps=20 limit=40; fi
+if is_on LONG "${LONG-}"; then tuning_steps=600 mapping_steps=3000 hard_steps=1000 soft_steps=600 limit=1980; fi
+tuning_steps=${TUNING_STEPS:-$tuning_steps} mapping_steps=${MAPPING_STEPS:-$mapping_steps}
+hard_steps=${HARD_STEPS:-$hard_steps} soft_steps=${SOFT_STEPS:-$soft_steps} limit=${LIMIT:-$limit}
+dev_size=${DEV_SIZE:-300}
+
+export TOKENIZERS_PARALLELISM=false
+export HF_DATASETS_CACHE=${HF_DATASETS_CACHE:-$work/cache}
+
+# step SLUG TITLE COMMAND...: announces and times a command; one that has finished as it stands is not run again.
+step() {
+    local stamp=$work/finished/$1 title=$2 started=$SECONDS
+    shift 2
+    if [[ -f $stamp && $(<"$stamp") == "$*" ]]; then
+        printf '=== %s: finished before\n' "$title"
+        return
+    fi
+    printf '\n=== %s\n    %s\n' "$title" "$*"
+    "$@"
+    mkdir -p "${stamp%/*}"
+    printf '%s' "$*" >"$stamp"
+    printf '=== %s: %d s (%d s in all)\n' "$title" $((SECONDS - started)) "$SECONDS"
+}
+
+# make_data: the experiment's own data folder; what a kill left of an earlier attempt goes.
+make_data() {
+    rm -rf "$work/datas"
+    python -m scripts.small_models data --data_root "$data_root" --output_dir "$work/datas" --languages "$languages" \
+        --seed "$seed"
+}
+
+# train STAGE NAME ENCODER STEPS ARGUMENT...
+train_stage() {
+    local stage=$1 name=$2 towers=(--llm_path "$work/llm" --mt_path "$3") steps=$4
+    shift 4
+    step "$name-$stage" "$name: $stage" python run_training.py "${towers[@]}" --data_root "$work/datas" --task xnli \
+        --stage_name "$stage" --save_name "$name" --output_dir "$work/outputs" --max_steps "$steps" --epoch_num 100 \
+        --train_batch_size 32 --train_micro_batch_size_per_gpu 32 --micro_batch_tokens 2048 --eval_batch_size 32 \
+        --dev_size "$dev_size" --lr_scheduler cosine --warmup_ratio 0.05 --max_seq_len 200 --max_gen_len 400 \
+        --eval_steps 50 --precision "$precision" --seed "$seed" --num_workers 1 "$@"
+}
+
+# train_both NAME ENCODER: mapping, Hard, and Soft from Hard; their folders are outputs/NAME/xnli/mapping, outputs/NAME-hard
+# and outputs/NAME/xnli/augmentation.
+train_both() {
+    train_stage mapping "$1" "$2" "$mapping_steps" --languages "$languages" --lr 1e-3
+    train_stage augmentation "$1-hard" "$2" "$hard_steps" --augmentation False --lr 1e-3 \
+        --init_checkpoint "$work/outputs/$1/xnli/mapping"
+    train_stage augmentation "$1" "$2" "$soft_steps" --lr 5e-4 \
+        --init_checkpoint "$work/outputs/$1-hard/xnli/augmentation"
+}
+
+# evaluate LABEL SLUG FORM ARGUMENT...: FORM is what the results folder's name ends in.
+table=()
+evaluate() {
+    local label=$1 slug=$2 form=$3
+    shift 3
+    step "evaluation-$slug$form" "$label: evaluation" python run_evaluation.py --llm_path "$work/llm" --data_root "$work/datas" \
+        --task xnli --languages "en,$languages" --limit "$limit" --scoring likelihood --results_dir "$work/results" \
+        --save_name "$slug" --eval_max_tokens 8192 --precision "$precision" --seed "$seed" "$@"
+    table+=(--row "$label=$work/results/$slug/xnli$form-likelihood")
+}
+
+mkdir -p "$work"
+step data "Data" make_data
+rows=(--rows "$work/datas/tuning.json")
+if [[ -n ${TUNING_ROWS-} ]]; then rows+=(--rows "$TUNING_ROWS"); fi
+step tuning "Tuning of the LLM on English rows" python -m scripts.tune_llm --llm_path "$llm" --task xnli \
+    --data_root "$work/datas" --rows_only "${rows[@]}" --output_dir "$work/llm" --max_steps "$tuning_steps" \
+    --epoch_num 100 --precision "$precision" --seed "$seed"
+train_both real "$encoder"
+if is_on CONTROLS "${CONTROLS-}"; then
+    step random-encoder "Random encoder" python -m scripts.small_models random_encoder --mt_path "$encoder" \
+        --output_dir "$work/random_encoder" --seed "$seed"
+    train_both random "$work/random_encoder"
+    step lora "LLM with LoRA, same rows" python run_training.py --llm_path "$work/llm" --data_root "$work/datas" \
+        --task xnli --stage_name adapter --llm_only --adapter lora --save_name lora --output_dir "$work/outputs" \
+        --max_steps "$((hard_steps + soft_steps))" --epoch_num 100 --train_batch_size 32 \
+        --train_micro_batch_size_per_gpu 32 --micro_batch_tokens 2048 --eval_batch_size 32 --dev_size "$dev_size" \
+        --lr 1e-3 --lr_scheduler cosine --warmup_ratio 0.05 --max_gen_len 400 --eval_steps 50 \
+        --precision "$precision" --seed "$seed" --num_workers 1
+fi
+
+evaluate "LLM alone" llm -llm_only --llm_only
+soft=(--mt_path "$encoder" --init_checkpoint "$work/outputs/real/xnli/augmentation" --augmentation True)
+evaluate "MindMerger-Soft" real "" "${soft[@]}"
+# Of other rows every row's partner is another: such an evaluation is never extended.
+evaluate "MindMerger-Soft, shuffled prefix" "real-$limit" -prefix_shuffled "${soft[@]}" \
+    --probe_prefix shuffled
+evaluate "MindMerger-Hard" real -hard --mt_path "$encoder" --augmentation False \
+    --init_checkpoint "$work/outputs/real-hard/xnli/augmentation"
+if is_on CONTROLS "${CONTROLS-}"; then
+    evaluate "MindMerger-Soft, random encoder" random "" --mt_path "$work/random_encoder" --augmentation True \
+        --init_checkpoint "$work/outputs/random/xnli/augmentation"
+    evaluate "LLM with LoRA, same rows" lora -llm_only-adapter --llm_only \
+        --adapter_path "$work/outputs/lora/xnli/llm_adapter/adapter"
+fi
+
+printf '\n=== Table\n'
+python -m mindmerger.evaluation.comparison_table "${table[@]}" --against "LLM alone" --output_dir "$work/results"
+python -m mindmerger.evaluation.comparison_table "${table[@]}" --output_dir "$work/results/against_shuffled" \
+    --against "MindMerger-Soft, shuffled prefix" >"$work/results/against_shuffled.log"
+printf '=== tested against the prefix of another question: %s\n' "$work/results/against_shuffled/table.md"
+if [[ -n ${BRIDGES-} ]]; then
+    LLM_PATH=$work/llm MT_PATH=$encoder DATA_ROOT=$work/datas TASK=xnli BRIDGES=$BRIDGES RESULTS_DIR=$work/bridges \
+        OUTPUT_DIR=$work/outputs LIMIT=$limit LANGUAGES=$languages \
+        bash scripts/compare_bridges.sh
+fi
+printf '=== All steps: %d s\n' "$SECONDS"

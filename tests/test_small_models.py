@@ -1,0 +1,208 @@
+"""The experiment with small pretrained models: its data, the random encoder, and the whole script on tiny ones."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, clean_environment
+
+from mindmerger.runtime.errors import UserError
+from scripts import small_models
+
+LABELS = ("entailment", "neutral", "contradiction")
+NAMES = {"en": "English", "sw": "Swahili", "de": "German"}
+
+
+def write_xnli(root, premises=12, test_premises=4, pairs=("de",)):
+    """XNLI in the released layout: three hypotheses to each premise, in three languages, row by row translations."""
+
+    def records(first, number):
+        for code, name in NAMES.items():
+            for premise, label in itertools.product(range(first, first + number), LABELS):
+                yield {
+                    "sentence1": f"{code} premise {premise}.",
+                    "sentence2": f"{code} hypothesis {premise} {label[0]}.",
+                    "label": label,
+                    "language": name,
+                }
+
+    for file, rows in (
+        (small_models.ROWS_FILE, records(0, premises)),
+        (small_models.TEST_FILE, records(100, test_premises)),
+    ):
+        (root / file).parent.mkdir(parents=True)
+        (root / file).write_text(json.dumps(list(rows)))
+    for code in pairs:
+        folder = root / "bilingual_pairs" / f"en-{code}"
+        folder.mkdir(parents=True)
+        (folder / f"train_100k.{code}").write_text("".join(f"{code} sentence {i}\n" for i in range(40)))
+        (folder / "train_100k.en").write_text("".join(f"en sentence {i}\n" for i in range(40)))
+    return root
+
+
+def numbers_of(rows):
+    """Numbers of the premises that rows are about, by language."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["language"], set()).add(row["sentence1"].split()[2])
+    return found
+
+
+def test_no_premise_tunes_the_llm_and_trains_a_mapping(tmp_path):
+    root = write_xnli(tmp_path / "datas")
+    made = tmp_path / "made"
+    small_models.main(
+        ["data", "--data_root", str(root), "--output_dir", str(made), "--languages", "sw,de", "--tuning_share", "0.25"]
+    )
+    tuning = json.loads((made / "tuning.json").read_text())
+    stages = json.loads((made / small_models.ROWS_FILE).read_text())
+    assert {row["language"] for row in tuning} == {"English"} and len(tuning) == 9
+    of_tuning, of_stages = numbers_of(tuning)["English"], numbers_of(stages)
+    assert set(of_stages) == set(NAMES.values())
+    assert all(found.isdisjoint(of_tuning) and len(found) == 9 for found in of_stages.values())
+    given = json.loads((root / small_models.ROWS_FILE).read_text())
+    assert [row for row in given if row in stages] == stages  # order, labels and texts are the file's
+    assert json.loads((made / small_models.TEST_FILE).read_text()) == json.loads(
+        (root / small_models.TEST_FILE).read_text()
+    )
+
+
+def test_the_seed_decides_which_premises_tune_and_english_alone_is_asked_for(tmp_path):
+    root = write_xnli(tmp_path / "datas")
+    parts = []
+    for number, seed in enumerate((0, 0, 1)):
+        made = tmp_path / f"made{number}"
+        small_models.write_data(root, made, "sw", 0.5, seed)
+        parts.append(numbers_of(json.loads((made / "tuning.json").read_text()))["English"])
+        rows = json.loads((made / small_models.ROWS_FILE).read_text())
+        assert {row["language"] for row in rows} == {"English", "Swahili"}
+    assert parts[0] == parts[1] != parts[2]
+
+
+def test_sentence_pairs_are_the_given_ones_or_else_the_dev_sets_sentences_once_each(tmp_path):
+    root = write_xnli(tmp_path / "datas")
+    small_models.write_data(root, tmp_path / "made", "sw,de", 0.5, 0)
+    pairs = tmp_path / "made/bilingual_pairs"
+    for name in ("train_100k.de", "train_100k.en"):
+        assert (pairs / "en-de" / name).read_bytes() == (root / "bilingual_pairs/en-de" / name).read_bytes()
+    swahili, english = ((pairs / f"en-sw/train_100k.{end}").read_text().splitlines() for end in ("sw", "en"))
+    # 12 premises, each said once though three rows have it, and 36 hypotheses.
+    assert len(swahili) == len(english) == len(set(swahili)) == 48
+    assert all(one.replace("sw ", "en ") == other for one, other in zip(swahili, english, strict=True))
+
+
+@pytest.mark.parametrize(
+    "damage, languages, message",
+    [
+        (None, "en", "no language beside English"),
+        (None, "sw,fr", "no rows in French"),
+        (None, "xx", "unknown language"),
+        ("short", "sw", "35 rows in Swahili, 36 in English"),
+        ("label", "sw", "label"),
+        ("missing", "sw", "no file"),
+        ("there", "sw", "is there already"),
+    ],
+)
+def test_data_that_cannot_be_parted_are_one_line_and_leave_nothing(tmp_path, run, damage, languages, message):
+    root, made = write_xnli(tmp_path / "datas"), tmp_path / "made"
+    file = root / small_models.ROWS_FILE
+    rows = json.loads(file.read_text())
+    if damage == "short":
+        rows.remove(next(row for row in rows if row["language"] == "Swahili"))
+    if damage == "label":
+        del rows[3]["label"]
+    file.write_text(json.dumps(rows))
+    if damage == "missing":
+        file.unlink()
+    if damage == "there":
+        made.mkdir()
+    with pytest.raises(UserError, match=message) as error:
+        small_models.write_data(root, made, languages, 0.5, 0)
+    assert "\n" not in str(error.value)
+    assert not made.exists() or damage == "there" and not any(made.iterdir())
+
+
+def test_a_random_encoder_has_the_shape_and_the_tokenizer_and_none_of_the_weights(tmp_path, tiny_encoder):
+    import torch
+    from transformers import AutoTokenizer
+
+    from mindmerger.model.towers import load_encoder
+
+    for number, seed in enumerate((0, 0, 1)):
+        flags = ["--mt_path", tiny_encoder, "--output_dir", str(tmp_path / f"made{number}"), "--seed", str(seed)]
+        assert small_models.main(["random_encoder", *flags]) == 0
+    real, first, again, other = (
+        load_encoder(str(path), torch.float32, None).state_dict()
+        for path in (tiny_encoder, *(tmp_path / f"made{number}" for number in range(3)))
+    )
+    assert {name: one.shape for name, one in real.items()} == {name: one.shape for name, one in first.items()}
+    matrices = [name for name, one in real.items() if one.ndim == 2]
+    assert matrices and not any(torch.equal(real[name], first[name]) for name in matrices)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(other[name], first[name]) for name in matrices)
+    text = "Wanyama wawili, 3.5"
+    ids = [AutoTokenizer.from_pretrained(path)(text)["input_ids"] for path in (tiny_encoder, tmp_path / "made0")]
+    assert ids[0] == ids[1]
+    with pytest.raises(UserError, match="is there already"):
+        small_models.write_random_encoder(tiny_encoder, tmp_path / "made0", 0)
+
+
+# -- the whole script
+
+
+def script_environment(tmp_path, tiny_llm, tiny_encoder):
+    steps = {"TUNING_STEPS": "2", "MAPPING_STEPS": "2", "HARD_STEPS": "2", "SOFT_STEPS": "2"}
+    return clean_environment(tmp_path) | {
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        **{"LLM_PATH": tiny_llm, "MT_PATH": tiny_encoder, "DATA_ROOT": str(tmp_path / "datas"), "PRECISION": "fp32"},
+        **{"SMALL_MODELS_DIR": str(tmp_path / "small"), "LANGUAGES": "sw,de", "LIMIT": "6", "DEV_SIZE": "6"},
+        **steps,
+    }
+
+
+def start(environment):
+    command = ["bash", str(ROOT / "scripts/small_real_models.sh")]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_runs_is_killed_continues_and_writes_its_tables(tmp_path, tiny_llm, tiny_encoder):
+    write_xnli(tmp_path / "datas", premises=24)
+    environment = script_environment(tmp_path, tiny_llm, tiny_encoder) | {"CONTROLS": "1"}
+    killed, work = start(environment), tmp_path / "small"
+    deadline = time.monotonic() + 240
+    while not (work / "finished/real-mapping").exists():
+        assert killed.poll() is None and time.monotonic() < deadline, killed.stdout.read()
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    finished = start(environment)
+    output = finished.communicate(timeout=560)[0]
+    assert finished.returncode == 0, output
+    assert "Tuning of the LLM on English rows: finished before" in output and "real: mapping: finished before" in output
+    table = (work / "results/table.md").read_text()
+    soft, shuffled = "MindMerger-Soft", "MindMerger-Soft, shuffled prefix"
+    for label in ("LLM alone", soft, shuffled, "MindMerger-Hard", f"{soft}, random encoder", "LLM with LoRA, same rows"):
+        assert f"| {label} (likelihood) |" in table
+    assert (work / "results/table.png").stat().st_size > 0
+    control = (work / "results/against_shuffled/table.md").read_text()
+    assert f"Difference to {shuffled} (likelihood)" in control
+    # The same command again trains and evaluates nothing.
+    again = start(environment)
+    output = again.communicate(timeout=240)[0]
+    assert again.returncode == 0 and output.count("finished before") == len(list((work / "finished").iterdir()))
+    # More rows: the evaluations alone are extended.
+    wider = start(environment | {"LIMIT": "9", "CONTROLS": "0"})
+    output = wider.communicate(timeout=240)[0]
+    assert wider.returncode == 0, output
+    assert "real: mapping: finished before" in output
+    results = json.loads((work / "results/llm/xnli-llm_only-likelihood/results.json").read_text())
+    assert {name: one["total"] for name, one in results["languages"].items()} == dict.fromkeys(NAMES.values(), 9)
+    assert len(results["earlier_runs"]) == 1
