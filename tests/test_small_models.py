@@ -189,7 +189,8 @@ def test_the_whole_recipe_runs_is_killed_continues_and_writes_its_tables(tmp_pat
     assert "Tuning of the LLM on English rows: finished before" in output and "real: mapping: finished before" in output
     table = (work / "results/table.md").read_text()
     soft, shuffled = "MindMerger-Soft", "MindMerger-Soft, shuffled prefix"
-    for label in ("LLM alone", soft, shuffled, "MindMerger-Hard", f"{soft}, random encoder", "LLM with LoRA, same rows"):
+    controls = (shuffled, f"{soft}, random encoder", "LLM with LoRA, same rows")
+    for label in ("LLM alone", soft, "MindMerger-Hard", *controls):
         assert f"| {label} (likelihood) |" in table
     assert (work / "results/table.png").stat().st_size > 0
     control = (work / "results/against_shuffled/table.md").read_text()
@@ -204,5 +205,5 @@ def test_the_whole_recipe_runs_is_killed_continues_and_writes_its_tables(tmp_pat
     assert wider.returncode == 0, output
     assert "real: mapping: finished before" in output
     results = json.loads((work / "results/llm/xnli-llm_only-likelihood/results.json").read_text())
-    assert {name: one["total"] for name, one in results["languages"].items()} == dict.fromkeys(NAMES.values(), 9)
+    assert {name: one["n"] for name, one in results["languages"].items()} == dict.fromkeys(NAMES.values(), 9)
     assert len(results["earlier_runs"]) == 1
