@@ -200,10 +200,11 @@ def test_rows_are_connected_by_way_of_others(rows):
     assert list(dict.fromkeys(found.tolist())) == list(range(found.max() + 1))
 
 
-def test_a_chain_of_many_rows_is_connected_in_few_rounds():
-    number = 100_000
+def test_a_chain_of_many_rows_is_connected_in_few_rounds(monkeypatch):
+    rounds, number, equal = [], 1000, np.array_equal
+    monkeypatch.setattr(np, "array_equal", lambda *both: rounds.append(1) or equal(*both))
     ends = np.arange(number) // 2, (np.arange(number) + 1) // 2
-    assert not connect(list(ends)).any()
+    assert not connect(list(ends)).any() and len(rounds) < 20
 
 
 def test_groups_across_languages_are_known():
