@@ -71,7 +71,8 @@ def with_adapter(encoder, llm, kind, targets) -> MindMerger:
     return model
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("lora", False), ("dora", False), ("lora", True)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "checkpointing"), [("lora", False), ("dora", True)])
 def test_an_adapter_in_compiled_layers_trains_with_the_same_losses(
     tiny_llm, tiny_encoder, monkeypatch, kind, checkpointing
 ):
@@ -82,14 +83,14 @@ def test_an_adapter_in_compiled_layers_trains_with_the_same_losses(
     )
     outcomes = []
     for compiled in (False, True):
-        model = with_adapter(tiny_encoder, tiny_llm, kind, ["q_proj", "v_proj", "down_proj"])
+        model = with_adapter(tiny_encoder, tiny_llm, kind, ["q_proj", "v_proj"])
         if checkpointing:
             model.gradient_checkpointing_enable()
         if compiled:
             speedups.compile_layers(model)
         model.train()
         optimizer, losses = torch.optim.AdamW(model.trained_parameters().values(), lr=1e-2), []
-        for rows, length in ((3, 9), (1, 5), (2, 17), (1, 30), (3, 9)):
+        for rows, length in ((3, 9), (2, 17), (3, 9)):
             ids = torch.arange(rows * length).view(rows, length) % 200 + 5
             mask = torch.ones(rows, length, dtype=torch.long)
             optimizer.zero_grad()
