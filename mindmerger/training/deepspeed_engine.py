@@ -179,6 +179,7 @@ def _whole_state(engine, parameters: dict) -> dict:
 def optimizer_state(engine) -> dict:
     """Gathers Adam's two moments, whole, as `{"exp_avg.NAME", "exp_avg_sq.NAME"}` CPU tensors; a collective call."""
     state = {}
+    _link_states_of_all_groups(engine)
     for name, parameter in engine.module.trained_parameters().items():
         for key in ("exp_avg", "exp_avg_sq"):
             # At ZeRO 1 to 3 each rank holds a part, and DeepSpeed alone knows how the whole was divided.
@@ -190,6 +191,14 @@ def optimizer_state(engine) -> dict:
                 value = safe_get_full_optimizer_state(parameter, key)
             state[f"{key}.{name}"] = value.detach().cpu().view(_full_shape(parameter)).clone()
     return state
+
+
+def _link_states_of_all_groups(engine) -> None:
+    """Lets DeepSpeed find the moments of every group of parameters. At ZeRO 1 and 2 it looks for all of them as soon as
+    the first group has made its first step, when those of a trained output head are not there yet."""
+    if zero_stage(engine.config) in (1, 2) and len(engine.basic_optimizer.param_groups) > 1:
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _full_shape(parameter):
@@ -215,6 +224,7 @@ def load_optimizer_state(engine, state: dict, step: int, first_batch: dict) -> N
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(**first_batch).loss_sum * 0.0, scale_wrt_gas=False)
     engine.step()
+    _link_states_of_all_groups(engine)
     for name, parameter in engine.module.trained_parameters().items():
         for key in ("exp_avg", "exp_avg_sq"):
             value = state[f"{key}.{name}"].to(engine.device)
