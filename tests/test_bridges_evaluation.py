@@ -132,7 +132,7 @@ def test_without_a_mapping_the_last_stage_of_the_bridge_that_is_there_is_evaluat
     assert found("mindmerger") == "outputs/MindMerger/math/adapter"
     leave("outputs/other/math/translation/mapping.safetensors", "outputs/other/math/task/mapping.safetensors")
     assert found("layalign", "other") == found("langbridge", "other") == "outputs/other/math/task"
-    assert "of the stages in outputs/other/math (task, translation) taking task" in capsys.readouterr().err
+    assert "of the stages there (task, translation) taking outputs/other/math/task" in capsys.readouterr().err
     message = r"outputs/other/math holds no stage of --bridge mindmerger \(mapping, augmentation, adapter\) but task"
     with pytest.raises(UserError, match=message):
         found("mindmerger", "other")

@@ -425,7 +425,7 @@ def test_llm_alone_takes_the_llm_that_the_mapping_names(evaluate, tmp_path, worl
 
 def test_the_mapping_that_training_left_is_found_and_named(evaluate, tmp_path, world):
     trained = tmp_path / "outputs/mine/math/augmentation"
-    with pytest.raises(UserError, match="no --init_checkpoint given.*outputs/mine/math/augmentation.*--llm_only"):
+    with pytest.raises(UserError, match="no --init_checkpoint given.*outputs/mine/math: .*--llm_only"):
         evaluate(*FEW, "--save_name", "mine", checkpoint=None)
     shutil.copytree(world.folder, trained)
     _, err = evaluate(*FEW, "--save_name", "mine", checkpoint=None)

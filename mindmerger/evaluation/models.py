@@ -178,7 +178,7 @@ def last_stage(path: str | Path, bridge: str, translates: bool = False) -> str |
             f"{folder} holds no stage of --bridge {bridge} ({', '.join(reversed(names))}) but {', '.join(there)}: pass "
             "--bridge, or one of these folders as --init_checkpoint"
         )
-    log(f"of the stages in {folder} ({', '.join(there)}) taking {found}")
+    log(f"of the stages there ({', '.join(there)}) taking {folder / found}")
     return str(folder / found)
 
 
