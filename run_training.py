@@ -34,7 +34,7 @@ from mindmerger.runtime.processes import (
 from mindmerger.runtime.signals import Signals, end_with_parent, watch_launcher
 from mindmerger.training.deepspeed_config import zero_stage
 from mindmerger.training.dev_accuracy import check_selection, dev_accuracy, has_accuracy, is_best, read_labels
-from mindmerger.training.dev_split import GROUPS, describe_dev_split
+from mindmerger.training.dev_split import GROUPS, describe_dev_split, settle_dev_split
 from mindmerger.training.dry_run import print_estimate
 from mindmerger.training.guards import (
     EVAL_MEMORY_FLAGS,
@@ -51,7 +51,15 @@ from mindmerger.training.outputs import (
     write_settings,
 )
 from mindmerger.training.record import draw_loss, peak_memory_gb, perplexity, recording
-from mindmerger.training.settings import FAULTS_FILE, Settings, check_lengths, check_tokens, parse, settle
+from mindmerger.training.settings import (
+    FAULTS_FILE,
+    Settings,
+    check_lengths,
+    check_tokens,
+    parse,
+    settle,
+    settle_precision,
+)
 from mindmerger.training.time_limit import TimeLimit
 from mindmerger.training.trainer import Progress, Run, build, set_learning_rate
 
@@ -324,6 +332,9 @@ def prepare(args, cache_dir=None) -> tuple[Settings, "TrainingData"]:
         UserError: for the first thing that does not fit.
     """
     settings = on_all_ranks(settle, args)
+    # Ranks talk about these, so they are no part of `settle`: there one rank's mistake would leave the others waiting.
+    args.precision = settle_precision(args)
+    args.dev_split = settle_dev_split(args, settings.output_dir)
     settings.init_file, settings.init_hash = broadcast_object((settings.init_file, settings.init_hash))
     data = load_data(settings, cache_dir)
     models = {"LLM (--llm_path)": settings.models[0], "encoder (--mt_path)": settings.models[1]}

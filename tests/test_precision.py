@@ -68,7 +68,7 @@ def test_both_programs_settle_on_the_same_and_print_it(flags, datas, tmp_path, m
     cpu_with(monkeypatch, avx512_bf16=native)
     auto = ["--precision", "auto"]
     args = training_settings.parse([*flags, *auto, "--output_dir", str(tmp_path)])
-    training_settings.settle(args)
+    args.precision = training_settings.settle_precision(args)
     llm = flags[flags.index("--llm_path") + 1]
     given = ["--llm_only", "--llm_path", llm, "--data_root", datas, "--languages", "en", "--limit", "1", *auto]
     settings = evaluation_settings.settle(evaluation_flags.build_parser().parse_args(given), on_gpu=False)
@@ -79,7 +79,7 @@ def test_both_programs_settle_on_the_same_and_print_it(flags, datas, tmp_path, m
 def test_a_dry_run_without_a_gpu_assumes_the_one_that_its_hours_are_for(flags, monkeypatch, capsys):
     cpu_with(monkeypatch)
     args = training_settings.parse([*flags, "--precision", "auto", "--dry_run"])
-    assert training_settings.settle(args).args.precision == "bf16"
+    assert training_settings.settle_precision(args) == "bf16"
     assert "--precision auto: bf16, as on an A100" in capsys.readouterr().err
 
 

@@ -420,6 +420,11 @@ def fake_command(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
+def fake_python(calls: Path) -> str:
+    """A python that lacks no package, knows the task's name and notes every other call down."""
+    return f'[[ $* == *safetensors* ]] && exit; [[ $1 == -c ]] && echo math_mgsm && exit; echo "$*" >>{calls}'
+
+
 def test_comparison_makes_experts_once_and_hands_over_every_model(tmp_path):
     scripts = tmp_path / "scripts"
     scripts.mkdir()
@@ -482,7 +487,7 @@ def test_comparison_refuses_a_folder_with_blanks_in_one_line(tmp_path):
 @pytest.mark.parametrize(("given", "suffix"), [({}, ""), ({"MINDMERGER_LLM": "other/llm/"}, " (with llm)")])
 def test_mindmerger_rows_name_their_llm_where_it_is_not_the_others(tmp_path, given, suffix):
     """Unnamed, a reader would take the difference between two LLMs for the method's."""
-    fake_command(tmp_path / "bin" / "python", f'[[ $1 == -c ]] && echo math_mgsm && exit; echo "$*" >>{tmp_path}/calls')
+    fake_command(tmp_path / "bin" / "python", fake_python(tmp_path / "calls"))
     environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "MT_PATH": "mt5", **given}
     environment |= {"SOFT_CHECKPOINT": "soft", "RESULTS_DIR": str(tmp_path / "r")}
     command = ["bash", str(ROOT / "scripts" / "compare_all.sh")]
@@ -497,7 +502,7 @@ def test_mindmerger_rows_name_their_llm_where_it_is_not_the_others(tmp_path, giv
 
 
 def test_the_row_of_a_probe_stands_behind_soft_when_it_is_asked_for(tmp_path):
-    fake_command(tmp_path / "bin" / "python", f'[[ $1 == -c ]] && echo math_mgsm && exit; echo "$*" >>{tmp_path}/calls')
+    fake_command(tmp_path / "bin" / "python", fake_python(tmp_path / "calls"))
     environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "MT_PATH": "mt5"}
     environment |= {"SOFT_CHECKPOINT": "soft", "RESULTS_DIR": str(tmp_path / "r"), "PROBE_PREFIX": "shuffled"}
     command = ["bash", str(ROOT / "scripts" / "compare_all.sh")]

@@ -621,7 +621,9 @@ def compare(tmp_path, **given):
     """Calls of compare_all.sh with a stand-in for python that notes them down."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir(exist_ok=True)
-    python.write_text(f'#!/bin/bash\n[[ $1 == -c ]] && echo math_mgsm && exit; echo "$*" >>{tmp_path}/calls\n')
+    # It lacks no package, and knows the task's name.
+    known = "[[ $* == *safetensors* ]] && exit; [[ $1 == -c ]] && echo math_mgsm && exit"
+    python.write_text(f'#!/bin/bash\n{known}; echo "$*" >>{tmp_path}/calls\n')
     python.chmod(0o755)
     (tmp_path / "calls").unlink(missing_ok=True)
     environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "RESULTS_DIR": str(tmp_path / "r")}

@@ -175,7 +175,6 @@ def settle(args) -> Settings:
     check_save_name(args.save_name)
     check_reporting(args.report_to)
     use_languages_file(args.languages_file)
-    args.precision = settle_precision(args)
     task = find_task(args.task)
     options = settle_options(args.bridge, args.bridge_option)
     stage = settle_stage(args, options)
@@ -194,7 +193,6 @@ def settle(args) -> Settings:
     models = settle_models(args, config)
     folder = adapter_stage.ALONE_FOLDER if args.llm_only else args.stage_name
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / folder
-    args.dev_split = dev_split.settle_dev_split(args, output_dir)
     bridge, (init_file, init_hash) = settle_bridge(args, stage, options, output_dir)
     shapes = {name: tuple(parameter.shape) for name, parameter in bridge.named_parameters()}
     return Settings(
@@ -216,7 +214,10 @@ def settle(args) -> Settings:
 
 
 def settle_precision(args) -> str:
-    """Returns bf16 or fp32; in a dry run without a GPU, what auto finds on the GPU that its hours are for."""
+    """Returns bf16 or fp32; in a dry run without a GPU, what auto finds on the GPU that its hours are for.
+
+    A collective call, and so no part of `settle`.
+    """
     import torch
 
     on_gpu = torch.cuda.is_available()

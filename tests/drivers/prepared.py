@@ -29,6 +29,7 @@ HEAVY += [module.name for module in pkgutil.walk_packages(mindmerger.__path__, "
 
 def load():
     """Imports what the programs import, none of which starts a thread."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `run_main` does, which comes after torch here
     for name in HEAVY:
         importlib.import_module(name)
     if not Path("/dev/nvidiactl").exists():  # where there is a GPU, DeepSpeed's import opens it, and no fork may use it
