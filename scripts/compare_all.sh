@@ -5,8 +5,8 @@
 #       HARD_CHECKPOINT=hard SOFT_CHECKPOINT=soft bash scripts/compare_all.sh [arguments of run_evaluation.py]
 #
 # Rows: task LLM alone; language expert alone; soup; task arithmetic; layer swap; MAET-style; PMI-3; PMI-6;
-# translate-test; MindMerger-Hard; MindMerger-Soft. A row whose models are not given, or whose command refuses its input, is listed as
-# missing with the reason. Finished rows are kept: the same command continues.
+# translate-test; MindMerger-Hard; MindMerger-Soft. A row whose models are not given, or whose command refuses its
+# input, is listed as missing with the reason. Finished rows are kept: the same command continues.
 #
 # Environment (as in common.sh, capitals or as the flag is written):
 #   LLM_PATH            the task's LLM; the only one that must be given

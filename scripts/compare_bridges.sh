@@ -12,9 +12,10 @@
 # with the reason. What is finished is kept: the same command continues.
 #
 # Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced
-# (by the times of single steps about 25 minutes on two idle cores): two seeds, TARGET_TOKENS=150000 (about a quarter of
-# the quickstart's two stages), SEARCH_TOKENS=20000, 50 problems per language, its batches and lengths. Its models are a
-# million parameters small: the numbers show the commands at work, not which bridge is better.
+# (by the times of single steps about 25 minutes on two idle cores with AVX-512, longer on others): two seeds,
+# TARGET_TOKENS=150000 (about a quarter of the quickstart's two stages), SEARCH_TOKENS=20000, 50 problems per language,
+# its batches and lengths. Its models are a million parameters small: the numbers show the commands at work, not which
+# bridge is better.
 #
 # Environment (as in common.sh, capitals or as the flag is written):
 #   LLM_PATH, MT_PATH     both models; TASK (math_mgsm), BRIDGES (all; names with blanks between them)

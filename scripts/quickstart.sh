@@ -3,7 +3,8 @@
 #
 # Makes a small world (word problems in six languages, a tiny LLM that knows only English, a tiny encoder), trains both
 # stages and compares the LLM alone with MindMerger-Hard and MindMerger-Soft on unseen problems, and with a control:
-# Soft with the prefix of another question before each prompt. No downloads after the packages. Run again, it continues where it stopped; to start over, remove the folder.
+# Soft with the prefix of another question before each prompt. No downloads after the packages. Run again, it continues
+# where it stopped; to start over, remove the folder.
 #
 # Environment: QUICKSTART_DIR (default: quickstart in the project's root), QUICKSTART_SEED (default: 0),
 #              QUICKSTART_WORLD_ARGS (more arguments of scripts.tiny_world), PYTHON (see setup_venv.sh).

@@ -104,6 +104,7 @@ def write_data(data_root: Path, output_dir: Path, names: str, share: float, seed
     Raises:
         UserError: for languages, files or rows that cannot be used, and a folder that is there already.
     """
+    from mindmerger.baselines.merged_folder import new_folder
     from mindmerger.tasks.languages import LANGUAGES, parse_languages
 
     languages = [one for one in parse_languages(names) if one.name != "English"]
@@ -123,21 +124,19 @@ def write_data(data_root: Path, output_dir: Path, names: str, share: float, seed
     tuning = choose_premises(rows["English"], share, seed)
     of_tuning = {number for number, row in enumerate(rows["English"]) if row["sentence1"] in tuning}
     of_stages = set(range(len(rows["English"]))) - of_tuning
-    unfinished = output_dir.with_name(output_dir.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_rows(unfinished / TUNING_FILE, {"English": rows["English"]}, of_tuning)
-    write_rows(unfinished / ROWS_FILE, rows, of_stages)
-    write_rows(unfinished / TEST_FILE, test)
-    for language in languages:
-        folder, code = Path("bilingual_pairs") / f"en-{language.code}", language.code
-        given = [data_root / folder / f"train_100k.{end}" for end in (code, "en")]
-        if all(path.is_file() for path in given):
-            (unfinished / folder).mkdir(parents=True)
-            for path in given:
-                shutil.copyfile(path, unfinished / folder / path.name)
-        else:
-            write_pairs(unfinished / folder, code, rows["English"], rows[language.name])
-    unfinished.rename(output_dir)
+    with new_folder(output_dir) as made:
+        write_rows(made / TUNING_FILE, {"English": rows["English"]}, of_tuning)
+        write_rows(made / ROWS_FILE, rows, of_stages)
+        write_rows(made / TEST_FILE, test)
+        for language in languages:
+            folder, code = Path("bilingual_pairs") / f"en-{language.code}", language.code
+            given = [data_root / folder / f"train_100k.{end}" for end in (code, "en")]
+            if all(path.is_file() for path in given):
+                (made / folder).mkdir(parents=True)
+                for path in given:
+                    shutil.copyfile(path, made / folder / path.name)
+            else:
+                write_pairs(made / folder, code, rows["English"], rows[language.name])
     log(f"{output_dir}: {len(of_tuning)} English rows tune the LLM, {len(of_stages)} rows of each language train")
 
 
@@ -150,6 +149,7 @@ def write_random_encoder(path: str, output_dir: Path, seed: int) -> None:
     import torch
     from transformers import AutoModel
 
+    from mindmerger.baselines.merged_folder import new_folder
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.hub.model_configs import load_config
 
@@ -158,11 +158,9 @@ def write_random_encoder(path: str, output_dir: Path, seed: int) -> None:
     config = load_config(path)
     tokenizer = load_tokenizers(path, None).encoder
     torch.manual_seed(seed)
-    unfinished = output_dir.with_name(output_dir.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    AutoModel.from_config(config, dtype=torch.float32).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(output_dir)
+    with new_folder(output_dir) as made:
+        AutoModel.from_config(config, dtype=torch.float32).save_pretrained(made)
+        tokenizer.save_pretrained(made)
 
 
 def main(argv: list[str] | None = None) -> int:

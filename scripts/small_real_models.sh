@@ -55,31 +55,31 @@ step() {
     printf '=== %s: %d s (%d s in all)\n' "$title" $((SECONDS - started)) "$SECONDS"
 }
 
-# make_data: the experiment's own data folder; what a kill left of an earlier attempt goes.
-make_data() {
-    rm -rf "$work/datas"
-    python -m scripts.small_models data --data_root "$data_root" --output_dir "$work/datas" --languages "$languages" \
-        --seed "$seed"
+# anew FOLDER COMMAND...: makes a folder that no program adds to; one that is there is of other settings, or unfinished.
+anew() {
+    rm -rf "$1"
+    shift
+    "$@"
 }
 
-# train STAGE NAME ENCODER STEPS ARGUMENT...
+# train_stage STAGE NAME STEPS ARGUMENT...
 train_stage() {
-    local stage=$1 name=$2 towers=(--llm_path "$work/llm" --mt_path "$3") steps=$4
-    shift 4
-    step "$name-$stage" "$name: $stage" python run_training.py "${towers[@]}" --data_root "$work/datas" --task xnli \
-        --stage_name "$stage" --save_name "$name" --output_dir "$work/outputs" --max_steps "$steps" --epoch_num 100 \
-        --train_batch_size 32 --train_micro_batch_size_per_gpu 32 --micro_batch_tokens 2048 --eval_batch_size 32 \
-        --dev_size "$dev_size" --lr_scheduler cosine --warmup_ratio 0.05 --max_seq_len 200 --max_gen_len 400 \
-        --eval_steps 50 --precision "$precision" --seed "$seed" --num_workers 1 "$@"
+    local stage=$1 name=$2 steps=$3
+    shift 3
+    step "$name-$stage" "$name: $stage" python run_training.py --llm_path "$work/llm" --data_root "$work/datas" \
+        --task xnli --stage_name "$stage" --save_name "$name" --output_dir "$work/outputs" --max_steps "$steps" \
+        --epoch_num 100 --train_batch_size 32 --train_micro_batch_size_per_gpu 32 --micro_batch_tokens 2048 \
+        --eval_batch_size 32 --dev_size "$dev_size" --lr_scheduler cosine --warmup_ratio 0.05 --max_seq_len 200 \
+        --max_gen_len 400 --eval_steps 50 --precision "$precision" --seed "$seed" --num_workers 1 "$@"
 }
 
-# train_both NAME ENCODER: mapping, Hard, and Soft from Hard; their folders are outputs/NAME/xnli/mapping, outputs/NAME-hard
-# and outputs/NAME/xnli/augmentation.
+# train_both NAME ENCODER: mapping, Hard, and Soft from Hard, in outputs/NAME/xnli/mapping,
+# outputs/NAME-hard/xnli/augmentation and outputs/NAME/xnli/augmentation.
 train_both() {
-    train_stage mapping "$1" "$2" "$mapping_steps" --languages "$languages" --lr 1e-3
-    train_stage augmentation "$1-hard" "$2" "$hard_steps" --augmentation False --lr 1e-3 \
+    train_stage mapping "$1" "$mapping_steps" --mt_path "$2" --languages "$languages" --lr 1e-3
+    train_stage augmentation "$1-hard" "$hard_steps" --mt_path "$2" --augmentation False --lr 1e-3 \
         --init_checkpoint "$work/outputs/$1/xnli/mapping"
-    train_stage augmentation "$1" "$2" "$soft_steps" --lr 5e-4 \
+    train_stage augmentation "$1" "$soft_steps" --mt_path "$2" --lr 5e-4 \
         --init_checkpoint "$work/outputs/$1-hard/xnli/augmentation"
 }
 
@@ -95,7 +95,8 @@ evaluate() {
 }
 
 mkdir -p "$work"
-step data "Data" make_data
+step data "Data" anew "$work/datas" python -m scripts.small_models data --data_root "$data_root" \
+    --output_dir "$work/datas" --languages "$languages" --seed "$seed"
 rows=(--rows "$work/datas/tuning.json")
 if [[ -n ${TUNING_ROWS-} ]]; then rows+=(--rows "$TUNING_ROWS"); fi
 step tuning "Tuning of the LLM on English rows" python -m scripts.tune_llm --llm_path "$llm" --task xnli \
@@ -103,15 +104,10 @@ step tuning "Tuning of the LLM on English rows" python -m scripts.tune_llm --llm
     --epoch_num 100 --precision "$precision" --seed "$seed"
 train_both real "$encoder"
 if is_on CONTROLS "${CONTROLS-}"; then
-    step random-encoder "Random encoder" python -m scripts.small_models random_encoder --mt_path "$encoder" \
-        --output_dir "$work/random_encoder" --seed "$seed"
+    step random-encoder "Random encoder" anew "$work/random_encoder" python -m scripts.small_models random_encoder \
+        --mt_path "$encoder" --output_dir "$work/random_encoder" --seed "$seed"
     train_both random "$work/random_encoder"
-    step lora "LLM with LoRA, same rows" python run_training.py --llm_path "$work/llm" --data_root "$work/datas" \
-        --task xnli --stage_name adapter --llm_only --adapter lora --save_name lora --output_dir "$work/outputs" \
-        --max_steps "$((hard_steps + soft_steps))" --epoch_num 100 --train_batch_size 32 \
-        --train_micro_batch_size_per_gpu 32 --micro_batch_tokens 2048 --eval_batch_size 32 --dev_size "$dev_size" \
-        --lr 1e-3 --lr_scheduler cosine --warmup_ratio 0.05 --max_gen_len 400 --eval_steps 50 \
-        --precision "$precision" --seed "$seed" --num_workers 1
+    train_stage adapter lora "$((hard_steps + soft_steps))" --llm_only --adapter lora --lr 1e-3
 fi
 
 evaluate "LLM alone" llm -llm_only --llm_only

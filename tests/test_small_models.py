@@ -172,6 +172,33 @@ def start(environment):
     )
 
 
+def test_other_languages_and_what_a_kill_left_make_the_folders_anew(tmp_path):
+    calls, work = tmp_path / "calls", tmp_path / "small"
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    # It lacks no package, and does nothing but note down what it is called for.
+    python.write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exit; echo "$*" >>{calls}\n')
+    python.chmod(0o755)
+    environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "SMALL_MODELS_DIR": str(work), "CONTROLS": "1"}
+
+    def made(languages):
+        calls.unlink(missing_ok=True)
+        done = start(environment | {"LANGUAGES": languages})
+        output = done.communicate(timeout=60)[0]
+        assert done.returncode == 0, output
+        return [line for line in calls.read_text().splitlines() if "small_models" in line.split(" --")[0]]
+
+    (work / "results").mkdir(parents=True)
+    for folder in ("datas", "random_encoder"):  # finished by a run that was killed before it could note that down
+        (work / folder).mkdir(parents=True)
+    data, random_encoder = made("sw,de")
+    assert "--languages sw,de " in data and random_encoder.startswith("-m scripts.small_models random_encoder")
+    assert not (work / "datas").exists() and not (work / "random_encoder").exists()
+    assert made("sw,de") == []
+    [data] = made("sw,zh")
+    assert "--languages sw,zh " in data
+
+
 @pytest.mark.slow
 def test_the_whole_recipe_runs_is_killed_continues_and_writes_its_tables(tmp_path, tiny_llm, tiny_encoder):
     write_xnli(tmp_path / "datas", premises=24)
