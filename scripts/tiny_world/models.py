@@ -141,13 +141,15 @@ def optimise(model, batches: list, loss_of, title: str, matrix_lr: float = 0.01,
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
+    from scripts.tiny_world.muon import Muon
+
     head = model.get_output_embeddings()
     # The head goes with the embeddings, whose weights it shares in the LLM.
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     inside = set(map(id, matrices))
     others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     optimizers = [
-        torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.01),
+        Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     warmup = max(1, len(batches) // 20)
