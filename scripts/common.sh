@@ -168,7 +168,7 @@ train() {
     prefix=$(printf '%s' "$stage" | tr '[:lower:]' '[:upper:]')
     command_line=(--deepspeed --task "$task" --stage_name "$stage")
     use_environment deepspeed
-    read_flags mindmerger.training.settings deepspeed task stage_name local_rank gpu
+    read_flags mindmerger.training.flags deepspeed task stage_name local_rank gpu
     refuse_misspelt run_training.py
     # Others are passed only when set: the program's own defaults are the published ones.
     add_settings "$prefix" "${published[@]}"

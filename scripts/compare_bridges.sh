@@ -111,7 +111,7 @@ stage_flags() {
     # Such a stage reads English alone.
     if [[ $1 == english_task ]]; then also=languages; fi
     published+=(train_batch_size=128 micro_batch_tokens=4096 dev_size=3000)
-    read_flags mindmerger.training.settings deepspeed task local_rank gpu
+    read_flags mindmerger.training.flags deepspeed task local_rank gpu
     stages=(PAIRS TASK)
     refuse_misspelt run_training.py
     command_line=(--task "$trained_task")

@@ -22,7 +22,7 @@ from mindmerger.tasks import find_task
 from mindmerger.tasks.examples import StageData, varying_text
 from mindmerger.training.checkpoints import write_checkpoint
 from mindmerger.training.dev_split import describe_dev_split, settle_dev_split
-from mindmerger.training.settings import build_parser
+from mindmerger.training.flags import build_parser
 
 LABELS = ("entailment", "neutral", "contradiction")
 XNLI_NAMES = {"en": "English", "sw": "Swahili", "de": "German"}

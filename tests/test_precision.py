@@ -11,12 +11,13 @@ from mindmerger.evaluation import settings as evaluation_settings
 from mindmerger.model.mapping_files import read_config
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime import precision
+from mindmerger.training import flags as training_flags
 from mindmerger.training import settings as training_settings
 
 
 def parsers():
     """The parsers of both programs."""
-    return training_settings.build_parser(), evaluation_flags.build_parser()
+    return training_flags.build_parser(), evaluation_flags.build_parser()
 
 
 def cpu_with(monkeypatch, avx512_bf16=False, amx=False):

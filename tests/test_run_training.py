@@ -19,6 +19,7 @@ from mindmerger.data.loader import BatchLoader, TrainingData
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import dry_run, guards
+from mindmerger.training import flags as training_flags
 from mindmerger.training import settings as training_settings
 from mindmerger.training import trainer as training_trainer
 from mindmerger.training.initial_mapping import find_initial_mapping
@@ -584,7 +585,7 @@ def test_an_automatic_dev_split_of_nothing_is_said(flags, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for number, said in ((9, True), (10, False)):
         given = [*flags, "--languages", "Swahili", "--train_num", str(number), "--dev_size", "auto"]
-        _, data = run_training.prepare(training_settings.build_parser().parse_args(given))
+        _, data = run_training.prepare(training_flags.build_parser().parse_args(given))
         assert (len(data.dev), len(data.train)) == ((0, 9) if said else (1, 9))
         assert ("--dev_size auto takes a tenth, none of 9 examples" in capsys.readouterr().err) == said
 
@@ -649,12 +650,12 @@ def test_without_a_dev_split_the_last_mapping_is_also_the_best(flags, tmp_path):
 
 
 def test_help_names_a_default_once():
-    text = " ".join(training_settings.build_parser().format_help().split())
+    text = " ".join(training_flags.build_parser().format_help().split())
     assert "(default: None)" not in text and ") (default" not in text and "(default: 2e-05)" in text
 
 
 def test_stage_form_and_defaults_follow_the_published_flags():
-    parser = training_settings.build_parser()
+    parser = training_flags.build_parser()
     published = {
         **{"llm_path": "../LLMs/Llama-2-7b-hf/", "mt_path": "../LLMs/mt5-xl/", "save_name": "MindMerger"},
         **{"lr": 2e-5, "epoch_num": 3, "train_num": 100000, "train_batch_size": 24},
@@ -665,8 +666,8 @@ def test_stage_form_and_defaults_follow_the_published_flags():
     args = training_settings.parse([])
     training_settings.settle_stage(args, {})
     assert args.stage_name == "mapping"
-    described = [a for a in training_settings.build_parser()._actions if a.help]
-    assert len(described) == len(training_settings.build_parser()._actions)
+    described = [a for a in training_flags.build_parser()._actions if a.help]
+    assert len(described) == len(training_flags.build_parser()._actions)
 
 
 @pytest.mark.parametrize(
@@ -678,9 +679,7 @@ def test_stage_form_and_defaults_follow_the_published_flags():
     ],
 )
 def test_learning_rate_warms_up_and_decays(scheduler, expected):
-    args = training_settings.build_parser().parse_args(
-        ["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"]
-    )
+    args = training_flags.build_parser().parse_args(["--lr_scheduler", scheduler, "--warmup_ratio", "0.1", "--lr", "2"])
     assert [training_trainer.learning_rate(args, step, total_steps=10) / 2 for step in range(10)] == pytest.approx(
         expected
     )

@@ -1003,7 +1003,7 @@ def test_every_program_and_file_the_pages_name_exists():
 
 # Every program that a page may name, by what follows `python` or `deepspeed`, with the words that choose its parser.
 PARSERS = {
-    "run_training.py": ("mindmerger.training.settings", "build_parser"),
+    "run_training.py": ("mindmerger.training.flags", "build_parser"),
     "run_evaluation.py": ("mindmerger.evaluation.flags", "build_parser"),
     "mindmerger.baselines.layer_swap": ("mindmerger.baselines.layer_swap", "build_parser"),
     "mindmerger.baselines.layer_swap analyse": ("mindmerger.baselines.layer_swap", "build_analyse_parser"),

@@ -20,8 +20,9 @@ from mindmerger.training.checkpoints import (
     write_checkpoint,
 )
 from mindmerger.training.dev_split import ROWS
+from mindmerger.training.flags import CHANGEABLE_ON_RESUME
 from mindmerger.training.record import TENSORBOARD_FOLDER, WANDB_FILE
-from mindmerger.training.settings import CHANGEABLE_ON_RESUME, FAULTS_FILE, Settings
+from mindmerger.training.settings import FAULTS_FILE, Settings
 from mindmerger.training.trainer import Progress, Run
 
 # Entries of a checkpoint's identity that older checkpoints lack: they are compared where both have them.
