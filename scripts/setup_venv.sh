@@ -1,7 +1,8 @@
 # Source me: `source scripts/setup_venv.sh`. Makes .venv in the project's root if there is none, installs
 # requirements.txt when it has changed since the last time, and leaves the environment activated.
 #
-# PYTHON names the interpreter to make it with (3.11 or newer); pip reads its own variables (PIP_INDEX_URL, …).
+# PYTHON names the interpreter to make it with (3.11 or newer), REQUIREMENTS another file of packages, for instance of
+# older versions; pip reads its own variables (PIP_INDEX_URL, …).
 # Where something is missing it prints one line and returns 1.
 
 _setup_venv_is_new_enough() {
@@ -26,7 +27,7 @@ _setup_venv_find_python() {
 
 _setup_venv() {
     local root=$1 python checksum
-    local venv=$root/.venv
+    local venv=$root/.venv requirements=${REQUIREMENTS:-$root/requirements.txt}
     local stamp=$venv/requirements.sha256
     if [[ ! -x $venv/bin/python || ! -f $venv/bin/activate ]]; then
         python=$(_setup_venv_find_python) || return 1
@@ -40,11 +41,11 @@ _setup_venv() {
         return 1
     fi
     checksum=$("$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
-        "$root/requirements.txt") || return 1
+        "$requirements") || return 1
     if [[ ! -f $stamp || $(<"$stamp") != "$checksum" ]]; then
-        echo "installing requirements.txt into $venv" >&2
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" || {
-            echo "error: pip could not install $root/requirements.txt: its last lines above say why" >&2
+        echo "installing ${requirements#"$root/"} into $venv" >&2
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" || {
+            echo "error: pip could not install $requirements: its last lines above say why" >&2
             return 1
         }
         printf '%s\n' "$checksum" >"$stamp"

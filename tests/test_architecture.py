@@ -76,6 +76,7 @@ def test_nothing_lies_at_the_top_but_what_belongs_there():
     top = {Path(name).parts[0] for name in tracked.stdout.splitlines()}
     expected = {".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"}
     expected |= {"README.md", "docs", "mindmerger", "pyproject.toml", "requirements.txt", "scripts", "tests"}
+    expected |= {".pre-commit-config.yaml", "SECURITY.md"}
     assert top == expected | {f"{name}.py" for name in DOORS | RUNS}
 
 

@@ -127,17 +127,18 @@ def test_an_encoders_cached_data_keep_their_name_when_languages_are_added(own):
     assert _tokenizer_identity(Tagged()) == before
 
 
-def test_the_wheel_holds_the_table(tmp_path):
-    """`pip install .` left it out: the package could not be imported."""
+def test_the_wheel_holds_the_table_and_the_mark_for_type_checkers(tmp_path):
+    """`pip install .` left the table out: the package could not be imported."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "mindmerger/tasks", tmp_path / "mindmerger/tasks")
-    (tmp_path / "mindmerger/__init__.py").touch()
+    for name in ("__init__.py", "py.typed"):
+        shutil.copy(ROOT / "mindmerger" / name, tmp_path / "mindmerger")
     build = "import sys\nfrom setuptools import build_meta\nbuild_meta.build_wheel(sys.argv[1])\n"
     done = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert "mindmerger/tasks/languages.tsv" in zipfile.ZipFile(wheel).namelist()
+    assert {"mindmerger/tasks/languages.tsv", "mindmerger/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -548,7 +548,7 @@ def test_ci_script_runs_every_check_and_ends_with_the_first_failure(tmp_path, te
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     (tmp_path / "scripts" / "test.sh").write_text(f"echo tests\nexit {tests_exit}\n")
     (tmp_path / "scripts" / "setup_venv.sh").write_text(f"PATH={tmp_path}:$PATH\n")
-    for name, code in (("ruff", lint_exit), ("bandit", 0)):
+    for name, code in (("ruff", lint_exit), ("mypy", 0), ("bandit", 0)):
         (tmp_path / name).write_text(f'#!/usr/bin/env bash\necho {name} "$@"\nexit {code}\n')
         (tmp_path / name).chmod(0o755)
     done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -556,6 +556,7 @@ def test_ci_script_runs_every_check_and_ends_with_the_first_failure(tmp_path, te
         "tests",
         "ruff check .",
         "ruff format --check .",
+        "mypy",
         "bandit --quiet --configfile pyproject.toml --recursive .",
     ]
     assert done.returncode == expected

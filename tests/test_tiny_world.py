@@ -408,6 +408,11 @@ def test_setup_installs_again_only_when_requirements_change(tmp_path):
     (tmp_path / "requirements.txt").write_text("one==2\n")
     assert source_setup(tmp_path).returncode == 0
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
+    (tmp_path / "oldest.txt").write_text("one==0\n")
+    for _ in range(2):
+        assert source_setup(tmp_path, REQUIREMENTS=str(tmp_path / "oldest.txt")).returncode == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 3 and calls[-1].endswith(f"-r {tmp_path}/oldest.txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
