@@ -60,6 +60,7 @@ from mindmerger.training.settings import (
     settle,
     settle_precision,
 )
+from mindmerger.training.sharing import share_mapping
 from mindmerger.training.time_limit import TimeLimit
 from mindmerger.training.trainer import Progress, Run, build, set_learning_rate
 
@@ -367,6 +368,8 @@ def run_stage(settings: Settings, data: "TrainingData", device) -> int:
     if not code and progress.step < run.total_steps:
         end += f", --max_minutes {run.args.max_minutes:g} being over,"
     log(f"{end} at step {progress.step} of {run.total_steps}: {settings.output_dir}")
+    if not code:
+        on_all_ranks(share_mapping, settings)
     return code
 
 

@@ -229,18 +229,16 @@ FLORES_CONFIGS = {
 }
 
 
-def _files(task: str, repository: str, split: str, write: Callable, config: Callable, **more) -> list[Source]:
+def _files(task: str, split: str, write: Callable, config: Callable, **more) -> list[Source]:
     """Returns one source for each language of a task whose files are by language.
 
     Args:
         config: returns the hub's name of a language.
     """
     known = find_task(task)
-    languages = [LANGUAGES[name] for name in known.evaluation_languages]
+    pattern, languages = known.evaluation_file, [LANGUAGES[name] for name in known.evaluation_languages]
     return [
-        Source(
-            known.evaluation_file.format(code=one.code, name=one.name), repository, config(one), split, write, **more
-        )
+        Source(pattern.format(code=one.code, name=one.name), known.hub_dataset, config(one), split, write, **more)
         for one in languages
     ]
 
@@ -258,10 +256,10 @@ def hub_sources() -> dict[str, list[Source]]:
     x_csqa = [CODES[name] for name in find_task("x-csqa").evaluation_languages]
     # The data set calls Japanese `jap`.
     configs = {code: f"X-CSQA-{'jap' if code == 'ja' else code}" for code in x_csqa}
-    questions = "INK-USC/xcsr"
+    questions, xnli = find_task("x-csqa").hub_dataset, find_task("xnli").hub_dataset
     by_code, by_tag = (lambda one: one.code), (lambda one: one.nllb)
     return {
-        "mgsm": _files("math_mgsm", "juletxara/mgsm", "test", write_mgsm, by_code),
+        "mgsm": _files("math_mgsm", "test", write_mgsm, by_code),
         # X-CSQA keeps the answers of its test split to itself: the dev split is what everybody reports.
         "x-csqa": [
             Source(f"evaluation/x-csqa/{x}/dev.jsonl", questions, configs[x], "validation", write_x_csqa)
@@ -269,20 +267,17 @@ def hub_sources() -> dict[str, list[Source]]:
         ]
         + [Source("query_translation/x-csqa/train_en.jsonl", questions, configs["en"], "train", write_x_csqa)],
         "xnli": [
-            Source("evaluation/xnli/test.json", "facebook/xnli", "all_languages", "test", write_xnli),
-            Source("query_translation/xnli_dev.json", "facebook/xnli", "all_languages", "validation", write_xnli),
+            Source("evaluation/xnli/test.json", xnli, "all_languages", "test", write_xnli),
+            Source("query_translation/xnli_dev.json", xnli, "all_languages", "validation", write_xnli),
         ],
-        "mgsm_rev2": _files("math_mgsm_rev2", "lightonai/mgsm-rev2", "test", write_mgsm, by_code),
-        "afrimgsm": _files("math_afrimgsm", "masakhane/afrimgsm", "test", write_mgsm, _three_letters(IROKO_CONFIGS)),
-        "afrixnli": _files("afrixnli", "masakhane/afrixnli", "test", write_nli, _three_letters(IROKO_CONFIGS)),
-        "americas_nli": _files(
-            "americas_nli", "nala-cub/americas_nli", "test", write_nli, _three_letters(AMERICAS_CONFIGS)
-        ),
-        "xcopa": _files("xcopa", "cambridgeltl/xcopa", "test", write_xcopa, by_code),
-        "belebele": _files("belebele", "facebook/belebele", "test", write_belebele, by_tag),
+        "mgsm_rev2": _files("math_mgsm_rev2", "test", write_mgsm, by_code),
+        "afrimgsm": _files("math_afrimgsm", "test", write_mgsm, _three_letters(IROKO_CONFIGS)),
+        "afrixnli": _files("afrixnli", "test", write_nli, _three_letters(IROKO_CONFIGS)),
+        "americas_nli": _files("americas_nli", "test", write_nli, _three_letters(AMERICAS_CONFIGS)),
+        "xcopa": _files("xcopa", "test", write_xcopa, by_code),
+        "belebele": _files("belebele", "test", write_belebele, by_tag),
         "flores": _files(
             "flores",
-            "openlanguagedata/flores_plus",
             "devtest",
             write_flores,
             lambda one: FLORES_CONFIGS.get(one.nllb, one.nllb),

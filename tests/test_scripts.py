@@ -1018,6 +1018,7 @@ PARSERS = {
     "mindmerger.analysis.embeddings": ("mindmerger.analysis.embeddings", "build_parser"),
     "mindmerger.evaluation.comparison_table": ("mindmerger.evaluation.comparison_table", "build_parser"),
     "mindmerger.evaluation.bridge_table": ("mindmerger.evaluation.bridge_table", "build_parser"),
+    "mindmerger.evaluation.upload": ("mindmerger.evaluation.upload", "build_parser"),
     "scripts.benchmarks.speed": ("scripts.benchmarks.speed", "build_parser"),
     "scripts.benchmarks.growth": ("scripts.benchmarks.growth", "build_parser"),
     "scripts.benchmarks.merge_memory": ("scripts.benchmarks.merge_memory", "build_parser"),

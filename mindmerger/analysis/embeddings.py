@@ -273,6 +273,8 @@ def settle(args: argparse.Namespace) -> tuple:
     Raises:
         UserError: for what can be known to be wrong before a model loads.
     """
+    from mindmerger.model.sharing import fetch_mapping
+
     task, languages = find_items(args)
     english = find_language("English")
     # English is what is retrieved: it is read whether it was asked for or not.
@@ -282,6 +284,7 @@ def settle(args: argparse.Namespace) -> tuple:
     if args.names is not None and len(args.names) != len(args.init_checkpoint):
         raise EmbeddingError(f"--names gives {len(args.names)} names for {len(args.init_checkpoint)} mappings")
     args.names = args.names or short_names(args.init_checkpoint)
+    args.init_checkpoint = [fetch_mapping(path) for path in args.init_checkpoint]
     if len(set(args.names) | {"before"}) < len(args.names) + 1:
         raise EmbeddingError("two mappings have one name, or one is called before: tell them apart by --names")
     if args.tsne:

@@ -118,8 +118,9 @@ def _add_models(group) -> None:
     group.add_argument(
         "--init_checkpoint",
         type=model_path,
-        help="the mapping: a saved folder, a .safetensors file, a released pytorch_model.bin, or a folder of several "
-        "stages, of which the bridge's last one that is there counts (default: outputs/<save_name>/<task>)",
+        help="the mapping: a saved folder or its id on the Hugging Face hub (USER/NAME, USER/NAME@REVISION), a "
+        ".safetensors file, a released pytorch_model.bin, or a folder of several stages, of which the bridge's last "
+        "one that is there counts (default: outputs/<save_name>/<task>)",
     )
     group.add_argument(
         "--llm_path",
@@ -247,6 +248,7 @@ def warn_of_unused(args: argparse.Namespace) -> None:
 
 def _is_without_mapping(path: str) -> bool:
     from mindmerger.model.mapping_files import read_config
+    from mindmerger.model.sharing import fetch_mapping
 
-    recorded = read_config(path)
+    recorded = read_config(fetch_mapping(path))
     return recorded is not None and recorded.mt_path is None

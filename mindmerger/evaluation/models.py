@@ -41,11 +41,13 @@ def find_models(args: argparse.Namespace, task) -> Models:
         UserError: where no mapping is found.
     """
     from mindmerger.model.mapping_files import MindMergerConfig, find_mapping_file, read_config
+    from mindmerger.model.sharing import fetch_mapping
 
     given = args.init_checkpoint
     if given is None and not args.llm_only:
         given = trained_mapping(args.save_name, task, args.bridge or DEFAULT_BRIDGE)
     elif given is not None:
+        given = fetch_mapping(given)
         given = last_stage(given, args.bridge or DEFAULT_BRIDGE, task.translates) or given
     recorded = read_config(given) if given is not None else None
     without_mapping = recorded is not None and recorded.mt_path is None

@@ -35,6 +35,7 @@ from mindmerger.runtime.processes import is_main, log, warn
 # torch, transformers and our modules that need them are imported where they are used: --help answers at once.
 
 MAPPING_HASH = "--init_checkpoint (sha256)"  # of an evaluation's identity; rank 0 alone reads the file
+ADAPTER_HASH = "--adapter_path (sha256)"
 FORM_SUFFIX = {"soft": "", "hard": "-hard", "llm_only": "-llm_only"}
 
 
@@ -322,7 +323,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--engine": None if args.engine == "hf" else args.engine,
         "--seed": args.seed,
         # None without: folders that are older than these flags lack the entries.
-        "--adapter_path (sha256)": settings.adapter.sha256 if settings.adapter is not None else None,
+        ADAPTER_HASH: settings.adapter.sha256 if settings.adapter is not None else None,
         "--probe_prefix": args.probe_prefix,
         "--score_gold": args.score_gold or None,
         "--scoring": None if generated else args.scoring,

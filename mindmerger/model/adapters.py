@@ -186,9 +186,20 @@ def check_adapter(folder: str, llm_path: str) -> SavedAdapter:
     except ModelError as error:
         raise ModelError(f"the adapter {folder} does not fit: {error}") from error
     _check_tensors(folder, read_adapter(folder), expected, llm_path)
-    # Of both files: the same tensors with another alpha are another adapter.
-    digests = [sha256_of_file(Path(folder) / name) for name in (ADAPTER_CONFIG, ADAPTER_FILE)]
-    return SavedAdapter(str(folder), values, hashlib.sha256("".join(digests).encode()).hexdigest())
+    return SavedAdapter(str(folder), values, adapter_sha256(folder))
+
+
+def adapter_sha256(folder: str) -> str:
+    """Returns the sha256 over those of an adapter's two files: the same tensors with another alpha are another one.
+
+    Raises:
+        ModelError: when one of them cannot be read.
+    """
+    digests = []
+    for name in (ADAPTER_CONFIG, ADAPTER_FILE):
+        refuse_unreadable(Path(folder) / name)
+        digests.append(sha256_of_file(Path(folder) / name))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def read_adapter_config(folder: str) -> dict:

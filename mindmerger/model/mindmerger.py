@@ -47,16 +47,16 @@ from mindmerger.model.mapping_files import (
     build_bridge,
     check_mapping,
     new_config,
-    read_config,
 )
 from mindmerger.model.model_card import model_card
 from mindmerger.model.packing import plan_packing, take_rows
+from mindmerger.model.sharing import SharedOnHub, fetch_mapping, open_mapping
 from mindmerger.model.towers import CHECK_WEIGHTS, _is_decoder_only, _pad_token_id, load_encoder, load_llm
 from mindmerger.model.trained_head import hand_over_head
 from mindmerger.runtime.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 
 
-class MindMerger(nn.Module):
+class MindMerger(SharedOnHub, nn.Module):
     """Frozen encoder, trained mapping, frozen LLM.
 
     Build it with `from_models` (fresh mapping) or `from_pretrained` (saved one). The towers are always frozen and in
@@ -161,17 +161,17 @@ class MindMerger(nn.Module):
         llm_path: str | None = None,
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
+        revision: str | None = None,
+        **download,
     ) -> "MindMerger":
         """Rebuilds what `save_pretrained` wrote; the paths override those in its `config.json`.
+
+        `folder` may be an id of the Hugging Face hub: `sharing.fetch_mapping` says what `revision` and `download` are.
 
         Raises:
             ModelError: when the folder has no readable `config.json`, or a part of it does not fit the other.
         """
-        config = read_config(folder)
-        if config is None:
-            raise ModelError(
-                f"{folder} has no {CONFIG_FILE}: use from_models and load_mapping, naming both base models"
-            )
+        folder, config = open_mapping(folder, revision, **download)
         paths = mt_path or config.mt_path, llm_path or config.llm_path
         model = cls.from_models(*paths, dtype, attn_implementation, config.bridge, config.bridge_options)
         if model.mapping is not None:
@@ -179,22 +179,19 @@ class MindMerger(nn.Module):
         if config.adapter is not None:
             place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
             load_adapter(model, check_adapter(str(place / ADAPTER_FOLDER), model.config.llm_path))
-        model.config.stage, model.config.task, model.config.augmentation = (
-            config.stage,
-            config.task,
-            config.augmentation,
-        )
+        for name in ("stage", "task", "augmentation", "languages"):
+            setattr(model.config, name, getattr(config, name))
         return model
 
     def load_mapping(self, path: str) -> None:
-        """Fills the bridge from a saved folder, a `.safetensors` file or a released `pytorch_model.bin`.
+        """Fills the bridge from a saved folder or its id on the hub, a `.safetensors` file or a released `.bin`.
 
         Every parameter must be there with the right shape and none besides, but for the towers' in released weights.
 
         Raises:
             ModelError: naming the file and what does not fit.
         """
-        state = check_mapping(path, self.config)
+        state = check_mapping(fetch_mapping(path), self.config)
         # Released weights may lack an output head: then the LLM's own stays, which the bridge has already.
         self.mapping.load_state_dict(self.mapping.state_dict() | state, strict=True)
 

@@ -16,6 +16,7 @@ AFRIMGSM = replace(
         "vai wol_Latn xho_Latn yor_Latn zul_Latn fra_Latn eng_Latn"
     ),
     evaluation_file="evaluation/afrimgsm/afrimgsm_{code}.tsv",
+    hub_dataset="masakhane/afrimgsm",
     published={},
     published_rows=None,
 )

@@ -16,6 +16,7 @@ AFRIXNLI = replace(
         "wol_Latn xho_Latn yor_Latn zul_Latn fra_Latn eng_Latn"
     ),
     evaluation_file="evaluation/afrixnli/{code}.jsonl",
+    hub_dataset="masakhane/afrixnli",
     published={},
     published_rows=None,
 )

@@ -13,6 +13,7 @@ AMERICAS_NLI = replace(
     name="americas_nli",
     evaluation_languages=_tagged("ayr_Latn bzd cni grn_Latn hch nah oto quy_Latn shp tar"),
     evaluation_file="evaluation/americas_nli/{code}.jsonl",
+    hub_dataset="nala-cub/americas_nli",
     published={},
     published_rows=None,
 )

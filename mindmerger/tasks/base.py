@@ -76,6 +76,9 @@ class Task:
     scorer_version: int | None = None  # None where no other version has ever scored the task
     labels: tuple[str, ...] | None = None
     text_fields: tuple[tuple[str | int, ...], ...] = ()
+    # Ids of the hub: of the test set, and of the data set whose rows the task is trained on, where they are there.
+    hub_dataset: str | None = None
+    training_dataset: str | None = None
     # Of (outputs, targets) of one language, where answers are graded: scores of all rows together, by name.
     corpus_scores: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
 

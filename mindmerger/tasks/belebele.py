@@ -62,5 +62,6 @@ BELEBELE = Task(
     score=score_text,
     labels=BELEBELE_LETTERS,
     text_fields=(("flores_passage",), ("question",), *((f"mc_answer{number}",) for number in range(1, 5))),
+    hub_dataset="facebook/belebele",
     published={},
 )

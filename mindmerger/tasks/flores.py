@@ -36,5 +36,6 @@ FLORES = Task(
     format_query=_whole_text,
     score=score_translation,
     corpus_scores=corpus_scores,
+    hub_dataset="openlanguagedata/flores_plus",
     published={},
 )

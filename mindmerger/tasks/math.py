@@ -77,6 +77,7 @@ MGSM = Task(
     evaluation_file="evaluation/mgsm/mgsm_{code}.tsv",
     parse_evaluation=_mgsm,
     text_fields=((0,),),
+    hub_dataset="juletxara/mgsm",
     published_rows=250,
     published={
         # Only the average is published, without Telugu.

@@ -11,6 +11,7 @@ MGSM_REV2 = replace(
     MGSM,
     name="math_mgsm_rev2",
     evaluation_file="evaluation/mgsm_rev2/mgsm_{code}.tsv",
+    hub_dataset="lightonai/mgsm-rev2",
     # Those of MGSM were measured on the rows before their correction.
     published={},
     published_rows=None,

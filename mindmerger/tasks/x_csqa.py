@@ -65,6 +65,8 @@ X_CSQA = Task(
         ("question", "choices", "*", "text"),
         ("question", "choices", "text", "*"),
     ),
+    hub_dataset="INK-USC/xcsr",
+    training_dataset="INK-USC/xcsr",
     published_rows=1000,
     format_query=_whole_text,
     score=score_text,

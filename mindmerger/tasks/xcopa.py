@@ -56,5 +56,6 @@ XCOPA = Task(
     score=score_text,
     labels=XCOPA_LETTERS,
     text_fields=(("premise",), ("choice1",), ("choice2",)),
+    hub_dataset="cambridgeltl/xcopa",
     published={},
 )

@@ -6,7 +6,7 @@ from mindmerger.runtime import precision
 from mindmerger.runtime.command import CommandParser, DefaultsShown, at_least, parse_bool, positive, share
 from mindmerger.runtime.files import model_path
 from mindmerger.tasks.languages import add_language_flags
-from mindmerger.training import adapter_stage, dev_accuracy, dev_split, time_limit
+from mindmerger.training import adapter_stage, dev_accuracy, dev_split, sharing, time_limit
 
 # Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
 CHANGEABLE_ON_RESUME = {
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     adapter_stage.add_arguments(parser)
     add_optimisation_flags(parser)
     add_output_flags(parser)
+    sharing.add_arguments(parser)
     add_launcher_flags(parser)
     return parser
 
@@ -44,8 +45,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models").add_argument
     add("--llm_path", type=model_path, default="../LLMs/Llama-2-7b-hf/", help="folder or hub name of the frozen LLM")
     add("--mt_path", type=model_path, default="../LLMs/mt5-xl/", help="folder or hub name of the frozen encoder")
-    add("--init_checkpoint", help="mapping to start from (folder, .safetensors or released .bin); the augmentation "
-        "stage finds the mapping stage's by itself; 'none' starts that stage from a fresh mapping")  # fmt: skip
+    add("--init_checkpoint", help="mapping to start from (folder, .safetensors, released .bin, or id on the hub); "
+        "the augmentation stage finds the mapping stage's by itself; 'none' starts it from a fresh one")  # fmt: skip
     add("--bridge", default="mindmerger", help="what is trained between the two: a name of mindmerger.bridges.BRIDGES")
     add("--bridge_option", action="append", default=[], metavar="KEY=VALUE", help="an option of that bridge; may be "
         "given more than once")  # fmt: skip

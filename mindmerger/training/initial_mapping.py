@@ -41,6 +41,7 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
         UserError: when a stage that continues another has none to start from, or the file holds another bridge.
     """
     from mindmerger.model.mapping_files import find_mapping_file, read_config
+    from mindmerger.model.sharing import fetch_mapping
     from mindmerger.tasks import find_task
 
     given = args.init_checkpoint
@@ -51,7 +52,7 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
         )
     if given and given.lower() == "none" or stage.starts_from is None and not given:
         return None
-    folder = given or str(output_dir.parent / stage.starts_from)
+    folder = fetch_mapping(given) if given else str(output_dir.parent / stage.starts_from)
     # An earlier stage of this very run may be named too, where this one starts from it in another curriculum.
     of_run = not given or Path(folder).parent == output_dir.parent
     if of_run and args.dry_run and not Path(folder).is_dir():

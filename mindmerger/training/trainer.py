@@ -12,6 +12,7 @@ from mindmerger.runtime.processes import (
     on_all_ranks,
     rank,
 )
+from mindmerger.tasks.languages import code_of
 from mindmerger.training.settings import Settings
 from mindmerger.training.time_limit import TimeLimit
 
@@ -177,6 +178,7 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
 
     args, (folder, tensors, state) = settings.args, checkpoint
     model = on_all_ranks(load_model, settings, device)
+    model.config.languages = [code_of(name) for name in data.examples.counts["rows"]]
     if settings.init_file is not None:
         broadcast_weights(model.mapping)
     if folder is not None:
