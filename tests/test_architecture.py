@@ -22,6 +22,7 @@ BELOW = {
     "evaluation": {"hub", "generation", "data", "tasks", "model", "bridges"},
     "baselines": {"hub", "training", "evaluation", "generation", "data", "tasks", "model", "bridges"},
     "analysis": {"hub", "training", "evaluation", "generation", "data", "tasks", "model", "bridges"},
+    "integrations": {"hub", "training", "evaluation", "generation", "data", "tasks", "model", "bridges"},
 }
 DOORS = {"modeling_mindmerger", "data_utils"}
 RUNS = {"run_training", "run_evaluation"}

@@ -122,6 +122,22 @@ def test_the_loss_of_a_label_is_that_of_a_whole_pass_for_the_llm_alone(tmp_path)
     check_losses_equal_full_passes(make_pair(tmp_path, "mt5", "gpt2"), with_encoder=False)
 
 
+def test_a_score_is_minus_the_loss_and_says_whether_greedy_decoding_gives_the_target(tmp_path):
+    model, examples = make_pair(tmp_path, "mt5", "llama"), rows()
+    inputs = batch(examples, "left", with_target=False)
+    decoded = model.generate(**inputs, max_new_tokens=5).tolist()
+    assert not {token for ids in decoded for token in ids} & set(model.eos_token_ids)
+    places = [(ids, row % 5) for row, ids in enumerate(decoded)]
+    changed = [[*ids[:at], (ids[at] + 1) % 100, *ids[at + 1 :]] for ids, at in places]
+    targets = as_tensors([[ids, ids[:1], other] for ids, other in zip(decoded, changed, strict=True)])
+    log_probs, greedy = model.score(**inputs, **targets)
+    assert greedy.tolist() == [[True, True, False]] * len(examples)
+    losses = model(**inputs, **targets).label_losses
+    assert torch.equal(log_probs, -losses) and not log_probs.requires_grad
+    log_probs, greedy = model.score(**inputs, **as_tensors([[ids] for ids in decoded[:7]] + [[decoded[7], decoded[7]]]))
+    assert log_probs[:7, 1].isneginf().all() and greedy.tolist() == [[True, False]] * 7 + [[True, True]]
+
+
 def test_the_input_is_read_once_for_all_labels(tmp_path):
     model = make_pair(tmp_path, "mt5", "llama")
     passed = []

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -161,6 +162,20 @@ def _project(attention: nn.Module, memory: LayerMemory, mask_B11S: torch.Tensor)
     # taken in the gate's fp32. No rotation: a memory has no position.
     value_BHSW = (in_heads(attention.v_proj(memory.value_BSD.to(dtype))) * memory.gate_1).to(dtype)
     return Kept(key_BHSW.contiguous(), value_BHSW.contiguous(), mask_B11S)
+
+
+def checkpointed(forward, more: dict, *args, **kwargs):
+    """Calls a layer's forward, so that the backward pass computes it again.
+
+    Args:
+        more: `contexts_of_memory` as torch's checkpoint takes it, where the layer may have a memory.
+    """
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)  # generation and the dev split: nothing is recomputed
+    if torch.compiler.is_compiling():  # what a compiled layer recomputes is given the memory as an input
+        more = {}
+    # The reentrant form takes no `context_fn` and no keyword arguments.
+    return checkpoint(forward, *args, use_reentrant=False, **more, **kwargs)
 
 
 def contexts_of_memory(layer: nn.Module):

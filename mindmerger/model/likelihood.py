@@ -19,16 +19,16 @@ from mindmerger.model.decoding import growing_cache
 from mindmerger.model.loss import head_on_positions, token_losses
 
 
-def label_losses(
+def score_labels(
     llm: nn.Module,
     embeds_BLD: torch.Tensor,
     mask_BL: torch.Tensor,
     memory: AbstractContextManager,
     ids_BCT: torch.Tensor,
     mask_BCT: torch.Tensor,
-) -> torch.Tensor:
-    """Returns the summed loss of each label, (B, C) in nats and fp64; infinite where a row has no such label. Call it
-    without gradient.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the summed loss of each label, in nats and fp64, and whether greedy decoding would give it, both (B, C);
+    infinite and False where a row has no such label. Call it without gradient.
 
     Every label is passed on its own: the LLM is called 1 + C times (once where no label has a second token), whatever
     the rows hold, so that ranks that share its weights call it equally often.
@@ -49,22 +49,26 @@ def label_losses(
             "input: evaluate with --scoring generate, train with --dev_accuracy_rows 0"
         )
     reader, cache = _Reader(llm, mask_BL.to(device)), known.get("past_key_values")
-    labels = []
+    labels, greedy = [], []
     with memory:
         last_B = torch.arange(1, len(mask_BL) + 1) * mask_BL.shape[1] - 1
         logits_BV = reader(embeds_BLD, last_B, cache)
         for ids_BT, label_mask_BT in zip(ids_BCT.unbind(1), mask_BCT.unbind(1), strict=True):
             total_B = token_losses(logits_BV, ids_BT[:, 0]).double()
+            missed_B = (logits_BV.argmax(1) != ids_BT[:, 0]).long()
             if wide > 1:
                 row_M, at_M = torch.nonzero(label_mask_BT[:, 1:], as_tuple=True)
                 embeds_BTD = llm.get_input_embeddings()(ids_BT[:, :-1])
                 # A copy, since passing a label adds to it: not every kind of cache can be shortened again.
                 logits_MV = reader(embeds_BTD, row_M * (wide - 1) + at_M, copy.deepcopy(cache))
                 row_M = row_M.to(device)
-                losses_M = token_losses(logits_MV, ids_BT[row_M, at_M.to(device) + 1])
-                total_B = total_B.index_add(0, row_M, losses_M.double())
-            labels.append(total_B.masked_fill(label_mask_BT[:, 0].to(device) == 0, torch.inf))
-    return torch.stack(labels, dim=1)
+                ids_M = ids_BT[row_M, at_M.to(device) + 1]
+                total_B = total_B.index_add(0, row_M, token_losses(logits_MV, ids_M).double())
+                missed_B = missed_B.index_add(0, row_M, (logits_MV.argmax(1) != ids_M).long())
+            absent_B = label_mask_BT[:, 0].to(device) == 0
+            labels.append(total_B.masked_fill(absent_B, torch.inf))
+            greedy.append((missed_B == 0) & ~absent_B)
+    return torch.stack(labels, dim=1), torch.stack(greedy, dim=1)
 
 
 class _Reader:

@@ -15,12 +15,14 @@ from transformers.utils import ModelOutput
 @dataclass
 class MindMergerOutput(ModelOutput):
     """`loss`: mean next-token cross-entropy over target tokens; `loss_sum`: its sum; `target_tokens`: their number;
-    `label_losses`: (B, C), of each label where there are several to choose from."""
+    `label_losses`: (B, C), of each label where there are several to choose from; `label_greedy`: (B, C), whether greedy
+    decoding would give it."""
 
     loss: torch.Tensor | None = None
     loss_sum: torch.Tensor | None = None
     target_tokens: torch.Tensor | None = None
     label_losses: torch.Tensor | None = None
+    label_greedy: torch.Tensor | None = None
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,11 +33,12 @@ from mindmerger.model.attention_memory import (
     attention_memory,
     check_attention_function,
     check_attention_memory,
+    checkpointed,
     contexts_of_memory,
     normalises_keys,
 )
 from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
-from mindmerger.model.likelihood import label_losses
+from mindmerger.model.likelihood import score_labels
 from mindmerger.model.loss import ChunkedCrossEntropy, MindMergerOutput, head_on_positions
 from mindmerger.model.mapping_files import (
     CONFIG_FILE,
@@ -259,7 +259,7 @@ class MindMerger(SharedOnHub, nn.Module):
             # Not transformers' own switch, which acts in train mode only: frozen towers are never in it.
             if isinstance(layer, GradientCheckpointingLayer):
                 more = {"context_fn": partial(contexts_of_memory, layer)} if remembers else {}
-                layer.forward = partial(_checkpointed, layer.forward, more)
+                layer.forward = partial(checkpointed, layer.forward, more)
 
     def forward(
         self,
@@ -275,7 +275,7 @@ class MindMerger(SharedOnHub, nn.Module):
         Args:
             encoder_input_ids, encoder_attention_mask: (B, S), any padding side; None for the LLM alone.
             target_ids, target_mask: (B, T), ending in EOS where they should; (B, C, T) for C labels to choose from,
-                whose `label_losses` are then the only output, without gradient.
+                whose `label_losses` and `label_greedy` are then the only output, without gradient.
             prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
             Masks may stay on the CPU while ids are on the model's device: packing is planned where they are.
         """
@@ -283,8 +283,8 @@ class MindMerger(SharedOnHub, nn.Module):
         # Here, though nothing is trained on it: ZeRO 3 gathers weights within the engine's own call alone.
         if target_ids.dim() == 3:
             with torch.no_grad():
-                losses_BC = label_losses(self.llm, *self._merged(*inputs), target_ids, target_mask)
-            return MindMergerOutput(label_losses=losses_BC)
+                losses_BC, greedy_BC = score_labels(self.llm, *self._merged(*inputs), target_ids, target_mask)
+            return MindMergerOutput(label_losses=losses_BC, label_greedy=greedy_BC)
         embeds, masks, memory = self._segments(*inputs)
         embeds.append(self.llm.get_input_embeddings()(target_ids))
         masks.append(target_mask)
@@ -301,6 +301,19 @@ class MindMerger(SharedOnHub, nn.Module):
         loss_sum = ChunkedCrossEntropy.apply(logits_MV, labels_M)
         tokens = loss_sum.new_tensor(labels_M.numel())
         return MindMergerOutput(loss=loss_sum / tokens, loss_sum=loss_sum, target_tokens=tokens)
+
+    def score(
+        self, target_ids: torch.Tensor, target_mask: torch.Tensor, **inputs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the log-probability of each target behind its row's input, in nats and fp64, and whether greedy
+        decoding would give it, both (B, C); -inf and False where the mask has no token. An input is read once.
+
+        Args:
+            target_ids, target_mask: (B, C, T), C targets of each row, ending in EOS where it is to count.
+            inputs: the other arguments of `forward`.
+        """
+        output = self(**inputs, target_ids=target_ids, target_mask=target_mask)
+        return -output.label_losses, output.label_greedy
 
     @torch.no_grad()
     def merged_embeddings(
@@ -440,12 +453,3 @@ class MindMerger(SharedOnHub, nn.Module):
         with torch.no_grad():
             output = self.encoder(input_ids=packed_BS, attention_mask=mask_BS, **extra)
         return [output.last_hidden_state if i == -1 else output.hidden_states[i] for i in layers], packing.mask_BL
-
-
-def _checkpointed(forward, more, *args, **kwargs):
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)  # generation and the dev split: nothing is recomputed
-    if torch.compiler.is_compiling():  # what a compiled layer recomputes is given the memory as an input
-        more = {}
-    # The reentrant form takes no `context_fn` and no keyword arguments.
-    return checkpoint(forward, *args, use_reentrant=False, **more, **kwargs)
