@@ -5,10 +5,12 @@
 #   1. <STAGE>_<NAME>  in the environment, for one stage only   (MAPPING_TRAIN_NUM=5000, AUGMENTATION_TRAIN_NUM=2000)
 #   2. <NAME>          in capitals                              (TRAIN_NUM=5000)
 #   3. <name>          as the flag is written                   (train_num=5000)
-#   4. the published value.
-# Arguments after the script's name come last on the command line, so they win over all of these. A flag without a value
-# takes 1 or 0 (DRY_RUN=1). A <STAGE>_ variable that names no flag is refused: a misspelt one would change nothing, for
-# days. --task, --stage_name and what the launcher passes are the scripts' own.
+#   4. what the file CONFIG, or <STAGE>_CONFIG, sets, as --config of the program takes it
+#   5. the published value.
+# A flag's second name does as well (LEARNING_RATE for LR), one of the two at a time. Arguments after the script's name
+# come last on the command line, so they win over all of these. A flag without a value takes 1 or 0 (DRY_RUN=1). A
+# <STAGE>_ variable that names no flag is refused: a misspelt one would change nothing, for days. --task, --stage_name and
+# what the launcher passes are the scripts' own.
 #
 # The launcher: NUM_GPUS, NUM_NODES, HOSTFILE, MASTER_ADDR, MASTER_PORT, and DEEPSPEED_ARGS for anything else it takes.
 # STAGE_NAME=mapping or STAGE_NAME=augmentation runs that stage alone.
@@ -52,13 +54,25 @@ use_environment() {
 
 # setting PREFIX NAME [DEFAULT]: puts the value that holds into REPLY, empty if there is none.
 setting() {
-    local capitals candidate
-    capitals=$(printf '%s' "$2" | tr '[:lower:]' '[:upper:]')
-    for candidate in ${1:+"${1}_${capitals}"} "$capitals" "$2"; do
-        REPLY=${!candidate-}
-        if [[ -n $REPLY ]]; then return; fi
+    local entry spelled capitals candidate names=("$2") found=""
+    for entry in ${other_names-}; do
+        if [[ ${entry#*=} == "$2" ]]; then names+=("${entry%%=*}"); fi
     done
+    REPLY=""
+    for spelled in "${names[@]}"; do
+        capitals=$(printf '%s' "$spelled" | tr '[:lower:]' '[:upper:]')
+        for candidate in ${1:+"${1}_${capitals}"} "$capitals" "$spelled"; do
+            if [[ -z ${!candidate-} ]]; then continue; fi
+            [[ -z $found ]] || fail "$found and $candidate in the environment name one setting: unset one of them"
+            REPLY=${!candidate} found=$candidate
+            break
+        done
+    done
+    if [[ -n $REPLY ]]; then return; fi
     REPLY=${3-}
+    while IFS= read -r entry; do
+        if [[ ${entry%%=*} == "$2" ]]; then REPLY=${entry#*=}; fi
+    done <<<"${configured-}"
 }
 
 # add_settings PREFIX NAME[=DEFAULT]...: appends --NAME VALUE to `command_line` for each that has a value.
@@ -76,19 +90,52 @@ add_settings() {
 }
 
 # read_flags MODULE OWNED...: puts the flags of the module's parser but those OWNED by the caller into `value_flags` and
-# `switches`. The parser is asked, since a list here would fall behind it; once per program, as it costs 0.2 s.
+# `switches`, and their second names into `other_names`, each as SECOND=FIRST. The parser is asked, since a list here
+# would fall behind it; once per program, as it costs 0.2 s.
 read_flags() {
     local found
     if [[ ${flags_read-} == "$*" ]]; then return; fi
     found=$(python -c '
 import importlib, sys
 module, *owned = sys.argv[1:]
-actions = importlib.import_module(module).build_parser()._actions
-flags = {name[2:]: action.nargs for action in actions for name in action.option_strings if name.startswith("--")}
+flags, others = {}, []
+for action in importlib.import_module(module).build_parser()._actions:
+    first, *more = [name[2:] for name in action.option_strings if name.startswith("--")]
+    if first not in [*owned, "help", "config"]:  # read_config has the last
+        flags[first] = action.nargs
+        others += [f"{name}={first}" for name in more]
 for nargs in (None, 0):
-    print(*(name for name, wanted in flags.items() if wanted == nargs and name not in [*owned, "help"]))
+    print(*(name for name, wanted in flags.items() if wanted == nargs))
+print(*others)
 ' "$@") || fail "the flags of $1 cannot be read, for the reason above: is this the environment that holds requirements.txt?"
-    value_flags=${found%%$'\n'*} switches=${found#*$'\n'} flags_read=$*
+    value_flags=${found%%$'\n'*} found=${found#*$'\n'} flags_read=$*
+    switches=${found%%$'\n'*} other_names=${found#*$'\n'}
+}
+
+# read_config MODULE PREFIX ARGUMENT...: puts what the file that CONFIG names sets into `configured`, a NAME=VALUE a line.
+# The program is not told of the file: on its command line the published values would win over it.
+read_config() {
+    local module=$1 prefix=$2
+    shift 2
+    last_argument config "" "$@"
+    [[ -z $REPLY ]] || fail "--config $REPLY would lose to the published settings: say CONFIG=$REPLY before the script"
+    configured=""
+    setting "$prefix" config
+    if [[ -z $REPLY ]]; then return; fi
+    configured=$(python -m mindmerger.runtime.config_file "$module" "$REPLY") || exit 2
+}
+
+# by_first_names ARGUMENT...: puts the arguments into `arguments`, flags by their first names: the last one then wins,
+# whichever name it has.
+by_first_names() {
+    local word entry
+    arguments=()
+    for word in "$@"; do
+        for entry in $other_names; do
+            if [[ ${word%%=*} == "--${entry%%=*}" ]]; then word=--${entry#*=}${word#"${word%%=*}"}; fi
+        done
+        arguments+=("$word")
+    done
 }
 
 # add_variables PREFIX EXCEPT...: appends each flag that `read_flags` found and a variable sets.
@@ -116,14 +163,15 @@ is_on() {
 
 # refuse_misspelt PROGRAM: stops at a variable for one stage that no flag has the name of.
 refuse_misspelt() {
-    local name prefix flag
+    local name prefix flag known=" $value_flags $switches config "
+    for name in $other_names; do known+="${name%%=*} "; done
     for name in $(compgen -e); do
         flag=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]')
-        if [[ " $value_flags $switches " == *" $flag "* ]]; then continue; fi # ADAPTER_RANK, where a stage is called adapter
+        if [[ $known == *" $flag "* ]]; then continue; fi # ADAPTER_RANK, where a stage is called adapter
         for prefix in $(printf '%s\n' "${stages[@]}" | tr '[:lower:]' '[:upper:]'); do
             if [[ $name != "$prefix"_* ]]; then continue; fi
             flag=$(printf '%s' "${name#"$prefix"_}" | tr '[:upper:]' '[:lower:]')
-            [[ " $value_flags $switches " == *" $flag "* ]] ||
+            [[ $known == *" $flag "* ]] ||
                 fail "$name is in the environment, but no flag --$flag of $1 is open to variables: correct or unset it"
         done
     done
@@ -153,7 +201,7 @@ launch() {
 
 # train TASK STAGE NAME=PUBLISHED... -- ARGUMENT...
 train() {
-    local task=$1 stage=$2 published=() prefix command_line known=${stages[*]} wanted own_start
+    local task=$1 stage=$2 published=() prefix command_line arguments known=${stages[*]} wanted own_start configured
     shift 2
     wanted=${STAGE_NAME:-${stage_name:-$stage}}
     case " $known " in
@@ -170,6 +218,7 @@ train() {
     use_environment deepspeed
     read_flags mindmerger.training.flags deepspeed task stage_name local_rank gpu
     refuse_misspelt run_training.py
+    read_config mindmerger.training.flags "$prefix" "$@"
     # Others are passed only when set: the program's own defaults are the published ones.
     add_settings "$prefix" "${published[@]}"
     add_variables "$prefix" init_checkpoint "${published[@]%%=*}"
@@ -178,7 +227,8 @@ train() {
     if [[ $stage == "${stages[0]}" || -n ${STAGE_NAME:-${stage_name-}} || -n ${!own_start-} ]]; then
         add_settings "$prefix" init_checkpoint
     fi
-    launch run_training.py "${command_line[@]}" "$@"
+    by_first_names "$@"
+    launch run_training.py "${command_line[@]}" ${arguments[@]+"${arguments[@]}"}
 }
 
 # last_argument NAME DEFAULT ARGUMENT...: puts the value of the last --NAME among the arguments, else DEFAULT, into REPLY.
@@ -199,13 +249,18 @@ last_argument() {
 # The mapping defaults to what the training of TRAINED_TASK left: the bridge's last stage that is there. The LLM alone
 # needs none.
 evaluate() {
-    local task=$1 trained_task=$2 published=() command_line trained word alone=""
+    local task=$1 trained_task=$2 published=() command_line arguments trained word alone="" configured
     shift 2
     while [[ $1 != -- ]]; do
         published+=("$1")
         shift
     done
     shift
+    use_environment deepspeed
+    # The last two change nothing in an evaluation, and may be set for the training before it.
+    read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
+        train_micro_batch_size_per_gpu
+    read_config mindmerger.evaluation.flags "" "$@"
     setting "" llm_only
     if is_on llm_only "$REPLY"; then alone=yes; fi
     for word in "$@"; do
@@ -223,14 +278,11 @@ evaluate() {
         # Published for MindMerger; what another bridge's LLM reads is what its last stage trains.
         if [[ $REPLY == mindmerger ]]; then published+=(augmentation=True); else published+=(augmentation); fi
     fi
-    use_environment deepspeed
-    # The last two change nothing in an evaluation, and may be set for the training before it.
-    read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
-        train_micro_batch_size_per_gpu
     add_settings "" "${published[@]}"
     # The LLM alone takes no mapping, whatever the training before it was told.
     add_variables "" init_checkpoint augmentation "${published[@]%%=*}"
-    launch run_evaluation.py "${command_line[@]}" "$@"
+    by_first_names "$@"
+    launch run_evaluation.py "${command_line[@]}" ${arguments[@]+"${arguments[@]}"}
 }
 
 # What the two comparisons share. `table` holds the arguments of the table, in its order.

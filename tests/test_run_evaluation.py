@@ -302,6 +302,13 @@ def test_results_hold_everything_needed_to_run_again(evaluate, tmp_path, world):
     assert results["timing"]["generated_tokens"] <= 6 * 4 and results["timing"]["examples_per_s"] > 0
 
 
+def test_results_as_a_file_of_settings_evaluate_again_to_the_same_bytes(evaluate, tmp_path, datas):
+    evaluate(*FEW, "--limit", 2, "--seed", 3)
+    one, other = (tmp_path / "results" / name / "math_mgsm" for name in ("MindMerger", "again"))
+    assert main(["--config", str(one / "results.json"), "--save_name", "again"]) == 0
+    assert outcome(one) == outcome(other)
+
+
 def test_the_three_forms_differ_and_never_collide(evaluate, tmp_path, world):
     evaluate(*FEW)
     evaluate(*FEW, "--augmentation", "False")

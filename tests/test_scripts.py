@@ -346,8 +346,9 @@ def test_a_variable_named_like_any_flag_of_the_program_passes(run_script, script
     """A list of flags in the scripts would lack the next one: --bridge and --skip_faulty_rows never got through."""
     program = "run_training.py" if script.startswith("training") else "run_evaluation.py"
     accepted = {"train_batch_size", "train_micro_batch_size_per_gpu"} if program == "run_evaluation.py" else set()
-    actions = {action.option_strings[-1][2:]: action for action in parser_named(program)._actions}
-    names = {name for name, action in actions.items() if action.nargs in (None, 0)} - OWNED - accepted - {"llm_only"}
+    actions = {action.dest: action for action in parser_named(program)._actions}
+    apart = OWNED | accepted | {"llm_only", "config"}
+    names = {name for name, action in actions.items() if action.nargs in (None, 0)} - apart
     assert {"seed", "skip_faulty_rows", "precision"} < names and len(names) > 20
     environment = {name.upper(): f"of-{name}" if actions[name].nargs is None else "1" for name in names}
     call = run_script(script, **environment)[0][0]
@@ -355,6 +356,60 @@ def test_a_variable_named_like_any_flag_of_the_program_passes(run_script, script
     values = {name: call[call.index(f"--{name}") + 1] for name in names if actions[name].nargs is None}
     assert values == {name: f"of-{name}" for name in values}
     assert not {f"--{name}" for name in accepted} & set(call)
+
+
+def test_a_flag_s_second_name_is_open_to_variables_and_wins_as_an_argument(run_script):
+    calls, _ = run_script("training_math.sh", LEARNING_RATE="1e-3", MAPPING_PER_DEVICE_TRAIN_BATCH_SIZE="4")
+    assert [flags_of(call)["lr"] for call in calls] == [1e-3, 1e-3]
+    assert [flags_of(call)["train_micro_batch_size_per_gpu"] for call in calls] == [4, 2]
+    calls, _ = run_script("training_math.sh", "--learning_rate=2e-3", "--per_device_train_batch_size", "16", LR="1e-3")
+    assert [flags_of(call)["lr"] for call in calls] == [2e-3, 2e-3]
+    assert [flags_of(call)["train_micro_batch_size_per_gpu"] for call in calls] == [16, 16]
+    calls, error = run_script("training_math.sh", LR="1", LEARNING_RATE="2", expected_exit=2)
+    assert not calls
+    assert error == "error: LR and LEARNING_RATE in the environment name one setting: unset one of them\n"
+
+
+def test_a_file_of_settings_stands_between_the_variables_and_the_published_ones(run_script, tmp_path):
+    """On the program's command line the published settings would have won over the file."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("learning_rate: 1e-3\ntrain_num: 7\ncompile: true\nbridge_option: [a=b]\ndata_root: my data\n")
+    calls, _ = run_script("training_math.sh", "--max_seq_len", "9", CONFIG=str(file), TRAIN_NUM="8")
+    for call, max_gen_len in zip(calls, (200, 512), strict=True):
+        flags = flags_of(call)
+        assert (flags["lr"], flags["train_num"], flags["compile"], flags["max_gen_len"]) == (1e-3, 8, True, max_gen_len)
+        assert (flags["bridge_option"], flags["data_root"], flags["max_seq_len"]) == (["a=b"], "my data", 9)
+        assert flags["config"] is None
+    calls, _ = run_script("training_math.sh", AUGMENTATION_CONFIG=str(file), COMPILE="0")
+    assert [flags_of(call)["train_num"] for call in calls] == [100000, 7]
+    assert [flags_of(call)["compile"] for call in calls] == [False, False]
+
+
+def test_a_file_of_settings_reaches_the_evaluation_and_names_its_mapping(run_script, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("save_name: mine\nlimit: 3\n")
+    flags = flags_of(run_script("evaluation_mgsm.sh", CONFIG=str(file))[0][0])
+    assert (flags["save_name"], flags["limit"]) == ("mine", 3)
+    assert flags["init_checkpoint"] == "outputs/mine/math"
+    file.write_text("llm_only: true\n")
+    flags = flags_of(run_script("evaluation_mgsm.sh", CONFIG=str(file))[0][0])
+    assert flags["llm_only"] and flags["init_checkpoint"] is None
+
+
+def test_a_file_of_settings_that_cannot_be_used_stops_a_script_before_it_starts_anything(run_script, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("train_nums: 7\n")
+    calls, error = run_script("training_math.sh", CONFIG=str(file), expected_exit=2)
+    assert not calls and error.startswith(f"error: {file}: train_nums: no such setting, did you mean train_num?")
+    assert error.count("\n") == 1
+    file.write_text("bridge_option: [a=1, b=2]\n")
+    calls, error = run_script("training_math.sh", CONFIG=str(file), expected_exit=2)
+    assert not calls and error.startswith(f"error: {file}: bridge_option: takes one value here")
+    calls, error = run_script("training_math.sh", "--config", str(file), expected_exit=2)
+    assert not calls
+    assert (
+        error == f"error: --config {file} would lose to the published settings: say CONFIG={file} before the script\n"
+    )
 
 
 def test_variables_that_a_shell_or_a_launcher_left_choose_no_task_stage_or_gpu(run_script):
@@ -1035,10 +1090,17 @@ def parser_named(program: str):
     return getattr(importlib.import_module(module), function)()
 
 
-def test_every_command_of_the_pages_parses():
+def test_every_command_of_the_pages_parses(tmp_path, monkeypatch):
     """A flag that the program does not know would be the reader's first error message."""
     from deepspeed.launcher.runner import parse_args as parse_launcher
 
+    monkeypatch.chdir(tmp_path)
+    record = tmp_path / "outputs/MindMerger/math/mapping/args.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"arguments": {}}')
+    for language, text in BLOCKS:  # files that the commands read are blocks whose first line is their name
+        if language == "yaml":
+            (tmp_path / text.split()[1]).write_text(text)
     checked = set()
     for command in readme_commands():
         words = shlex.split(command)

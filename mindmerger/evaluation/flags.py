@@ -9,6 +9,7 @@ from mindmerger.evaluation.probes import PROBES
 from mindmerger.evaluation.scoring import SCORINGS
 from mindmerger.evaluation.translate_test import add_argument as add_translate_test
 from mindmerger.generation.answers import DEFAULT_MAX_LEN
+from mindmerger.runtime import config_file
 from mindmerger.runtime.command import CommandParser, at_least, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
@@ -33,7 +34,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.compare:
         # argparse does not say which flags were given: one that repeats its default passes for absent.
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-        ignored = [f"--{name}" for name in given if name not in ("compare", "seed", "deepspeed", "local_rank")]
+        ignored = [
+            f"--{name}" for name in given if name not in ("compare", "seed", "config", "deepspeed", "local_rank")
+        ]
         if ignored:
             warn(f"--compare evaluates nothing: no use of {', '.join(ignored)}")
     return args
@@ -44,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         description="Evaluates a mapping, or the LLM alone, on one task: greedy answers, scores, one table."
     )
+    config_file.add_argument(parser.add_argument)
     what = parser.add_argument_group("what is evaluated")
     what.add_argument(
         "--task",
@@ -175,6 +179,7 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
     generation.add_argument(
         # No default here: --eval_max_tokens alone has to lift the limit of rows.
         "--eval_batch_size",
+        "--per_device_eval_batch_size",
         type=_at_least(1),
         help="most examples of a batch (default 8; with --eval_max_tokens no limit)",
     )

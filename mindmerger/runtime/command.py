@@ -39,13 +39,38 @@ class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s: one line, printed by rank 0 alone, no usage text.
 
-    Flags are never abbreviated, and the description is shown as it is written, formulas and all.
+    Flags are never abbreviated, and the description is shown as it is written, formulas and all. A flag may have
+    further names, of which one is given at a time. The command line wins over the settings of a `--config` file. After
+    parsing, `given` has the flags of both: the name that each was given by, under its first name.
     """
 
     def __init__(self, **options):
         # An abbreviation that works today would become ambiguous, or another flag, with the next flag that is added.
         common = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(**common | options)
+        self.given: dict[str, str] = {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses the command line, behind the settings of its `--config` file.
+
+        Raises:
+            UserError: as `error` does, for two names of one flag, and for what the file may not hold.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        self.given = {}
+        for word in words:
+            name = word.split("=", 1)[0]
+            action = self._option_string_actions.get(name)
+            if action is not None and self.given.setdefault(action.dest, name) != name:
+                self.error(f"{self.given[action.dest]} and {name} name one setting: give one of them")
+        if "config" in self.given:
+            from mindmerger.runtime.config_file import words_of_file
+
+            file = super().parse_known_args(words)[0].config
+            for name, more in words_of_file(self, file, self.given).items():
+                self.given[name] = more[0].split("=", 1)[0] if more else f"--{name}"
+                words = more + words
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
         """Raises the error."""

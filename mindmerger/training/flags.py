@@ -2,7 +2,7 @@
 
 import argparse
 
-from mindmerger.runtime import precision
+from mindmerger.runtime import config_file, precision
 from mindmerger.runtime.command import CommandParser, DefaultsShown, at_least, parse_bool, positive, share
 from mindmerger.runtime.files import model_path
 from mindmerger.tasks.languages import add_language_flags
@@ -20,7 +20,8 @@ CHANGEABLE_ON_RESUME = {
 CHANGEABLE_ON_RESUME |= {"lr", "head_lr", "lr_scheduler", "warmup_ratio", "max_grad_norm", "init_checkpoint"}
 
 
-# Names and defaults of published flags are the released scripts', so that their commands run unchanged.
+# Names and defaults of published flags are the released scripts', so that their commands run unchanged. Second names
+# are those of Hugging Face's trainer, for what means the same there.
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser: every flag, its default and what it does."""
     parser = CommandParser(
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="Start it with the deepspeed launcher (one process for each GPU) or, for one process, with python.",
     )
+    config_file.add_argument(parser.add_argument)
     add_model_flags(parser)
     add_data_flags(parser)
     dev_accuracy.add_arguments(parser)
@@ -69,30 +71,36 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--augmentation", type=parse_bool, help="put the prompt after the mapped source (default: by stage)")
     add("--max_seq_len", type=at_least(1), default=512, help="limit of the encoder's tokens")
     add("--max_gen_len", type=at_least(1), default=512, help="limit of the prompt's and of the target's tokens")
-    add("--num_workers", type=at_least(0), default=2, help="threads that collate batches ahead; "
-        "0 collates between the steps")  # fmt: skip
+    add("--num_workers", "--dataloader_num_workers", type=at_least(0), default=2, help="threads that collate batches "
+        "ahead; 0 collates between the steps")  # fmt: skip
 
 
 def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the optimizer, the batches and the arithmetic."""
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=positive, default=2e-5, help="learning rate of AdamW")
+    add("--lr", "--learning_rate", type=positive, default=2e-5, help="learning rate of AdamW")
     add("--head_lr", type=positive, help="learning rate of an output head that the bridge trains (default: as --lr)")
-    add("--lr_scheduler", choices=("constant", "cosine", "linear"), default="constant", help="decay after warm-up")
+    add("--lr_scheduler", "--lr_scheduler_type", choices=("constant", "cosine", "linear"), default="constant",
+        help="decay after warm-up")  # fmt: skip
     add("--warmup_ratio", type=share, default=0.0, help="share of the steps with a linearly rising learning rate")
     add("--max_grad_norm", type=positive, help="gradient clipping (default: the DeepSpeed config's, else 1.0)")
-    add("--epoch_num", type=at_least(1), default=3, help="passes over the training set")
+    add("--epoch_num", "--num_train_epochs", type=at_least(1), default=3, help="passes over the training set")
     add("--max_steps", type=at_least(1), help="end after this many optimizer steps")
     time_limit.add_arguments(add)
     add("--train_batch_size", type=at_least(1), default=24, help="examples of one optimizer step, over all processes")
-    add("--train_micro_batch_size_per_gpu", type=at_least(1), default=1, help="examples of one forward pass")
-    add("--gradient_accumulation", type=int, help="checked against the two above and the number of processes")
+    add("--train_micro_batch_size_per_gpu", "--per_device_train_batch_size", type=at_least(1), default=1,
+        help="examples of one forward pass")  # fmt: skip
+    add("--gradient_accumulation", "--gradient_accumulation_steps", type=int, help="checked against the two above and "
+        "the number of processes; by its second name, and without --train_batch_size, it sets that one")  # fmt: skip
     add("--micro_batch_tokens", type=at_least(0), help="split batches into micro-batches by this many "
         "positions instead of rows (0: by rows)")  # fmt: skip
-    add("--eval_batch_size", type=at_least(1), default=2, help="examples of one forward pass on the dev split")
+    add("--eval_batch_size", "--per_device_eval_batch_size", type=at_least(1), default=2, help="examples of one "
+        "forward pass on the dev split")  # fmt: skip
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more arithmetic")
-    add("--compile", action="store_true", help="compile the frozen models' layers with torch.compile (not at ZeRO 3)")
-    add("--liger", action="store_true", help="Liger's kernels in the LLM (NVIDIA GPU, package liger-kernel)")
+    add("--compile", "--torch_compile", action="store_true", help="compile the frozen models' layers with "
+        "torch.compile (not at ZeRO 3)")  # fmt: skip
+    add("--liger", "--use_liger_kernel", action="store_true", help="Liger's kernels in the LLM (NVIDIA GPU, package "
+        "liger-kernel)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the fresh mapping, the dev split and the order of examples")
     add("--deterministic", action="store_true", help="deterministic kernels: bit-exact resume on CUDA too")
 

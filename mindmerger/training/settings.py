@@ -50,7 +50,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: for an unknown flag and a value that a flag cannot have.
     """
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    # By this name the batch is a product, and by our own flags it is the given number.
+    by_steps = parser.given.get("gradient_accumulation") == "--gradient_accumulation_steps"
+    if by_steps and "train_batch_size" not in parser.given:
+        if args.gradient_accumulation < 1:
+            raise UserError(f"--gradient_accumulation_steps must be at least 1, not {args.gradient_accumulation}")
+        per_pass = args.train_micro_batch_size_per_gpu * world_size()
+        args.train_batch_size = per_pass * args.gradient_accumulation
+        log(
+            f"--gradient_accumulation_steps {args.gradient_accumulation}: {args.train_batch_size} examples in a step, "
+            f"{args.train_micro_batch_size_per_gpu} in a forward pass on each of {world_size()} processes"
+        )
+    return args
 
 
 def settle(args) -> Settings:
