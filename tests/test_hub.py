@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard, constants
 import run_evaluation
 import run_training
 from mindmerger.evaluation import upload
+from mindmerger.evaluation.settings import ADAPTER_HASH, MAPPING_HASH
 from mindmerger.hub.repositories import split_id
-from mindmerger.model.adapters import adapter_values, add_adapter
-from mindmerger.model.mapping_files import MindMergerConfig, read_config
+from mindmerger.model.adapters import adapter_values, add_adapter, check_adapter
+from mindmerger.model.mapping_files import MindMergerConfig, mapping_sha256, read_config
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.model.model_card import hub_name, model_card
 from mindmerger.model.sharing import fetch_mapping, push_folder
@@ -226,6 +227,16 @@ def test_an_evaluation_by_the_id_puts_its_scores_on_the_card(hub, model, tmp_pat
     assert hub.repositories["anna/swahili"].files() == files
 
 
+def test_scores_with_an_adapter_are_not_those_without_it(model, tmp_path):
+    add_adapter(model, adapter_values("lora", 4, 8.0, 0.1, ["q_proj"], model.config.llm_path))
+    model.save_pretrained(tmp_path)
+    identity = {MAPPING_HASH: mapping_sha256(str(tmp_path / "mapping.safetensors"))}
+    line = refusal(upload.refuse_other_mapping, "results/math", identity, str(tmp_path))
+    assert line.startswith(f"results/math holds scores of another adapter than {tmp_path} (its --adapter_path (sha256)")
+    identity[ADAPTER_HASH] = check_adapter(str(tmp_path / "adapter"), model.config.llm_path).sha256
+    upload.refuse_other_mapping("results/math", identity, str(tmp_path))
+
+
 def test_tasks_name_data_sets_of_the_hub_that_the_pages_name_too():
     page = (ROOT / "docs/data.md").read_text()
     further = [task for name, task in TASKS.items() if task.hub_dataset and f"`{name}`" in page]
@@ -256,7 +267,7 @@ def test_an_upload_that_cannot_be_is_refused_before_anything_is_trained(hub, fla
     for name in ("swahili", "anna/a/b", "anna/sw@", "anna/--", "../x", "anna/schön"):
         assert said(name).startswith(f"--push_to_hub {name!r} is no id of the hub: pass USER/NAME")
     flags += ["--hub_license", "mine"]
-    assert "license" in (line := said("anna/swahili")) and "must be one of [apache-2.0" in line
+    assert 'the hub refuses such a card: "license" must be one of [apache-2.0, mit' in said("anna/swahili")
     flags[-1:] = ["mit"]
     line = said("bert/swahili")
     assert "the token is one of anna and may write to anna, lab: pass anna/swahili, or a token of bert" in line

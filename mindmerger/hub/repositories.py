@@ -44,7 +44,8 @@ def split_id(text: str) -> tuple[str, str | None] | None:
     from huggingface_hub.utils import validate_repo_id
 
     repository, at, revision = text.partition("@")
-    if repository.count("/") != 1 or bool(at) != bool(revision):
+    # The library's check lets letters of every script pass in its older versions.
+    if repository.count("/") != 1 or bool(at) != bool(revision) or not repository.isascii():
         return None
     try:
         validate_repo_id(repository)
@@ -92,17 +93,18 @@ def check_upload(name: str, license: str | None, datasets: Sequence[str]) -> Non
         UserError: for a name of another form, offline mode, no token or one that may not write there, a licence or a
             data set that the hub refuses on a card, and where it cannot be reached.
     """
-    from huggingface_hub import HfApi, ModelCard, ModelCardData
+    from huggingface_hub import HfApi
 
     repository = check_can_upload(name)
     try:
         account = HfApi().whoami()
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         owners = [account["name"], *(one["name"] for one in account.get("orgs", []))]
-        card = ModelCardData(license=license, datasets=list(datasets) or None)
-        ModelCard(f"---\n{card.to_yaml()}\n---\n").validate()
+        faults = _faults_of_card(license, datasets)
     except Exception as error:  # the library's own and its HTTP client's
         raise UserError(f"--push_to_hub {name}: {_refusal(error)}") from error
+    if faults:
+        raise UserError(f"--push_to_hub {name}: the hub refuses such a card: {faults[0]}")
     if role == "read":
         raise UserError(f"--push_to_hub {name}: the token may only read: {LOG_IN}, with a token that may write")
     # What a fine-grained token may do is listed nowhere in full.
@@ -111,6 +113,20 @@ def check_upload(name: str, license: str | None, datasets: Sequence[str]) -> Non
             f"--push_to_hub {name}: the token is one of {account['name']} and may write to {', '.join(owners)}: pass "
             f"{account['name']}/{repository.split('/')[1]}, or a token of {repository.split('/')[0]}"
         )
+
+
+def _faults_of_card(license: str | None, datasets: Sequence[str]) -> list[str]:
+    """Asks the hub what is wrong with a model card of these."""
+    from huggingface_hub import ModelCardData, constants
+    from huggingface_hub.utils import get_session
+
+    card = ModelCardData(license=license, datasets=list(datasets) or None).to_yaml()
+    # Not by `ModelCard.validate`, which in the library's older versions asks huggingface.co whatever HF_ENDPOINT says.
+    address, asked = f"{constants.ENDPOINT}/api/validate-yaml", {"repoType": "model", "content": f"---\n{card}\n---\n"}
+    answer = get_session().post(address, json=asked)
+    if answer.status_code != 400:
+        answer.raise_for_status()
+    return [" ".join(str(one.get("message")).split())[:300] for one in answer.json().get("errors", [])]
 
 
 def check_id(name: str) -> str:
