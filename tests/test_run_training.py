@@ -469,7 +469,7 @@ def test_a_mapping_of_another_task_is_warned_of(flags, tiny_encoder, tiny_llm, t
         # Written to ds_config.json as Infinity, which is not JSON.
         (["--max_grad_norm", "inf"], "--max_grad_norm: expected a finite number above 0, got 'inf'"),
         (["--max_grad_norm", "nan"], "--max_grad_norm: expected a finite number above 0, got 'nan'"),
-        (["--lr", "inf"], "--lr: expected a finite number above 0, got 'inf'"),
+        (["--lr", "inf"], "--lr/--learning_rate: expected a finite number above 0, got 'inf'"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_anything_loads(flags, more, message):
