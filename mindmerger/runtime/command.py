@@ -57,12 +57,15 @@ class CommandParser(argparse.ArgumentParser):
             UserError: as `error` does, for two names of one flag, and for what the file may not hold.
         """
         words = sys.argv[1:] if args is None else list(args)
-        self.given = {}
+        self.given, names = {}, {}
         for word in words:
             name = word.split("=", 1)[0]
             action = self._option_string_actions.get(name)
-            if action is not None and self.given.setdefault(action.dest, name) != name:
-                self.error(f"{self.given[action.dest]} and {name} name one setting: give one of them")
+            if action is None:
+                continue
+            if names.setdefault(action, name) != name:
+                self.error(f"{names[action]} and {name} name one setting: give one of them")
+            self.given[action.dest] = name
         if "config" in self.given:
             from mindmerger.runtime.config_file import words_of_file
 
