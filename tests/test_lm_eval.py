@@ -383,6 +383,21 @@ def test_a_cache_is_refused_before_a_model_loads(mapping, tmp_path):
     assert "model" not in vars(fresh)
 
 
+def test_what_the_harness_says_of_its_command_line_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lm-eval"])
+    cases = ((["--log_samples"], "Specify --output_path"), (["--model_args", "a={b}"], "Invalid JSON: a={b}"))
+    for flags, message in cases:
+        with pytest.raises(UserError, match=f"^{message}"):
+            command.main(["--tasks", "mgsm_direct_sw", *flags])
+
+
+def test_an_error_inside_the_harness_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lm-eval"])
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        command.main(["--tasks", "x"])
+
+
 def test_without_the_harness_the_command_names_its_package(monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "mindmerger\[harness\]"'):

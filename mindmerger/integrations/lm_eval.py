@@ -8,11 +8,12 @@ so this module registers the model and then calls the harness's main.
 """
 
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
 from mindmerger.runtime.command import run_main
-from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.errors import UserError, one_line
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the harness; see the module's docstring.
 
     Raises:
-        UserError: where it is not installed, and what `HarnessModel` refuses.
+        UserError: where it is not installed, for a command line that the harness refuses, and what `HarnessModel` does.
     """
     if find_spec("lm_eval") is None:
         raise UserError('lm-evaluation-harness is not installed: pip install "mindmerger[harness]"')
@@ -31,7 +32,14 @@ def main(argv: list[str] | None = None) -> int:
 
     # The harness reads the process's own arguments.
     sys.argv = ["lm-eval", *harness_arguments(sys.argv[1:] if argv is None else argv)]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ValueError, TypeError, OSError) as error:
+        # What the harness says of its command line, as of a task that does not exist, is a traceback's last line.
+        place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name
+        if place not in ("_cli", "config"):
+            raise
+        raise UserError(one_line(error)) from error
     return 0
 
 
