@@ -129,6 +129,18 @@ def test_the_harness_log_likelihoods_of_twenty_rows_are_those_of_likelihood_scor
     assert 100 * found["results"]["mindmerger_xnli_sw"]["acc,none"] == pytest.approx(own["accuracy"])
 
 
+def test_a_group_has_every_language_and_their_unweighted_mean(model, datas):
+    found = run_harness(model, "mindmerger_mgsm", datas, limit=2, gen_kwargs={"max_gen_toks": 3})["results"]
+    group = found.pop("mindmerger_mgsm")
+    assert len(found) == len(find_task("math").evaluation_languages)
+    scores = [one["corrected,none"] for one in found.values()]
+    assert group["corrected,none"] == pytest.approx(sum(scores) / len(scores))
+    groups = {name: load_yaml(command.TASKS / f"mindmerger_{name}.yaml")["task"] for name in ("mgsm", "xnli")}
+    assert {one for names in groups.values() for one in names} == {
+        path.stem for path in command.TASKS.glob("*_*_*.yaml")
+    }
+
+
 def test_a_log_likelihood_is_minus_the_summed_loss_of_the_bare_continuation(model):
     row = {"question": "Mbili na tatu ni ngapi?"}
     wanted = [request("loglikelihood", "Swali?\nAnswer:", text, row) for text in (" tano", " sita", " kumi na moja")]
@@ -232,7 +244,9 @@ def test_every_task_of_the_harness_that_the_table_speaks_of_has_a_query_and_a_la
 
 
 def test_own_tasks_are_those_of_the_languages_that_run_evaluation_reads():
-    found = {name: load_yaml(path, resolve_func=False) for path in command.TASKS.glob("*.yaml") for name in [path.stem]}
+    found = {
+        name: load_yaml(path, resolve_func=False) for path in command.TASKS.glob("*_*_*.yaml") for name in [path.stem]
+    }
     expected = {
         f"mindmerger_{short}_{find_language(name).code}": (task.name, find_language(name).code)
         for short, task in (("mgsm", find_task("math")), ("xnli", find_task("xnli")))
