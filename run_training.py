@@ -87,7 +87,7 @@ def load_data(settings: Settings, cache_dir=None) -> "TrainingData":
     from mindmerger.tasks.readers import describe_faults
 
     args = settings.args
-    tokenizers = on_all_ranks(load_tokenizers, args.mt_path, args.llm_path)
+    tokenizers = on_all_ranks(load_tokenizers, args.mt_path, args.llm_path, settings.chat)
     stage = StageData(
         settings.task,
         DATA_OF_STAGE[settings.stage.data],

@@ -4,13 +4,17 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from mindmerger.runtime.files import model_path
 from mindmerger.tasks.base import Example
 from mindmerger.tasks.languages import LANGUAGES, Language, _names, find_language
 from mindmerger.tasks.readers import DataError
+
+if TYPE_CHECKING:  # the hub's modules import transformers, which takes seconds
+    from mindmerger.hub.chat_template import ChatTemplate
 
 # Languages of version 0.1.0. Their tags stand in the name of every cache of an encoder that takes tags; those of later
 # languages do not, or each row added would have all data tokenised anew.
@@ -19,7 +23,8 @@ _FIRST_LANGUAGES = _names("sq ar bn bg zh hr en nl fr de el hi hu it ja lt mk pl
 
 @dataclass
 class Tokenizers:
-    """The encoder's and the LLM's tokenizer (either may be None) and the ids that frame a text."""
+    """The encoder's and the LLM's tokenizer (either may be None), the ids that frame a text, and the chat template that
+    prompts stand in, if any: `eos_id` is then what ends its assistant's turn."""
 
     encoder: object | None
     llm: object | None
@@ -27,10 +32,22 @@ class Tokenizers:
     llm_pad_id: int
     eos_id: int | None
     bos_id: int | None
+    chat: "ChatTemplate | None" = None
+
+    def within(self, chat: "ChatTemplate | None", llm_path: str) -> "Tokenizers":
+        """Returns the tokenizers with prompts inside a chat template; themselves for None.
+
+        Raises:
+            UserError: for an LLM without the token that ends a turn.
+        """
+        return self if chat is None else replace(self, chat=chat, eos_id=chat.end_id(self.llm, llm_path))
 
 
-def load_tokenizers(mt_path: str | None, llm_path: str | None) -> Tokenizers:
+def load_tokenizers(mt_path: str | None, llm_path: str | None, chat: "ChatTemplate | None" = None) -> Tokenizers:
     """Loads both tokenizers from folders or hub names.
+
+    Args:
+        chat: the template that prompts for the LLM stand in; None for none.
 
     Raises:
         DataError: for a folder or a tokenizer that is missing or damaged, and an LLM tokenizer without EOS.
@@ -39,7 +56,7 @@ def load_tokenizers(mt_path: str | None, llm_path: str | None) -> Tokenizers:
     llm = _load_tokenizer(llm_path, "--llm_path") if llm_path else None
     if llm is not None and llm.eos_token_id is None:
         raise DataError(f"the tokenizer of {llm_path} has no EOS token: targets could not end (set its eos_token)")
-    return Tokenizers(
+    tokenizers = Tokenizers(
         encoder=encoder,
         llm=llm,
         encoder_pad_id=_padding_id(encoder, mt_path) if encoder else 0,
@@ -47,6 +64,7 @@ def load_tokenizers(mt_path: str | None, llm_path: str | None) -> Tokenizers:
         eos_id=llm.eos_token_id if llm else None,
         bos_id=llm.bos_token_id if llm else None,
     )
+    return tokenizers.within(chat, llm_path)
 
 
 def _load_tokenizer(path: str, flag: str):
@@ -196,11 +214,20 @@ def _shorten(tokenizer, text: str, shrinkable: tuple[int, int], limit: int, spec
     if len(best) > limit:
         # The end, where the template says that an answer follows; the released code cuts that off.
         return _last_ids(tokenizer, text[:start] + text[end:], limit) if special else best[-limit:]
+    return _longest(ids_with, end - start, best, limit)
+
+
+def _longest(ids_with: Callable[[int], list[int]], most: int, best: list[int], limit: int) -> list[int]:
+    """Returns the ids of as many characters as fit, of `most` that do not.
+
+    Args:
+        best: ids of none, which fit.
+    """
     # Searched for, not computed: the tokens of two halves of a text are not those of the whole.
     # Doubling first: a span of megabytes is never tokenised whole.
-    fits, too_long = 0, min(limit, end - start)
-    while too_long < end - start and len(ids := ids_with(too_long)) <= limit:
-        fits, best, too_long = too_long, ids, min(2 * too_long, end - start)
+    fits, too_long = 0, min(limit, most)
+    while too_long < most and len(ids := ids_with(too_long)) <= limit:
+        fits, best, too_long = too_long, ids, min(2 * too_long, most)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
         ids = ids_with(middle)
@@ -209,6 +236,54 @@ def _shorten(tokenizer, text: str, shrinkable: tuple[int, int], limit: int, spec
         else:
             too_long = middle
     return best
+
+
+def _encode_prompts(
+    tokenizers: Tokenizers, examples: Sequence[Example], limit: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Returns prompt ids, the chat template's among them where there is one, and for each row whether it was too long:
+    then it is shortened in its shrinkable span."""
+    llm, chat = tokenizers.llm, tokenizers.chat
+    if chat is None:
+        ids = _ids(llm, [example.prompt for example in examples], False)
+        truncated = [len(row) > limit for row in ids]
+        return [
+            _shorten(llm, example.prompt, example.shrinkable, limit) if too_long else row
+            for example, row, too_long in zip(examples, ids, truncated, strict=True)
+        ], truncated
+    # Tokenised with the template's BOS, and then without its token: what follows one is spelt otherwise by some.
+    extra = int(chat.drops_bos)
+    wrapped = [chat.wrap(example.prompt, example.shrinkable) for example in examples]
+    ids = _ids(llm, [text for text, _ in wrapped], False)
+    truncated = [len(row) > limit + extra for row in ids]
+    return [
+        (_shorten_inside(llm, chat, *one, limit + extra) if too_long else row)[extra:]
+        for one, row, too_long in zip(wrapped, ids, truncated, strict=True)
+    ], truncated
+
+
+def _shorten_inside(tokenizer, chat: "ChatTemplate", text: str, shrinkable: tuple[int, int], limit: int) -> list[int]:
+    """Returns ids as `_shorten` does, the chat template whole also where the prompt is too long without its shrinkable
+    span: then the start of the rest goes, since its end says that an answer follows.
+
+    Raises:
+        DataError: where the chat template alone is too long.
+    """
+    start, end = shrinkable
+    rest = text[len(chat.before) : start] + text[end : len(text) - len(chat.after)]
+
+    def ids_with(characters: int) -> list[int]:
+        return _ids(tokenizer, [chat.before + rest[len(rest) - characters :] + chat.after], False)[0]
+
+    if len(ids_with(len(rest))) <= limit:
+        return _shorten(tokenizer, text, shrinkable, limit)
+    best = ids_with(0)
+    if len(best) > limit:
+        raise DataError(
+            f"--max_gen_len {limit - chat.drops_bos} leaves no room for a prompt: the chat template of "
+            f"{tokenizer.name_or_path} alone takes {len(best) - chat.drops_bos} tokens"
+        )
+    return _longest(ids_with, len(rest), best, limit)
 
 
 def _last_ids(tokenizer, text: str, limit: int) -> list[int]:
@@ -235,7 +310,7 @@ def tokenise(
 
     Args:
         max_seq_len: most encoder tokens, its special ones included.
-        max_gen_len: most prompt tokens, and most target tokens with EOS.
+        max_gen_len: most prompt tokens, those of a chat template included, and most target tokens with EOS.
         shrink_source: whether sources are whole prompts, which lose of their shrinkable span where they are too long.
 
     Returns:
@@ -254,12 +329,7 @@ def tokenise(
         found = _encode_sources(tokenizers.encoder, examples, max_seq_len, shrink_source)
         columns["encoder_ids"], columns["source_cut"] = found
     if with_prompt:
-        ids = _ids(tokenizers.llm, [example.prompt for example in examples], False)
-        columns["prompt_cut"] = [len(row) > max_gen_len for row in ids]
-        columns["prompt_ids"] = [
-            _shorten(tokenizers.llm, example.prompt, example.shrinkable, max_gen_len) if len(row) > max_gen_len else row
-            for example, row in zip(examples, ids, strict=True)
-        ]
+        columns["prompt_ids"], columns["prompt_cut"] = _encode_prompts(tokenizers, examples, max_gen_len)
     if with_target:
         ids = _ids(tokenizers.llm, [example.target for example in examples], False)
         columns["target_cut"] = [len(row) + 1 > max_gen_len for row in ids]

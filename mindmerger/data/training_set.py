@@ -175,6 +175,8 @@ def cache_key(stage: StageData, hashes: dict[str, str], tokenizers: Tokenizers, 
         settings["skip_faulty_rows"] = True
     if stage.encoder_text != "source":
         settings["encoder_text"] = stage.encoder_text
+    if tokenizers.chat is not None:
+        settings["chat_template"] = tokenizers.chat.record()
     # Those alone that the rows may be in: an own language added for another run leaves this one its cache.
     if own := own_languages(stage.languages):
         settings["own_languages"] = [astuple(language) for language in own]

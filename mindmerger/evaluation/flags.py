@@ -10,6 +10,7 @@ from mindmerger.evaluation.scoring import SCORINGS
 from mindmerger.evaluation.translate_test import add_argument as add_translate_test
 from mindmerger.generation.answers import DEFAULT_MAX_LEN
 from mindmerger.runtime import config_file
+from mindmerger.runtime.chat_template import add_argument as add_chat_template
 from mindmerger.runtime.command import CommandParser, at_least, check_save_name, check_seed, parse_bool
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
@@ -140,6 +141,7 @@ def _add_models(group) -> None:
         help="folder of an adapter of the LLM, as the adapter stage or PEFT writes it, also with --llm_only; none "
         "leaves it out (default: the one beside the mapping, where its config.json names one)",
     )
+    add_chat_template(group.add_argument, "as trained, by the mapping's config.json, else ")
     group.add_argument("--bridge", help="its bridge (default: what its config.json names, else mindmerger)")
     group.add_argument(
         "--bridge_option",

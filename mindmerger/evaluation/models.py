@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from mindmerger.runtime.chat_template import AUTO
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import is_main, log, on_rank_0, warn
 
@@ -18,7 +19,8 @@ class Models(NamedTuple):
     """The models that are evaluated, those of the LLM alone without `mapping_file`, `encoder` and `config`.
 
     config: of the mapping, with MindMerger's bridge where it has no config.json, as the released ones have none.
-    adapter: a folder, not looked into yet.
+    adapter: a folder, not looked into yet. recorded: what --init_checkpoint's config.json says, also where the LLM
+    alone is evaluated.
     """
 
     mapping_file: str | None
@@ -26,6 +28,7 @@ class Models(NamedTuple):
     llm: str
     config: object | None
     adapter: str | None = None
+    recorded: object | None = None
 
 
 def find_models_on_rank_0(args: argparse.Namespace, task) -> Models:
@@ -60,12 +63,12 @@ def find_models(args: argparse.Namespace, task) -> Models:
     llm = choose_path(args, recorded, "llm_path", DEFAULT_LLM)
     # The mapping is looked at all the same until here: its config.json may name the LLM that it was trained for.
     if args.llm_only:
-        return Models(None, None, llm, None, adapter)
+        return Models(None, None, llm, None, adapter, recorded)
     encoder = choose_path(args, recorded, "mt_path", DEFAULT_ENCODER)
     bridge, options = choose_bridge(args, recorded, mapping_file)
     # Widths are read from the models later: a released pytorch_model.bin stands alone, without a config.json.
     config = recorded or MindMergerConfig(encoder, llm, None, 0, bridge=bridge, bridge_options=options)
-    return Models(mapping_file, encoder, llm, config, adapter)
+    return Models(mapping_file, encoder, llm, config, adapter, recorded)
 
 
 def choose_adapter(args: argparse.Namespace, given: str | None, recorded) -> str | None:
@@ -80,6 +83,31 @@ def choose_adapter(args: argparse.Namespace, given: str | None, recorded) -> str
     folder = Path(given) if Path(given).is_dir() else Path(given).parent
     log(f"--adapter_path not given: taking {folder / ADAPTER_FOLDER}, named by the config.json beside it")
     return str(folder / ADAPTER_FOLDER)
+
+
+def choose_chat_template(args: argparse.Namespace, models: Models, form: str):
+    """Returns the chat template around the prompts, None for none: that of training by itself.
+
+    Raises:
+        UserError: for another one than that of training, and one that cannot be used.
+    """
+    from mindmerger.hub.chat_template import keep_template
+
+    if form == "hard":
+        if args.chat_template == AUTO:
+            warn("--chat_template has no effect on the Hard form, which has no prompt")
+        return None
+    recorded, record, trained = models.recorded, None, None
+    if recorded is not None and recorded.augmentation:  # of a stage without a prompt the record says nothing
+        record = recorded.chat_template
+        if form == "soft":
+            trained = models.mapping_file
+        elif recorded.mt_path is None and models.adapter is not None:
+            trained = f"the adapter {models.adapter}"
+    found = keep_template(args.chat_template, models.llm, record, trained)
+    if found is not None and args.chat_template is None:
+        log("--chat_template not given: taking the one that this was trained with")
+    return found
 
 
 def check_adapter_fits(models: Models, engine: str):

@@ -336,6 +336,7 @@ def read_results(folder: str) -> dict:
         probe, gold = results.get("probe_prefix", {"kind": PROBES[0]}), results.get("gold", {"gold_loss": 0.0})
         wrong += ["probe_prefix"] * (not isinstance(probe, dict) or probe.get("kind") not in PROBES)
         wrong += ["scoring"] * (results.get("scoring", LIKELIHOOD) != LIKELIHOOD)
+        wrong += ["chat_template"] * (not isinstance(results.get("chat_template"), dict | None))
         wrong += ["bridge"] * (not isinstance(results.get("bridge"), str | None))
         wrong += ["gold"] * (not isinstance(gold, dict) or not isinstance(gold.get("gold_loss"), float))
         if wrong:

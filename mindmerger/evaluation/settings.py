@@ -14,6 +14,7 @@ from mindmerger.evaluation.models import (
     Models,
     check_adapter_fits,
     check_models_fit,
+    choose_chat_template,
     find_models_on_rank_0,
     warn_of_other_precision,
     warn_of_other_training,
@@ -88,6 +89,12 @@ class Settings:
     identity: dict = field(default_factory=dict)  # everything the answers and scores depend on
 
     @property
+    def chat_record(self) -> dict | None:
+        """The chat template around the prompts as results.json records it, None for none."""
+        chat = self.tokenizers.chat
+        return chat.record() if chat is not None else None
+
+    @property
     def two_scorers(self) -> bool:
         """Whether the released scorer and ours read this task's outputs differently, which an empty one shows."""
         empty = self.task.score("", "0")
@@ -120,7 +127,8 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     if bridge is not None and bridge.uses_memory:
         check_attention_function(args.attn_implementation, args.engine)
     items = read_items(args, task, languages)
-    tokenizers = load_tokenizers(models.encoder, models.llm)
+    chat = choose_chat_template(args, models, form)
+    tokenizers = load_tokenizers(models.encoder, models.llm, chat)
     columns = tokenise_items(args, tokenizers, items.examples, form, models.config)
     columns, probe, partner = apply_probe(args.probe_prefix, items.examples, columns, args.seed)
     suffix = (items.suffix or FORM_SUFFIX[form]) + ("-adapter" if adapter is not None else "")
@@ -325,6 +333,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         # None without: folders that are older than these flags lack the entries.
         ADAPTER_HASH: settings.adapter.sha256 if settings.adapter is not None else None,
         "--probe_prefix": args.probe_prefix,
+        "--chat_template": settings.chat_record,
         "--score_gold": args.score_gold or None,
         "--scoring": None if generated else args.scoring,
         SCORER: settings.task.scorer_version,

@@ -101,7 +101,8 @@ def prediction_item(settings: Settings, example, output: str) -> dict:
         "id": example.id,
         **({"question": example.question} if example.question else {}),
         "source": example.source,
-        # What the model read, not what the data hold: the Hard form has no prompt.
+        # What the model read, not what the data hold: the Hard form has no prompt. A chat template around it is in
+        # results.json, once.
         "prompt": example.prompt if settings.form != "hard" else "",
         "output": output,
         "prediction": score.prediction,
@@ -148,6 +149,7 @@ def build_results(settings: Settings, items: dict[str, list[dict]], records: dic
         # Entries that came later are left out where they say nothing: the files of other runs stay as they were.
         **({"translate_test": settings.translate_test} if settings.translate_test else {}),
         **({"probe_prefix": settings.probe_prefix} if settings.probe_prefix else {}),
+        **({"chat_template": settings.chat_record} if settings.chat_record else {}),
         **({"scoring": LIKELIHOOD} if settings.label_ids is not None else {}),
         "mean": {**mean, "interval": mean_interval},
         **({"gold": mean_gold([row for rows in items.values() for row in rows])} if settings.score_gold else {}),
@@ -204,7 +206,7 @@ def find_published(settings: Settings, languages: dict[str, dict]) -> dict | Non
 
     # The published rows have none of these: they would be taken for this run's.
     others = settings.parallel_input or settings.translate_test or settings.probe_prefix or settings.adapter
-    others = others or settings.label_ids
+    others = others or settings.label_ids or settings.chat_record
     if others or settings.bridge_name != DEFAULT_BRIDGE:
         return None
     rows = {name: one["n"] for name, one in languages.items()}

@@ -34,6 +34,8 @@ def form_title(results: dict) -> str:
     elif parallel is not None:
         who = "the benchmark's own rows" if parallel["translations"] == "oracle" else "machine translations"
         title = f"LLM alone with parallel input, {parallel['name']}: {who}, {parallel['order']}"
+    if results.get("chat_template") is not None:
+        title = f"{title}, chat template"
     return title if results.get("scoring") is None else f"{title}, {LIKELIHOOD_TITLE}"
 
 

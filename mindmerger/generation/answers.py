@@ -215,6 +215,7 @@ def load_model(settings, device):
 
     from mindmerger.generation.vllm_engine import keep_input_side
     from mindmerger.model.adapters import load_adapter
+    from mindmerger.model.decoding import end_at
     from mindmerger.model.mindmerger import MindMerger
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
@@ -223,6 +224,8 @@ def load_model(settings, device):
     advice = "use a larger GPU or --precision bf16"
     with explain_out_of_memory(f"while placing the models on {device}", {}, advice):
         model = MindMerger.from_models(*paths, dtype, settings.attn_implementation, *between)
+        if settings.tokenizers.chat is not None:  # whose turn may end in a token that no config names
+            end_at(model, settings.tokenizers.eos_id)
         if settings.mapping_file is not None and is_main():
             model.load_mapping(settings.mapping_file)
         if settings.adapter is not None:
@@ -265,6 +268,7 @@ def answer(
     max_new_tokens: int | None = None,
     batch_size: int = 8,
     augmentation: bool | None = None,
+    chat_template: str | None = None,
 ) -> list[str]:
     """Answers texts in any language: strings in, strings out, in the same order.
 
@@ -277,10 +281,12 @@ def answer(
         max_new_tokens: default the task's.
         batch_size: texts generated at once.
         augmentation: True for the Soft form, False for Hard; None for the one that the bridge's last stage trains.
+        chat_template: "auto" for the LLM's own around the prompt, "none"; None for that which the model or its LLM was
+            trained with.
 
     Raises:
-        UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer, logits
-            that are not numbers.
+        UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer, another
+            chat template than the model was trained with, logits that are not numbers.
     """
     from mindmerger.model.mapping_files import form_of, stage_of
     from mindmerger.tasks import find_task
@@ -293,12 +299,15 @@ def answer(
     task = find_task(task)
     # Kept between calls: `answer` may be asked for one text after another.
     tokenizers = _cached_tokenizers(model.config.mt_path if model.encoder is not None else None, model.config.llm_path)
+    with_prompt = model.encoder is None or form_of(model.config, augmentation) == "soft"
     examples = build_examples(task, texts, name_languages(model, tokenizers, languages, len(texts)))
+    if with_prompt:
+        tokenizers = put_in_template(model, tokenizers, chat_template)
     columns = tokenise_inputs(
         tokenizers,
         examples,
         with_source=model.encoder is not None,
-        with_prompt=model.encoder is None or form_of(model.config, augmentation) == "soft",
+        with_prompt=with_prompt,
         max_seq_len=DEFAULT_MAX_LEN,
         max_gen_len=DEFAULT_MAX_LEN,
         encoder_text=stage_of(model.config).encoder_text,
@@ -312,6 +321,28 @@ def answer(
         for i, one in zip(batch, answers, strict=True):
             outputs[i] = one.output
     return outputs
+
+
+def put_in_template(model, tokenizers, given: str | None):
+    """Returns the tokenizers with prompts inside the chat template that a model was trained with, else `given`, whose
+    turn's end then ends the model's generation too.
+
+    Raises:
+        UserError: for another one than that of training.
+    """
+    from mindmerger.hub.chat_template import keep_template
+    from mindmerger.model.decoding import end_at
+    from mindmerger.runtime.chat_template import AUTO, NONE
+
+    if given not in (AUTO, NONE, None):
+        raise UserError(f"chat_template must be {AUTO!r}, {NONE!r} or None, not {given!r}")
+    config = model.config
+    trained = "the model" if config.augmentation and (model.encoder is not None or model.adapter is not None) else None
+    template = keep_template(given, config.llm_path, config.chat_template, trained)
+    tokenizers = tokenizers.within(template, config.llm_path)
+    if template is not None:
+        end_at(model, tokenizers.eos_id)
+    return tokenizers
 
 
 def name_languages(model, tokenizers, languages: list[str] | str | None, number: int) -> list[str]:

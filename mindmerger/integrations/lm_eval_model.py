@@ -25,6 +25,7 @@ from mindmerger.evaluation.models import (
     DEFAULT_BRIDGE,
     check_adapter_fits,
     check_models_fit,
+    choose_chat_template,
     find_models,
     warn_of_other_precision,
 )
@@ -56,7 +57,7 @@ from mindmerger.tasks.languages import find_language, use_languages_file
 FLAGS = (
     *("init_checkpoint", "llm_path", "mt_path", "adapter_path", "bridge", "bridge_option", "augmentation", "llm_only"),
     *("precision", "attn_implementation", "max_seq_len", "max_gen_len", "max_new_tokens"),
-    *("data_root", "languages_file"),
+    *("data_root", "languages_file", "chat_template"),
 )
 OWN = ("query", "language")
 NO_LIMIT = 2**31  # the harness leaves prompts whole, and examples in them make them long
@@ -116,7 +117,8 @@ class HarnessModel(LM):
         self.bridge = check_models_fit(models)
         if self.bridge is not None and self.bridge.uses_memory:
             check_attention_function(args.attn_implementation, args.engine)
-        self.tokenizers = load_tokenizers(models.encoder, models.llm)
+        chat = choose_chat_template(args, models, self.form)
+        self.tokenizers = load_tokenizers(models.encoder, models.llm, chat)
         self.encoder_text = stage_of(models.config).encoder_text if models.config is not None else "source"
         # LangBridge's encoder reads the whole prompt, and the LLM alone has none.
         self.reads_rows = models.encoder is not None and self.encoder_text == "source"
@@ -128,6 +130,7 @@ class HarnessModel(LM):
             "mapping_file": models.mapping_file,
             "adapter": check_adapter_fits(models, args.engine),
             "precision": precision,
+            "tokenizers": self.tokenizers,
         }
         self.settings = Namespace(**vars(args) | found)
 
@@ -228,7 +231,10 @@ class HarnessModel(LM):
             UserError: where a template is asked for.
         """
         if chat_template:
-            raise UserError("--apply_chat_template is not for the mindmerger model: leave it out")
+            raise UserError(
+                "--apply_chat_template is not for the mindmerger model, which takes the template of training by "
+                "itself: leave it out"
+            )
         return ""
 
     def get_model_info(self) -> dict:
@@ -241,6 +247,7 @@ class HarnessModel(LM):
             "mapping_sha256": mapping_sha256(mapping) if mapping is not None else None,
             "form": self.form,
             "precision": self.settings.precision,
+            "chat_template": self.tokenizers.chat.record() if self.tokenizers.chat is not None else None,
             "encoder_text": self.query or "by task",
             "versions": versions(),
         }

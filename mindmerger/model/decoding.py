@@ -110,6 +110,13 @@ def decoding_attention(llm: nn.Module):
         llm.set_attn_implementation("sdpa")
 
 
+def end_at(model: nn.Module, token_id: int) -> None:
+    """Lets a token end the generation of a `MindMerger` besides those that the LLM's configs and tokenizer name."""
+    if token_id not in model.eos_token_ids:
+        model.eos_token_ids.append(token_id)
+        model.llm.generation_config.eos_token_id = model.eos_token_ids
+
+
 @contextmanager
 def contiguous_input(layer: nn.Module):
     """Context manager: a linear layer gets its input in one piece.

@@ -19,8 +19,9 @@ from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindmerger.bridges import Towers
+from mindmerger.hub.chat_template import read_template
 from mindmerger.hub.model_files import ModelError
-from mindmerger.hub.tokenizer_files import end_token_ids, special_token_ids
+from mindmerger.hub.tokenizer_files import end_token_ids, load_tokenizer, special_token_ids
 from mindmerger.model.adapters import (
     ADAPTER_FOLDER,
     adapter_parameters,
@@ -37,7 +38,7 @@ from mindmerger.model.attention_memory import (
     contexts_of_memory,
     normalises_keys,
 )
-from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, growing_cache
+from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, end_at, growing_cache
 from mindmerger.model.likelihood import score_labels
 from mindmerger.model.loss import ChunkedCrossEntropy, MindMergerOutput, head_on_positions
 from mindmerger.model.mapping_files import (
@@ -179,8 +180,10 @@ class MindMerger(SharedOnHub, nn.Module):
         if config.adapter is not None:
             place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
             load_adapter(model, check_adapter(str(place / ADAPTER_FOLDER), model.config.llm_path))
-        for name in ("stage", "task", "augmentation", "languages"):
+        for name in ("stage", "task", "augmentation", "languages", "chat_template"):
             setattr(model.config, name, getattr(config, name))
+        if (chat := read_template(config.chat_template, folder)) is not None:
+            end_at(model, chat.end_id(load_tokenizer(model.config.llm_path), model.config.llm_path))
         return model
 
     def load_mapping(self, path: str) -> None:

@@ -50,7 +50,7 @@ def model_card(
 | bridge | {bridge} |{adapter}
 | task | {config.task or "not recorded"} |
 | stage | {config.stage or "not recorded"} |
-| form | {FORMS[config.augmentation]} |
+| form | {FORMS[config.augmentation]}{", the prompt in the LLM's chat template" if config.chat_template else ""} |
 
 ```python
 from mindmerger import MindMerger

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mindmerger.runtime import config_file, precision
+from mindmerger.runtime import chat_template, config_file, precision
 from mindmerger.runtime.command import CommandParser, DefaultsShown, at_least, parse_bool, positive, share
 from mindmerger.runtime.files import model_path
 from mindmerger.tasks.languages import add_language_flags
@@ -68,6 +68,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     dev_split.add_arguments(add)
     add("--skip_faulty_rows", action="store_true", help="leave out and list rows of the data files that are faulty, "
         "where the first one otherwise ends the run")  # fmt: skip
+    chat_template.add_argument(add)
     add("--augmentation", type=parse_bool, help="put the prompt after the mapped source (default: by stage)")
     add("--max_seq_len", type=at_least(1), default=512, help="limit of the encoder's tokens")
     add("--max_gen_len", type=at_least(1), default=512, help="limit of the prompt's and of the target's tokens")

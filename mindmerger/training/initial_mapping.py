@@ -30,8 +30,32 @@ def settle_start(args, stage, mapping_config, output_dir: Path) -> tuple[str | N
     if init_file is None:
         return None, None
     check_mapping(init_file, mapping_config)
+    check_template(init_file, mapping_config)
     protect_initial_mapping(init_file, output_dir)
     return init_file, mapping_sha256(init_file)[:16]
+
+
+def check_template(init_file: str, own) -> None:
+    """Compares the chat template that a mapping was trained with, where it has seen prompts, with this run's.
+
+    Args:
+        own: the configuration of this run's mapping.
+
+    Raises:
+        UserError: where this run would drop or change it.
+    """
+    from mindmerger.model.mapping_files import read_config
+
+    config, record = read_config(init_file), own.chat_template
+    if not own.augmentation or config is None or not config.augmentation or config.chat_template == record:
+        return
+    if config.chat_template is None:
+        warn(f"the mapping {init_file} was trained without a chat template, this run has one")
+        return
+    what = "with a chat template: pass --chat_template auto"
+    if record is not None:
+        what = "with another chat template than the LLM's own is now: train the earlier stage again"
+    raise UserError(f"the mapping to start from, {init_file}, was trained {what}")
 
 
 def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path) -> str | None:

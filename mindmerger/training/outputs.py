@@ -103,6 +103,8 @@ def identity(settings: Settings, data) -> dict:
         "bridge_options": settings.bridge.options,
         **adapter_identity(settings),
         "augmentation": settings.with_prompt,
+        # None in checkpoints that are older than the flag, which had none.
+        "chat_template": settings.chat.record() if settings.chat is not None else None,
         "seed": args.seed,
         "llm": settings.models[0],
         "encoder": settings.models[1],

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindmerger.runtime import precision
+from mindmerger.runtime import chat_template, precision
 from mindmerger.runtime.command import check_save_name, check_seed
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import is_main, log, warn, world_size
@@ -29,6 +29,7 @@ class Settings:
     stage: object
     languages: list | None
     with_prompt: bool
+    chat: object | None  # the `ChatTemplate` around the prompts
     accumulation: int
     config: dict  # DeepSpeed's
     output_dir: Path
@@ -100,9 +101,10 @@ def settle(args) -> Settings:
     with_prompt = settle_prompt(args, stage)
     config, accumulation = settle_batch(args)
     models = settle_models(args, config)
+    chat = settle_chat_template(args, with_prompt)
     folder = adapter_stage.ALONE_FOLDER if args.llm_only else args.stage_name
     output_dir = Path(args.output_dir) / args.save_name / task.training_name / folder
-    bridge, (init_file, init_hash) = settle_bridge(args, stage, options, output_dir)
+    bridge, (init_file, init_hash) = settle_bridge(args, stage, options, output_dir, with_prompt, chat)
     shapes = {name: tuple(parameter.shape) for name, parameter in bridge.named_parameters()}
     return Settings(
         args=args,
@@ -111,6 +113,7 @@ def settle(args) -> Settings:
         stage=stage,
         languages=languages,
         with_prompt=with_prompt,
+        chat=chat,
         accumulation=accumulation,
         config=config,
         output_dir=output_dir,
@@ -136,7 +139,7 @@ def settle_precision(args) -> str:
     return precision.settle_precision(args.precision, on_gpu)
 
 
-def settle_bridge(args, stage, options: dict[str, str], output_dir: Path) -> tuple:
+def settle_bridge(args, stage, options: dict[str, str], output_dir: Path, with_prompt: bool, chat) -> tuple:
     """Returns the bridge without storage, and where its weights start from, as `settle_start` says.
 
     Raises:
@@ -149,6 +152,7 @@ def settle_bridge(args, stage, options: dict[str, str], output_dir: Path) -> tup
     if args.llm_only:
         return NoBridge(), (None, None)
     config = config_of_models(args.mt_path, args.llm_path, args.bridge, options)
+    config.augmentation, config.chat_template = with_prompt, chat.record() if chat is not None else None
     if find_bridge(args.bridge).uses_memory:
         check_attention_function(args.attn_implementation)
     return empty_bridge(config), settle_start(args, stage, config, output_dir)
@@ -165,6 +169,26 @@ def settle_prompt(args, stage) -> bool:
     if stage.with_prompt and not with_prompt:
         warn(f"{where}: trains MindMerger-Hard, no prompt after the mapped source")
     return with_prompt
+
+
+def settle_chat_template(args, with_prompt: bool):
+    """Returns the chat template around the prompts, None for none; `args` then names the choice.
+
+    Raises:
+        UserError: for a template that cannot be used.
+    """
+    from mindmerger.hub.chat_template import choose_template
+
+    if not with_prompt:
+        if args.chat_template == chat_template.AUTO:  # a script that trains several stages gives it to all
+            warn(f"--chat_template has no effect in the {args.stage_name} stage, which has no prompt for the LLM")
+        args.chat_template = chat_template.NONE
+        return None
+    chat = choose_template(args.chat_template, args.llm_path)
+    if chat is not None and args.chat_template is None:
+        log(f"--chat_template not given: taking the one that {args.llm_path} was tuned with")
+    args.chat_template = chat_template.NONE if chat is None else chat_template.AUTO
+    return chat
 
 
 def settle_batch(args) -> tuple[dict, int]:

@@ -43,6 +43,7 @@ def load_model(settings: Settings, device):
     model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, settings.bridge.options)
     model.config.stage, model.config.task = args.stage_name, settings.task.training_name
     model.config.augmentation, model.config.precision = settings.with_prompt, args.precision
+    model.config.chat_template = settings.chat.record() if settings.chat is not None else None
     if settings.init_file is not None:
         if is_main():  # `build` gives it to the other ranks: their nodes may not have the file
             model.load_mapping(settings.init_file)

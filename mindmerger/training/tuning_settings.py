@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindmerger.runtime import precision
+from mindmerger.runtime import chat_template, precision
 from mindmerger.runtime.command import CommandParser, DefaultsShown, at_least, check_seed, positive, share
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path, sha256_of_file
@@ -18,7 +18,7 @@ from mindmerger.runtime.processes import log, warn
 from mindmerger.training.adapter_stage import DEFAULTS
 from mindmerger.training.dev_split import _dev_size
 
-RECORD = "tune.json"  # in a finished folder: what it is
+RECORD = chat_template.TUNING_RECORD  # in a finished folder: what it is
 HELP = """\
 Tunes an LLM on a task's rows in the prompt and target form of this project: the LLM reads <bos> (where it has one) and
 the prompt, exactly the ids that run_evaluation.py --llm_only feeds it, and learns target and end token. Prompt tokens
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dev_size", type=_dev_size, default="auto", help="rows kept aside, whole groups of one question, premise "
         "or stem; auto takes 3000, or a tenth where that is less")  # fmt: skip
     add("--max_gen_len", type=at_least(1), default=512, help="limit of the prompt's and of the target's tokens")
+    chat_template.add_argument(add)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=positive, default=1.5e-4, help="learning rate of AdamW")
@@ -118,6 +119,7 @@ def settle(args: argparse.Namespace) -> TuningSettings:
     from mindmerger.data.batches import automatic_dev_size, split_dev
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.generation.answers import tokenise_inputs
+    from mindmerger.hub.chat_template import choose_template
     from mindmerger.model.towers import check_models, check_roles
     from mindmerger.tasks import find_task
     from mindmerger.tasks.languages import parse_languages, use_languages_file
@@ -134,7 +136,7 @@ def settle(args: argparse.Namespace) -> TuningSettings:
     adapter = settle_lora(args)
     sources, data = read_sources(args, task, languages)
     examples = [example for source in sources for example in source]
-    tokenizers = load_tokenizers(None, args.llm_path)
+    tokenizers = load_tokenizers(None, args.llm_path, choose_template(args.chat_template, args.llm_path))
     # The evaluation's own function, so that the LLM is tuned on the very ids that it is asked with.
     limits = {"max_seq_len": 1, "max_gen_len": args.max_gen_len}
     columns = tokenise_inputs(tokenizers, examples, with_source=False, with_prompt=True, with_target=True, **limits)
@@ -308,6 +310,7 @@ def identity_of(settings: TuningSettings) -> dict:
         "--llm_path (fingerprint)": model_fingerprint(args.llm_path),
         "--precision": settings.precision,
         "--save_dtype": args.save_dtype,
+        "--chat_template": settings.tokenizers.chat.record() if settings.tokenizers.chat is not None else None,
         "number of optimizer steps": settings.steps,
         **{f"--{name}": getattr(args, name) for name in flags},
         "--lora": describe_adapter(settings.adapter) if settings.adapter is not None else None,
