@@ -12,10 +12,9 @@
 # with the reason. What is finished is kept: the same command continues.
 #
 # Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced
-# (by the times of single steps about 25 minutes on two idle cores with AVX-512, longer on others): two seeds,
-# TARGET_TOKENS=150000 (about a quarter of the quickstart's two stages), SEARCH_TOKENS=20000, 50 problems per language,
-# its batches and lengths. Its models are a million parameters small: the numbers show the commands at work, not which
-# bridge is better.
+# (less than half an hour on two cores): two seeds, TARGET_TOKENS=80000 (about an eighth of the quickstart's two stages),
+# SEARCH_TOKENS=12000, 50 problems per language, its batches and lengths, and with two cores JOBS=2. Its models are a
+# million parameters small: the numbers show the commands at work, not which bridge is better.
 #
 # Environment (as in common.sh, capitals or as the flag is written):
 #   LLM_PATH, MT_PATH     both models; TASK (math_mgsm), BRIDGES (all; names with blanks between them)
@@ -27,6 +26,7 @@
 #   SEARCH_TOKENS         of a training that searches a rate (default: as TARGET_TOKENS; the best one then counts)
 #   PAIRS_SHARE           of the target tokens, for bridges with stages on sentence pairs and on the task's rows
 #   ADAPTER (lora)        of the control, with ADAPTER_RANK and the other flags of the adapter stage; none: no control
+#   JOBS (1)              trainings and evaluations that run at once, on a CPU alone
 #   RESULTS_DIR (results/bridges), OUTPUT_DIR (outputs), SAVE_NAME (bridges)
 #   QUICKSTART_DIR, QUICKSTART_SEED, QUICKSTART_WORLD_ARGS     of the small world, as in quickstart.sh
 #   any other flag of run_training.py and run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, PRECISION, TRAIN_NUM, ...;
@@ -47,12 +47,12 @@ if [[ -z $REPLY ]]; then
     world=${QUICKSTART_DIR:-quickstart}
     if [[ -n ${QUICKSTART_DIR-} && $world != /* ]]; then world=$called_from/$world; fi
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-    # Models this small only wait for more threads.
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(min(4, os.cpu_count() or 1))')}
+    # A second thread speeds up models this small by a seventh, a second process by two fifths or more.
+    JOBS=${JOBS:-$(python -c 'import os; print(min(2, os.cpu_count() or 1))')}
     LLM_PATH=$world/llm MT_PATH=$world/mt5 DATA_ROOT=$world/datas
     RESULTS_DIR=${RESULTS_DIR:-$world/bridges} OUTPUT_DIR=${OUTPUT_DIR:-$world/outputs}
     SEEDS=${SEEDS:-0,1} LRS=${LRS:-3e-4 1e-3 3e-3}
-    TARGET_TOKENS=${TARGET_TOKENS:-150000} SEARCH_TOKENS=${SEARCH_TOKENS:-20000}
+    TARGET_TOKENS=${TARGET_TOKENS:-80000} SEARCH_TOKENS=${SEARCH_TOKENS:-12000}
     PRECISION=${PRECISION:-fp32} TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-64} MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0}
     TRAIN_MICRO_BATCH_SIZE_PER_GPU=${TRAIN_MICRO_BATCH_SIZE_PER_GPU:-32} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}
     # By rows, as the numbers in docs/bridges.md were measured.
@@ -84,6 +84,11 @@ print(find_task(sys.argv[1]).training_name)' "$task" 2>/dev/null) ||
     fail "TASK is '$task', which is not a task: see python run_evaluation.py --help"
 table=() candidates=()
 plan=$results_dir/plan.tsv
+at_once=${JOBS:-1}
+[[ $at_once =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$at_once': a whole number of at least 1"
+if [[ $at_once -gt 1 && -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
+    fail "JOBS is $at_once: under the launcher one training runs at a time, leave it out"
+fi
 
 if [[ -n $small && ! -f $LLM_PATH/config.json ]]; then
     printf '=== Small world\n'
@@ -94,6 +99,12 @@ if [[ -n $small && ! -f $LLM_PATH/config.json ]]; then
     : >"$world/.finished/Small-world" # quickstart.sh then takes it as its own
 fi
 mkdir -p "$results_dir/logs" "$results_dir/finished" "$results_dir/lr"
+if [[ $at_once -gt 1 ]]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os, sys
+print(max(1, min(4, os.cpu_count() or 1) // int(sys.argv[1])))' "$at_once")}
+    # A process with threads of its own, in company, must not spin for them.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+fi
 
 # Given to every stage by this script, so that no variable sets them for all.
 owned="bridge bridge_option stage_name lr seed max_steps epoch_num output_dir save_name init_checkpoint augmentation"
@@ -132,6 +143,21 @@ finish() {
     attempt "$label" "$log" "$@" || return 1
     printf '%s' "$*" >"$stamp"
 }
+
+# ahead FUNCTION ARGUMENT...: runs it in the background, JOBS at once, all of them for `wait`. The same call afterwards
+# then finds it finished, or meets the same refusal and has it said.
+ahead() {
+    if [[ $(jobs -rp | wc -l) -ge $at_once ]]; then wait; fi
+    set -m # a process group of its own, which can be ended whole
+    ("$@") </dev/null >/dev/null 2>&1 &
+    set +m
+}
+
+end_what_runs_ahead() {
+    local group
+    for group in $(jobs -rp); do kill -- "-$group" 2>/dev/null || true; done
+}
+trap end_what_runs_ahead EXIT
 
 # slug_of BRIDGE: puts what names its files into REPLY; options of the bridge are part of it.
 slug_of() {
@@ -176,6 +202,12 @@ choose_rate() {
     fi
     if grep -q "^search" "$plan"; then phase=search; fi
     candidates=()
+    if [[ $at_once -gt 1 ]]; then
+        printf '=== %s: learning rates %s, %d at once; their output is in %s\n' "$1" "${rates[*]}" "$at_once" \
+            "$results_dir/logs"
+        for tried in "${rates[@]}"; do ahead train_bridge "$1" "$tried" "$first_seed" "$phase"; done
+        wait
+    fi
     for tried in "${rates[@]}"; do
         if train_bridge "$1" "$tried" "$first_seed" "$phase"; then
             candidates+=("$tried=$trained")
@@ -271,6 +303,24 @@ names=()
 while read -r one; do names+=("$one"); done < <(cut -f 2 "$plan" | uniq)
 printf '    %s\n' "${names[*]}"
 
+# run_seed BRIDGE SEED: trains it with the rate in `rate` and evaluates it, also with the prefix of another question.
+run_seed() {
+    local slug given=()
+    slug_of "$1"
+    slug=$REPLY-lr$rate-seed$2
+    if ! train_bridge "$1" "$rate" "$2" full; then
+        missing "$1, seed $2" "$REPLY"
+        return
+    fi
+    if [[ $1 == "$control" ]]; then
+        evaluate_row "$1" "$slug" --llm_only --llm_path "$llm" --adapter_path "$trained/adapter"
+        return
+    fi
+    given=(--llm_path "$llm" --mt_path "$encoder" --init_checkpoint "$trained")
+    evaluate_row "$1" "$slug" "${given[@]}"
+    evaluate_row "$1 (shuffled prefix)" "$slug-shuffled" "${given[@]}" --probe_prefix shuffled
+}
+
 evaluate_row "LLM alone" llm --llm_only --llm_path "$llm"
 rates_found=()
 for one in "${names[@]}"; do
@@ -279,21 +329,12 @@ for one in "${names[@]}"; do
         continue
     fi
     rates_found+=(--lr "$one=$found")
-    slug_of "$one"
-    slug=$REPLY-lr$rate-seed
-    for seed in ${seeds//,/ }; do
-        if ! train_bridge "$one" "$rate" "$seed" full; then
-            missing "$one, seed $seed" "$REPLY"
-            continue
-        fi
-        if [[ $one == "$control" ]]; then
-            evaluate_row "$one" "$slug$seed" --llm_only --llm_path "$llm" --adapter_path "$trained/adapter"
-            continue
-        fi
-        given=(--llm_path "$llm" --mt_path "$encoder" --init_checkpoint "$trained")
-        evaluate_row "$one" "$slug$seed" "${given[@]}"
-        evaluate_row "$one (shuffled prefix)" "$slug$seed-shuffled" "${given[@]}" --probe_prefix shuffled
-    done
+    if [[ $at_once -gt 1 ]]; then
+        printf '=== %s: seeds %s, %d at once\n' "$one" "$seeds" "$at_once"
+        for seed in ${seeds//,/ }; do ahead run_seed "$one" "$seed"; done
+        wait
+    fi
+    for seed in ${seeds//,/ }; do run_seed "$one" "$seed"; done
 done
 if [[ -n $no_control ]]; then missing "$control" "$no_control"; fi
 missing "st_merge" "not reproduced: its code is not published; docs/bridges.md has the published numbers"

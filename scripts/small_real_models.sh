@@ -101,7 +101,7 @@ rows=(--rows "$work/datas/tuning.json")
 if [[ -n ${TUNING_ROWS-} ]]; then rows+=(--rows "$TUNING_ROWS"); fi
 step tuning "Tuning of the LLM on English rows" python -m scripts.tune_llm --llm_path "$llm" --task xnli \
     --data_root "$work/datas" --rows_only "${rows[@]}" --output_dir "$work/llm" --max_steps "$tuning_steps" \
-    --epoch_num 100 --precision "$precision" --seed "$seed"
+    --epoch_num 100 --dev_size "$dev_size" --precision "$precision" --seed "$seed"
 train_both real "$encoder"
 if is_on CONTROLS "${CONTROLS-}"; then
     step random-encoder "Random encoder" anew "$work/random_encoder" python -m scripts.small_models random_encoder \

@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_environment
@@ -338,7 +340,7 @@ def test_the_control_of_the_script_is_an_adapter_on_the_llm_alone_with_as_many_t
 
 # Notes each training and evaluation down and leaves what they leave; FAKE_FAULTS names trainings that end otherwise.
 FAKE_PYTHON = """#!{python}
-import fnmatch, json, os, pathlib, sys
+import fnmatch, json, os, pathlib, sys, time
 sys.path.insert(0, "{tests}")
 arguments = sys.argv[1:]
 if arguments[0] not in ("run_training.py", "run_evaluation.py"):
@@ -358,6 +360,9 @@ if arguments[0] == "run_evaluation.py":
     sys.exit(0)
 for pattern, code in json.loads(os.environ.get("FAKE_FAULTS", "{{}}")).items():
     if fnmatch.fnmatch(name, pattern):
+        if code == "waits":
+            pathlib.Path("{record}-" + str(os.getpid())).touch()
+            time.sleep(100)
         print("error: loss nan at step 3 is not finite", file=sys.stderr)
         sys.exit(code)
 folder = pathlib.Path(flags["--output_dir"], flags["--save_name"], "math", flags["--stage_name"])
@@ -382,7 +387,7 @@ def noted(script, tmp_path):
     def run(faults, **more):
         record.write_text("")
         environment["FAKE_FAULTS"] = json.dumps(faults)
-        done = subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=300)
         return done, record.read_text().splitlines()
 
     return run
@@ -420,6 +425,39 @@ def test_a_rate_that_diverges_is_out_and_a_bridge_that_no_rate_trains_is_missing
 
 
 @pytest.mark.slow
+def test_several_at_once_make_what_one_after_the_other_makes(noted, tmp_path):
+    faults, few = {"mindmerger * 1e-2 *": 2}, {"BRIDGES": "mindmerger", "SEEDS": "0,1", "LRS": "1e-3 1e-2"}
+    done, calls = noted(faults, **few)
+    alone = (tmp_path / "r/bridges.csv").read_text()
+    shutil.rmtree(tmp_path / "r")
+    shutil.rmtree(tmp_path / "o")
+    together, calls_together = noted(faults, **few, JOBS="2")
+    assert done.returncode == together.returncode == 0, together.stderr[-3000:]
+    assert (tmp_path / "r/bridges.csv").read_text() == alone and "2 at once" in together.stdout
+    # What is refused in the background is asked once more, for its reason.
+    assert sorted(calls_together) == sorted([*calls, "mindmerger mapping 1e-2 0"])
+    assert "learning rate 1e-2 is out: loss nan at step 3 is not finite" in together.stdout
+
+
+@pytest.mark.slow
+def test_what_runs_at_once_ends_with_the_script(noted, script, tmp_path):
+    noted({}, BRIDGES="unknown")  # writes the programs
+    command, environment = script
+    environment |= {"FAKE_FAULTS": json.dumps({"mindmerger * 1e-? *": "waits"}), "JOBS": "2"}
+    with open(tmp_path / "log", "wb") as log:
+        running = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while len(pids := [int(file.name.split("-")[1]) for file in tmp_path.glob("record-*")]) < 2:
+            assert time.monotonic() < deadline and running.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=30) != 0
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline + 10
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
 def test_a_variable_gives_one_bridge_options_and_its_row_names_them(noted, tmp_path):
     options = {"LANGBRIDGE_OPTIONS": "mapper=latent latents=3", "JAVA_OPTIONS": "-Xmx1g", "LR": "1e-3", "SEEDS": "0"}
     done, calls = noted({}, **options)
@@ -448,6 +486,8 @@ def test_the_script_refuses_half_a_pair_of_models_an_unknown_bridge_and_a_misspe
     command, environment = script
     for change, message in (
         ({"LLM_PATH": ""}, "error: MT_PATH is given and LLM_PATH is not: give both, or neither for the small world"),
+        ({"JOBS": "two"}, "error: JOBS is 'two': a whole number of at least 1"),
+        ({"JOBS": "2", "NUM_GPUS": "2"}, "error: JOBS is 2: under the launcher one training runs at a time"),
         ({"BRIDGES": "layaling"}, "error: unknown bridge 'layaling': choose one of "),
         ({"PAIRS_TRAIN_NUMBER": "5"}, "error: PAIRS_TRAIN_NUMBER is in the environment, but no flag --train_number"),
     ):
