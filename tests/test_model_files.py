@@ -307,9 +307,10 @@ def test_fp8_is_evaluated_on_a_cpu_with_the_answers_of_its_plain_weights(evaluat
     ids=lambda settings: settings.get("quant_method", "none"),
 )
 def test_a_quantised_folder_without_its_package_is_refused_by_its_method(
-    check_training, evaluate, llm, encoder, tmp_path, settings
+    check_training, evaluate, llm, encoder, tmp_path, settings, monkeypatch
 ):
     """A method that transformers does not know would load its integers as if they were weights."""
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     for folder in (llm, encoder):
         edit_json(folder / "config.json", quantization_config=settings)
     absent = ("--data_root", tmp_path / "absent")

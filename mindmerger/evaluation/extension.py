@@ -149,7 +149,10 @@ def _require_same_versions(folder: Path, results: dict) -> None:
     engine, _, version = results.get("engine", "hf").partition(" ")
     if engine == "vllm":
         before["vllm"], installed["vllm"] = version, metadata.version("vllm")
-    changed = [name for name in DECIDING_VERSIONS if name in before and before[name] != installed.get(name)]
+    names = DECIDING_VERSIONS
+    if results["identity"].get("--quantization") is not None:
+        names += ("bitsandbytes",)
+    changed = [name for name in names if name in before and before[name] != installed.get(name)]
     if changed:
         then, now = (", ".join(f"{name} {of[name]}" for name in changed) for of in (before, installed))
         raise ResultsError(

@@ -15,6 +15,7 @@ from mindmerger.runtime.command import CommandParser, at_least, check_save_name,
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.precision import add_argument as add_precision
+from mindmerger.runtime.precision import add_quantization
 from mindmerger.runtime.processes import warn
 from mindmerger.tasks.languages import add_language_flags
 
@@ -209,6 +210,7 @@ def _add_data_and_generation(parser: argparse.ArgumentParser) -> None:
         help="most new tokens, wins over --max_gen_len (default 512 math, 16 others)",
     )
     add_precision(generation.add_argument)
+    add_quantization(generation.add_argument)
     generation.add_argument(
         "--attn_implementation", help="attention of transformers: sdpa, eager, flash_attention_2, …"
     )
@@ -233,6 +235,11 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.translate_test is not None and (not args.llm_only or args.parallel_input is not None):
         what = "without --parallel_input: leave that out" if args.llm_only else "pass --llm_only too"
         raise UserError(f"--translate_test is for the LLM alone, {what}")
+    if args.engine == "vllm" and args.quantization != "none":
+        raise UserError(
+            f"--engine vllm loads the LLM from its folder, and --quantization {args.quantization} is for transformers: "
+            "leave one of them out"
+        )
     warn_of_unused(args)
 
 

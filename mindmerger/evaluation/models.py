@@ -252,11 +252,21 @@ def warn_of_other_precision(config, precision: str) -> None:
         )
 
 
-def check_models_fit(models: Models, engine: str = "hf"):
+def warn_of_other_quantization(config, quantization: str) -> None:
+    """Says where a mapping, by its config.json, was trained before an LLM of another quantisation than is evaluated."""
+    if config.quantization not in (None, quantization):
+        warn(
+            f"this mapping was trained with --quantization {config.quantization}, now evaluated with {quantization}: "
+            f"pass --quantization {config.quantization} for the LLM that it was trained with"
+        )
+
+
+def check_models_fit(models: Models, engine: str = "hf", quantization: str = "none"):
     """Refuses models that cannot be used, or a mapping that does not fit between them.
 
     Args:
         engine: the library that decodes.
+        quantization: of the LLM.
 
     Returns:
         the bridge without storage, None for the LLM alone.
@@ -268,7 +278,7 @@ def check_models_fit(models: Models, engine: str = "hf"):
     from mindmerger.model.towers import check_models, check_roles
 
     check_roles(models.llm, models.encoder)
-    check_models(models.encoder, models.llm, backward=False)
+    check_models(models.encoder, models.llm, backward=False, quantization=quantization)
     if models.mapping_file is None:
         return None
     config = config_of_models(models.encoder, models.llm, models.config.bridge, models.config.bridge_options)

@@ -17,6 +17,7 @@ from mindmerger.evaluation.models import (
     choose_chat_template,
     find_models_on_rank_0,
     warn_of_other_precision,
+    warn_of_other_quantization,
     warn_of_other_training,
 )
 from mindmerger.evaluation.parallel_input import options_of
@@ -70,6 +71,7 @@ class Settings:
     mapping_file: str | None
     adapter: object | None  # a `SavedAdapter`
     precision: str
+    quantization: str  # of the LLM
     attn_implementation: str | None
     engine: str
     max_new_tokens: int  # of the longest label, where answers are labels
@@ -122,7 +124,8 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
     if form != "llm_only":
         warn_of_other_training(models.config, task, form)
         warn_of_other_precision(models.config, precision)
-    bridge = check_models_fit(models, args.engine)
+        warn_of_other_quantization(models.config, args.quantization)
+    bridge = check_models_fit(models, args.engine, args.quantization)
     adapter = check_adapter_fits(models, args.engine)
     if bridge is not None and bridge.uses_memory:
         check_attention_function(args.attn_implementation, args.engine)
@@ -148,6 +151,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         mapping_file=models.mapping_file,
         adapter=adapter,
         precision=precision,
+        quantization=args.quantization,
         attn_implementation=args.attn_implementation,
         engine=args.engine,
         max_new_tokens=find_new_tokens(args, task, label_ids),
@@ -331,6 +335,7 @@ def identity_of(args: argparse.Namespace, settings: Settings, languages: list) -
         "--engine": None if args.engine == "hf" else args.engine,
         "--seed": args.seed,
         # None without: folders that are older than these flags lack the entries.
+        "--quantization": None if settings.quantization == "none" else settings.quantization,
         ADAPTER_HASH: settings.adapter.sha256 if settings.adapter is not None else None,
         "--probe_prefix": args.probe_prefix,
         "--chat_template": settings.chat_record,

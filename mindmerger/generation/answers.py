@@ -221,9 +221,11 @@ def load_model(settings, device):
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
     paths = settings.mt_path, settings.llm_path
     between = settings.bridge_name, settings.bridge.options if settings.bridge is not None else None
-    advice = "use a larger GPU or --precision bf16"
+    advice = "use a larger GPU, --precision bf16 or --quantization nf4"
     with explain_out_of_memory(f"while placing the models on {device}", {}, advice):
-        model = MindMerger.from_models(*paths, dtype, settings.attn_implementation, *between)
+        model = MindMerger.from_models(
+            *paths, dtype, settings.attn_implementation, *between, quantization=settings.quantization
+        )
         if settings.tokenizers.chat is not None:  # whose turn may end in a token that no config names
             end_at(model, settings.tokenizers.eos_id)
         if settings.mapping_file is not None and is_main():

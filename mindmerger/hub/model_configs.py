@@ -137,6 +137,20 @@ def reads_token_ids(config) -> bool:
     )
 
 
+def own_quantisation(config):
+    """Returns the quantisation settings that a model's own config holds, None where its weights are numbers."""
+    parts = (config, getattr(config, "text_config", None))
+    return next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+
+
+def quantisation_method(config) -> str | None:
+    """Returns the method of a quantised model's config by the name that transformers has for it."""
+    settings = own_quantisation(config)
+    if isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return "bitsandbytes"
+    return settings.get("quant_method") if isinstance(settings, dict) else type(settings).__name__
+
+
 def check_quantisation(path: str, config, backward: bool) -> None:
     """Makes sure that a model whose weights are quantised can be used here, before they load.
 
@@ -146,13 +160,9 @@ def check_quantisation(path: str, config, backward: bool) -> None:
     Raises:
         ModelError: naming the method, when its package or device is missing or it has no backward pass.
     """
-    parts = (config, getattr(config, "text_config", None))
-    settings = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    settings, method = own_quantisation(config), quantisation_method(config)
     if settings is None:
         return
-    method = settings.get("quant_method") if isinstance(settings, dict) else type(settings).__name__
-    if isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        method = "bitsandbytes"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -135,7 +135,7 @@ def attention_memory(llm: nn.Module, memory: list[LayerMemory] | None, mask_BS: 
         return
     decoder = llm.get_decoder()
     check_attention_function(decoder.config._attn_implementation)  # someone may have set another since it was loaded
-    dtype = next(decoder.parameters()).dtype
+    dtype = decoder.get_input_embeddings().weight.dtype
     # The lowest number and not -inf: a row without a token would be NaN. The released code masks nothing here, so that
     # results depend on a batch's padding.
     mask_BS = mask_BS.new_zeros(mask_BS.shape, dtype=dtype).masked_fill(mask_BS == 0, torch.finfo(dtype).min)

@@ -100,7 +100,8 @@ AttentionMaskInterface.register(ONE_QUERY, sdpa_mask)
 @contextmanager
 def decoding_attention(llm: nn.Module):
     """Context manager: an LLM in bf16 on a CPU uses `one_query_attention` in the place of `sdpa`."""
-    if llm.device.type != "cpu" or llm.dtype != torch.bfloat16 or llm.config._attn_implementation != "sdpa":
+    dtype = llm.get_input_embeddings().weight.dtype
+    if llm.device.type != "cpu" or dtype != torch.bfloat16 or llm.config._attn_implementation != "sdpa":
         yield
         return
     llm.set_attn_implementation(ONE_QUERY)

@@ -58,6 +58,7 @@ class MindMergerConfig:
     encoder_layers: list | None = None  # the hidden states that the bridge reads
     memory_key_norm: bool | None = None  # whether the keys of a memory pass the LLM's norm of keys; None: no memory
     precision: str | None = None  # of the two models in training: bf16 or fp32
+    quantization: str | None = None  # of the LLM in training: none, nf4 or int8
     languages: list | None = None  # codes of those in the training rows
     chat_template: dict | None = None  # around the prompts, as `ChatTemplate.record` gives it
     adapter: dict | None = None  # what the adapter in the folder beside is, by the names of its flags; None: none there

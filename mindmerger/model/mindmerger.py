@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mindmerger.bridges import Towers
 from mindmerger.hub.chat_template import read_template
 from mindmerger.hub.model_files import ModelError
+from mindmerger.hub.quantisation import finite
 from mindmerger.hub.tokenizer_files import end_token_ids, load_tokenizer, special_token_ids
 from mindmerger.model.adapters import (
     ADAPTER_FOLDER,
@@ -112,6 +113,7 @@ class MindMerger(SharedOnHub, nn.Module):
         attn_implementation: str | None = None,
         bridge: str = "mindmerger",
         bridge_options: dict | None = None,
+        quantization: str = "none",
     ) -> "MindMerger":
         """Loads both frozen towers from folders or hub names and puts a fresh fp32 bridge between them.
 
@@ -123,12 +125,13 @@ class MindMerger(SharedOnHub, nn.Module):
             attn_implementation: handed to transformers (`sdpa`, `eager`, `flash_attention_2`, ...).
             bridge: a name of `mindmerger.bridges.BRIDGES`.
             bridge_options: of that bridge, as `--bridge_option KEY=VALUE` gives them; the others have their defaults.
+            quantization: of the LLM: none, nf4 or int8.
 
         Raises:
             UserError: for a missing or unusable folder, weights that leave parameters unset, or an unknown bridge or
                 option.
         """
-        llm = load_llm(llm_path, dtype, attn_implementation)
+        llm = load_llm(llm_path, dtype, attn_implementation, quantization)
         encoder = load_encoder(mt_path, dtype, attn_implementation) if mt_path is not None else None
         return cls.from_towers(encoder, llm, mt_path, llm_path, bridge, bridge_options)
 
@@ -163,6 +166,7 @@ class MindMerger(SharedOnHub, nn.Module):
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
         revision: str | None = None,
+        quantization: str = "none",
         **download,
     ) -> "MindMerger":
         """Rebuilds what `save_pretrained` wrote; the paths override those in its `config.json`.
@@ -174,7 +178,7 @@ class MindMerger(SharedOnHub, nn.Module):
         """
         folder, config = open_mapping(folder, revision, **download)
         paths = mt_path or config.mt_path, llm_path or config.llm_path
-        model = cls.from_models(*paths, dtype, attn_implementation, config.bridge, config.bridge_options)
+        model = cls.from_models(*paths, dtype, attn_implementation, config.bridge, config.bridge_options, quantization)
         if model.mapping is not None:
             model.load_mapping(folder)
         if config.adapter is not None:
@@ -386,9 +390,7 @@ class MindMerger(SharedOnHub, nn.Module):
         """Names the first weight that is not finite, found by reading them all, with its model."""
         whole = {"encoder": f"encoder {self.config.mt_path}", "llm": f"LLM {self.config.llm_path}"}
         for name, parameter in self.named_parameters():
-            # isfinite does not know the 8-bit floats
-            values = parameter.float() if parameter.element_size() == 1 else parameter
-            if not torch.isfinite(values).all():
+            if not finite(self, name, parameter):
                 part = name.partition(".")[0]
                 return f"{name} of the {whole.get(part, part)}"
         return None
@@ -425,7 +427,8 @@ class MindMerger(SharedOnHub, nn.Module):
             masks.append(torch.ones(some_ids.shape[0], 1, dtype=torch.long, device=some_mask.device))
         if encoder_input_ids is not None:
             states_BSE, states_mask_BS = self.encode(encoder_input_ids, encoder_attention_mask)
-            self.mapping.llm_dtype = next(self.llm.parameters()).dtype
+            # Not of the first parameter, which may hold codes of a quantised layer.
+            self.mapping.llm_dtype = embed.weight.dtype
             prefix = self.mapping(states_BSE, states_mask_BS)
             memory = attention_memory(self.llm, prefix.memory, states_mask_BS)
             embeds.append(prefix.prefix_BKD.to(self.mapping.llm_dtype))  # the bridge computes in fp32

@@ -23,6 +23,14 @@ from mindmerger.hub.model_files import (
     is_folder,
     read_json_object,
 )
+from mindmerger.hub.quantisation import (
+    check_packed,
+    check_requested,
+    computing_in,
+    forbid_repacking,
+    is_packed,
+    settings_of,
+)
 from mindmerger.hub.tokenizer_files import check_eos_token
 from mindmerger.runtime.errors import one_line
 from mindmerger.runtime.files import is_utf8, model_path
@@ -31,18 +39,29 @@ from mindmerger.runtime.processes import is_out_of_memory, warn
 CHECK_WEIGHTS = "compare the files with where they come from, fetch or train them again"
 
 
-def load_llm(path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None) -> nn.Module:
+def load_llm(
+    path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None, quantization: str = "none"
+) -> nn.Module:
     """Loads any causal language model, in eval mode, in `dtype`, its weights memory-mapped where the files allow it.
 
     Of a multimodal one whose class cannot generate from embeddings, the text model alone is loaded.
 
+    Args:
+        quantization: of its linear layers: none, nf4 or int8. Where there is a GPU, a quantised model is placed on the
+            current one at once.
+
     Raises:
-        ModelError: when the folder is unusable, leaves parameters unset, or its class cannot generate from embeddings.
+        ModelError: when the folder is unusable, leaves parameters unset, its class cannot generate from embeddings, or
+            it cannot be quantised here.
     """
     config, names = llm_config(path)
     if (file := find_file(model_path(path), "generation_config.json")) is not None:
         read_json_object(file)  # transformers takes a damaged one for none
     extra = {} if names is None else {"key_mapping": names}
+    check_requested(path, config, quantization)
+    if quantization != "none":
+        computing = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+        extra["quantization_config"] = settings_of(quantization, computing)
     return _from_pretrained(AutoModelForCausalLM, path, config, dtype, attn_implementation, **extra)
 
 
@@ -85,6 +104,8 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
     check_quantisation(path, config, backward=False)
     # Before transformers opens anything: of a file cut short safetensors says what is wrong, not which file it is.
     check_weights(path, config)
+    if (own := getattr(config, "quantization_config", None)) is not None:
+        config.quantization_config = computing_in(own, dtype)
     previous = logging.get_verbosity()
     logging.set_verbosity_error()  # an unused decoder half is not news; what is missing is an error below
     logging.disable_progress_bar()  # one bar for each tower and rank would bury the run's own lines
@@ -119,10 +140,12 @@ def _from_pretrained(auto_class, path, config, dtype, attn_implementation, **ext
             "files are incomplete or belong to another architecture"
         )
     _refuse_left_over_layers(path, model, info["unexpected_keys"])
+    check_packed(path, model)
+    forbid_repacking(model)
     if getattr(config, "quantization_config", None) is not None and isinstance(dtype, torch.dtype):
         # What transformers turns back into numbers (fp8 on a CPU) it leaves in the dtype of their scales.
         for parameter in model.parameters():
-            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not is_packed(parameter):
                 parameter.data = parameter.data.to(dtype)
     return model.eval()
 
@@ -198,18 +221,22 @@ def _check_number_of_layers(path: str, config) -> None:
         raise ModelError(f"{path}: its config.json asks for {layers} layers: correct the number there")
 
 
-def check_models(mt_path: str | None, llm_path: str, backward: bool, must_exist: bool = True) -> None:
+def check_models(
+    mt_path: str | None, llm_path: str, backward: bool, must_exist: bool = True, quantization: str = "none"
+) -> None:
     """Makes sure that both model folders can be used, as far as that shows before weights and data load.
 
     Args:
         mt_path: the encoder; None for the LLM alone.
         backward: whether gradients go through the LLM. None go through the encoder.
         must_exist: whether the weights have to be there.
+        quantization: that the LLM is to be given while it loads.
 
     Raises:
         ModelError: for the first thing that is wrong.
     """
     config, _ = llm_config(llm_path)
+    check_requested(llm_path, config, quantization)
     check_quantisation(llm_path, config, backward)
     check_eos_token(llm_path)
     check_weights(llm_path, config, must_exist)

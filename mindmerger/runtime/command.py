@@ -1,6 +1,7 @@
 """Common parts of every command line: its parser, its exit codes, and the versions that a result records."""
 
 import argparse
+import contextlib
 import io
 import math
 import os
@@ -233,4 +234,6 @@ def versions() -> dict[str, str]:
     found = {"mindmerger": __version__, "python": sys.version.split()[0]}
     for name in ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "sentencepiece", "safetensors"):
         found[name] = metadata.version(name)
+    with contextlib.suppress(metadata.PackageNotFoundError):  # an extra
+        found["bitsandbytes"] = metadata.version("bitsandbytes")
     return found

@@ -3,6 +3,7 @@
 from mindmerger.runtime.processes import broadcast_object, log
 
 AUTO = "auto"
+QUANTIZATIONS = ("none", "nf4", "int8")
 
 
 def add_argument(add) -> None:
@@ -11,6 +12,13 @@ def add_argument(add) -> None:
     add("--precision", choices=(AUTO, "bf16", "fp32"), default=AUTO, help="dtype of the frozen models: bf16, fp32, or "
         "what auto finds: bf16 where the device multiplies matrices in it (NVIDIA GPUs of compute capability 8.0 and "
         "higher, AMD GPUs, CPUs with AVX512-BF16 or AMX), else fp32")  # fmt: skip
+
+
+def add_quantization(add) -> None:
+    """Adds the flag of the LLM's quantisation, by a parser's or a group's `add_argument`."""
+    add("--quantization", choices=QUANTIZATIONS, default="none", help="the LLM's linear layers in 4 bits (nf4), in 8 "
+        "bits (int8) or in the dtype of --precision (none, the default); package bitsandbytes; not with an LLM that is "
+        "quantised already, ZeRO 3, --compile, --liger and --engine vllm")  # fmt: skip
 
 
 def settle_precision(given: str, on_gpu: bool) -> str:

@@ -80,6 +80,7 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
 
     from mindmerger.data.loader import BatchLoader
     from mindmerger.hub.model_configs import llm_config, load_config
+    from mindmerger.hub.quantisation import saved_bytes
     from mindmerger.training.deepspeed_config import offloaded, zero_stage
 
     if not is_main():
@@ -100,7 +101,9 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
     stage, size = zero_stage(settings.config), world_size()
     shards = {"weights": size if stage == 3 else 1, "gradient": size if stage >= 2 else 1, "Adam": size if stage else 1}
     # Gradient and moments of what is trained alone: what is frozen has neither.
-    frozen_gb = frozen * (2 if args.precision == "bf16" else 4) / shards["weights"] / 1e9
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    saved = saved_bytes(llm_config(args.llm_path)[0], args.quantization, dtype)
+    frozen_gb = (frozen * dtype.itemsize - saved) / shards["weights"] / 1e9
     parts_gb = {"frozen weights": frozen_gb, settings.trains: trained * 4 / shards["weights"] / 1e9}
     parts_gb |= {"gradient": trained * 4 / shards["gradient"] / 1e9, "Adam": trained * 8 / shards["Adam"] / 1e9}
     moved = {"offload_param": ("frozen weights", settings.trains), "offload_optimizer": ("Adam",)}
@@ -115,7 +118,8 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
     within = f", or those of {args.max_minutes:g} minutes" if args.max_minutes else ""
     print(f"steps per epoch: {steps}; in all: {min(args.max_steps or math.inf, steps * args.epoch_num)}{within}")
     print(f"longest row: {int(lengths.max())} positions, mean {lengths.mean():.0f}")
-    print(f"parameters: {frozen:,} frozen in {args.precision}, {trained:,} trained in fp32")
+    less = f" (the LLM's quantised layers take {saved / 1e9:.3f} GB less)" if saved else ""
+    print(f"parameters: {frozen:,} frozen in {args.precision}{less}, {trained:,} trained in fp32")
     print(
         f"memory on each of {size} GPUs at ZeRO {stage}: {parts_gb.pop('frozen weights', 0):.3f} GB frozen weights, "
         f"{sum(parts_gb.values()):.3f} GB {', '.join(parts_gb).replace(', Adam', ' and Adam')}; activations come on top"

@@ -53,6 +53,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--bridge_option", action="append", default=[], metavar="KEY=VALUE", help="an option of that bridge; may be "
         "given more than once")  # fmt: skip
     precision.add_argument(add)  # the mapping is fp32
+    precision.add_quantization(add)
     add("--attn_implementation", help="attention kernels, as transformers names them (sdpa, eager, flash_attention_2)")
 
 

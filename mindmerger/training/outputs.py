@@ -29,7 +29,7 @@ from mindmerger.training.trainer import Progress, Run
 ABSENT_IN_OLD_CHECKPOINTS = {"bridge", "bridge_options", "skip_faulty_rows", "init_checkpoint", "languages"}
 ABSENT_IN_OLD_CHECKPOINTS |= {"train_num", "max_seq_len", "max_gen_len", "select_by"}
 # And those whose absence says what the run had: there was nothing else.
-MEANT_BY_ABSENCE = {"dev_split": ROWS}
+MEANT_BY_ABSENCE = {"dev_split": ROWS, "quantization": "none"}
 
 
 @contextlib.contextmanager
@@ -109,6 +109,7 @@ def identity(settings: Settings, data) -> dict:
         "llm": settings.models[0],
         "encoder": settings.models[1],
         "precision": args.precision,
+        "quantization": args.quantization,
         "dev_size": args.dev_size,
         "dev_split": args.dev_split,
         "select_by": args.select_by,

@@ -228,9 +228,32 @@ def settle_models(args, config: dict) -> tuple[str, str | None]:
     from mindmerger.training.speedups import check_speed_options
 
     check_roles(args.llm_path, args.mt_path)
-    check_models(args.mt_path, args.llm_path, backward=True, must_exist=not args.dry_run)
+    check_models(args.mt_path, args.llm_path, True, not args.dry_run, args.quantization)
+    check_quantised(args, zero_stage(config))
     check_speed_options(args, zero_stage(config))
     return model_fingerprint(args.llm_path), model_fingerprint(args.mt_path) if args.mt_path else None
+
+
+def check_quantised(args, zero_stage: int) -> None:
+    """Refuses what cannot be done with a model whose weights are quantised, by --quantization or in its folder.
+
+    Raises:
+        UserError: for ZeRO 3 with such a model, and --compile or --liger with such an LLM.
+    """
+    from mindmerger.hub.model_configs import load_config, own_quantisation, quantisation_method
+
+    configs = {path: load_config(path) for path in (args.llm_path, args.mt_path) if path}
+    names = {path: f"{path} ({quantisation_method(one)})" for path, one in configs.items() if own_quantisation(one)}
+    if args.quantization != "none":
+        names[args.llm_path] = f"--quantization {args.quantization}"
+    if names and zero_stage == 3:
+        raise UserError(
+            f"{names.popitem()[1]}: ZeRO 3 cannot share quantised weights among the GPUs: use ZeRO 0 to 2, where each "
+            "GPU holds them all"
+        )
+    for flag in ("compile", "liger"):
+        if args.llm_path in names and getattr(args, flag):
+            raise UserError(f"--{flag} is not made for quantised layers, {names[args.llm_path]}: leave one of them out")
 
 
 def settle_options(bridge: str, texts: list[str]) -> dict[str, str]:

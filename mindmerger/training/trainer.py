@@ -37,13 +37,14 @@ def load_model(settings: Settings, device):
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     with explain_placing_out_of_memory(device), sharded_loading(settings.config, bf16):
-        llm = load_llm(args.llm_path, dtype, args.attn_implementation)
+        llm = load_llm(args.llm_path, dtype, args.attn_implementation, args.quantization)
         encoder = load_encoder(args.mt_path, dtype, args.attn_implementation) if args.mt_path is not None else None
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
     model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, settings.bridge.options)
     model.config.stage, model.config.task = args.stage_name, settings.task.training_name
     model.config.augmentation, model.config.precision = settings.with_prompt, args.precision
     model.config.chat_template = settings.chat.record() if settings.chat is not None else None
+    model.config.quantization = args.quantization
     if settings.init_file is not None:
         if is_main():  # `build` gives it to the other ranks: their nodes may not have the file
             model.load_mapping(settings.init_file)
@@ -69,7 +70,8 @@ def explain_placing_out_of_memory(device):
     """Context manager: running out of memory while models are placed becomes an error that says what to do."""
     advice = (
         "share their weights among the GPUs (--deepspeed_config scripts/ds_zero3.json), keep them in host memory "
-        "(ds_zero3_offload.json), lower the bucket sizes of your own DeepSpeed config, or use --precision bf16"
+        "(ds_zero3_offload.json), lower the bucket sizes of your own DeepSpeed config, or use --precision bf16 or "
+        "--quantization nf4"
     )
     return explain_out_of_memory(f"on rank {rank()} while the models are placed on {device}", {}, advice)
 

@@ -120,6 +120,7 @@ def settle(args: argparse.Namespace) -> TuningSettings:
     from mindmerger.data.tokenising import load_tokenizers
     from mindmerger.generation.answers import tokenise_inputs
     from mindmerger.hub.chat_template import choose_template
+    from mindmerger.hub.quantisation import refuse_quantised
     from mindmerger.model.towers import check_models, check_roles
     from mindmerger.tasks import find_task
     from mindmerger.tasks.languages import parse_languages, use_languages_file
@@ -131,6 +132,7 @@ def settle(args: argparse.Namespace) -> TuningSettings:
     if args.rows_only and not args.rows:
         raise UserError("--rows_only leaves out the data folder's rows, and no --rows gives others: pass --rows FILE")
     check_roles(args.llm_path, None)
+    refuse_quantised(args.llm_path, "a tuning changes its weights or merges a LoRA into them")
     check_models(None, args.llm_path, backward=True)
     output, work = settle_output(args)
     adapter = settle_lora(args)
