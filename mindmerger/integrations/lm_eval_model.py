@@ -28,6 +28,7 @@ from mindmerger.evaluation.models import (
     choose_chat_template,
     find_models,
     warn_of_other_precision,
+    warn_of_other_quantization,
 )
 from mindmerger.evaluation.settings import choose_form
 from mindmerger.generation.answers import (
@@ -56,7 +57,7 @@ from mindmerger.tasks.languages import find_language, use_languages_file
 # The model arguments: flags of run_evaluation.py by their names.
 FLAGS = (
     *("init_checkpoint", "llm_path", "mt_path", "adapter_path", "bridge", "bridge_option", "augmentation", "llm_only"),
-    *("precision", "attn_implementation", "max_seq_len", "max_gen_len", "max_new_tokens"),
+    *("precision", "quantization", "attn_implementation", "max_seq_len", "max_gen_len", "max_new_tokens"),
     *("data_root", "languages_file", "chat_template"),
 )
 OWN = ("query", "language")
@@ -114,7 +115,8 @@ class HarnessModel(LM):
         precision = settle_precision(args.precision, self._device.type == "cuda")
         if models.config is not None:
             warn_of_other_precision(models.config, precision)
-        self.bridge = check_models_fit(models)
+            warn_of_other_quantization(models.config, args.quantization)
+        self.bridge = check_models_fit(models, quantization=args.quantization)
         if self.bridge is not None and self.bridge.uses_memory:
             check_attention_function(args.attn_implementation, args.engine)
         chat = choose_chat_template(args, models, self.form)
@@ -247,6 +249,7 @@ class HarnessModel(LM):
             "mapping_sha256": mapping_sha256(mapping) if mapping is not None else None,
             "form": self.form,
             "precision": self.settings.precision,
+            "quantization": self.settings.quantization,
             "chat_template": self.tokenizers.chat.record() if self.tokenizers.chat is not None else None,
             "encoder_text": self.query or "by task",
             "versions": versions(),

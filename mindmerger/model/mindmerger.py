@@ -427,8 +427,7 @@ class MindMerger(SharedOnHub, nn.Module):
             masks.append(torch.ones(some_ids.shape[0], 1, dtype=torch.long, device=some_mask.device))
         if encoder_input_ids is not None:
             states_BSE, states_mask_BS = self.encode(encoder_input_ids, encoder_attention_mask)
-            # Not of the first parameter, which may hold codes of a quantised layer.
-            self.mapping.llm_dtype = embed.weight.dtype
+            self.mapping.llm_dtype = embed.weight.dtype  # other parameters may be codes of quantised layers
             prefix = self.mapping(states_BSE, states_mask_BS)
             memory = attention_memory(self.llm, prefix.memory, states_mask_BS)
             embeds.append(prefix.prefix_BKD.to(self.mapping.llm_dtype))  # the bridge computes in fp32
