@@ -130,15 +130,11 @@ def test_the_harness_log_likelihoods_of_twenty_rows_are_those_of_likelihood_scor
 
 
 def test_a_group_has_every_language_and_their_unweighted_mean(model, datas):
-    found = run_harness(model, "mindmerger_mgsm", datas, limit=2, gen_kwargs={"max_gen_toks": 3})["results"]
-    group = found.pop("mindmerger_mgsm")
-    assert len(found) == len(find_task("math").evaluation_languages)
-    scores = [one["corrected,none"] for one in found.values()]
-    assert group["corrected,none"] == pytest.approx(sum(scores) / len(scores))
-    groups = {name: load_yaml(command.TASKS / f"mindmerger_{name}.yaml")["task"] for name in ("mgsm", "xnli")}
-    assert {one for names in groups.values() for one in names} == {
-        path.stem for path in command.TASKS.glob("*_*_*.yaml")
-    }
+    found = run_harness(model, "mindmerger_xnli", datas)["results"]
+    group = found.pop("mindmerger_xnli")
+    assert len(found) == len(find_task("xnli").evaluation_languages)
+    scores = [one["acc,none"] for one in found.values()]
+    assert group["acc,none"] == pytest.approx(sum(scores) / len(scores)) and any(scores)
 
 
 def test_a_log_likelihood_is_minus_the_summed_loss_of_the_bare_continuation(model):
@@ -244,9 +240,8 @@ def test_every_task_of_the_harness_that_the_table_speaks_of_has_a_query_and_a_la
 
 
 def test_own_tasks_are_those_of_the_languages_that_run_evaluation_reads():
-    found = {
-        name: load_yaml(path, resolve_func=False) for path in command.TASKS.glob("*_*_*.yaml") for name in [path.stem]
-    }
+    paths = {path.stem: path for path in command.TASKS.glob("*_*_*.yaml")}
+    found = {name: load_yaml(path, resolve_func=False) for name, path in paths.items()}
     expected = {
         f"mindmerger_{short}_{find_language(name).code}": (task.name, find_language(name).code)
         for short, task in (("mgsm", find_task("math")), ("xnli", find_task("xnli")))
@@ -256,6 +251,8 @@ def test_own_tasks_are_those_of_the_languages_that_run_evaluation_reads():
         name: (one["dataset_kwargs"]["benchmark"], one["dataset_kwargs"]["code"]) for name, one in found.items()
     } == expected
     assert all(one["task"] == name for name, one in found.items())
+    groups = [load_yaml(command.TASKS / f"mindmerger_{name}.yaml") for name in ("mgsm", "xnli")]
+    assert {name for group in groups for name in group["task"]} == found.keys()
 
 
 ROWS = {
