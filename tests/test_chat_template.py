@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +20,12 @@ from mindmerger.data.batches import collate
 from mindmerger.data.tokenising import load_tokenizers, tokenise
 from mindmerger.data.training_set import open_or_build
 from mindmerger.evaluation.flags import build_parser
+from mindmerger.evaluation.models import Models, choose_chat_template
 from mindmerger.evaluation.settings import settle
 from mindmerger.generation.answers import answer, build_examples, to_generation
 from mindmerger.hub.chat_template import choose_template, find_template, read_template
 from mindmerger.hub.model_files import ModelError
-from mindmerger.model.mapping_files import read_config
+from mindmerger.model.mapping_files import MindMergerConfig, read_config
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import find_task
@@ -32,6 +33,7 @@ from mindmerger.tasks.examples import StageData
 from mindmerger.tasks.languages import find_language
 from mindmerger.tasks.readers import DataError
 from mindmerger.training import tuning_settings
+from mindmerger.training.initial_mapping import check_template
 from run_evaluation import main
 from scripts import tune_llm
 
@@ -378,6 +380,20 @@ def test_the_llm_alone_is_asked_in_its_template_where_it_is_told_and_mixes_with_
     assert settled(*control, "--chat_template", "none").chat_record is None
 
 
+def test_an_adapter_of_the_llm_alone_is_asked_as_it_was_trained(world):
+    recorded = MindMergerConfig(None, world.llm, None, 32, augmentation=True, chat_template=world.record)
+    models = Models(None, None, world.llm, None, "outputs/adapter", recorded)
+
+    def choose(*given, models=models):
+        return choose_chat_template(build_parser().parse_args(["--llm_only", *given]), models, "llm_only")
+
+    assert choose().record() == choose("--chat_template", "auto").record() == world.record
+    with pytest.raises(UserError, match="the adapter outputs/adapter was trained with a chat template"):
+        choose("--chat_template", "none")
+    # Left out, nothing is evaluated that was trained.
+    assert choose("--chat_template", "none", models=models._replace(adapter=None)) is None
+
+
 def test_parallel_input_translations_and_gold_answers_have_the_template_too(llms, datas, tmp_path):
     llm = llms["qwen3"]
     alone = ("--llm_only", "--llm_path", llm, "--data_root", datas, "--chat_template", "auto", "--score_gold")
@@ -470,6 +486,23 @@ def test_training_records_the_template_and_refuses_to_continue_without_it(llms, 
     assert state["identity"]["chat_template"] == record
     assert "was trained with another chat_template" in found["none"]["error"]
     assert "was trained with a chat template: pass --chat_template auto" in found["dropped"]["error"]
+
+
+def test_a_run_that_starts_from_a_mapping_says_where_the_template_differs(world, capsys, tmp_path):
+    def start(record, with_prompt=True, folder=world.folder):
+        check_template(f"{folder}/mapping.safetensors", SimpleNamespace(augmentation=with_prompt, chat_template=record))
+        return capsys.readouterr().err
+
+    assert start(world.record) == start(None, with_prompt=False) == ""
+    with pytest.raises(UserError, match="another chat template than the LLM's own is now"):
+        start(world.record | {"after": ""})
+    config = read_config(world.folder)
+    # Of a stage without a prompt, the mapping stage's, nothing is to be said.
+    for had_prompt, said in ((True, "without a chat template, this run has one"), (False, "")):
+        content = asdict(config) | {"chat_template": None, "augmentation": had_prompt}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        printed = start(world.record, folder=tmp_path)
+        assert said in printed and bool(said) == bool(printed)
 
 
 def test_an_llm_tuned_in_its_template_is_asked_in_it_by_itself(llms, tmp_path, datas, capsys):
