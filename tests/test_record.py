@@ -47,7 +47,7 @@ def test_damaged_lines_of_the_log_are_dropped_by_name_and_do_not_stop_a_resume(r
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Report targets, of which neither need be installed: stand-ins keep their rules
+# Report targets. tensorboard and wandb need not be installed: stand-ins keep their rules
 
 
 @pytest.fixture
@@ -161,3 +161,63 @@ def test_tensorboard_shows_every_step_once_after_a_resume_and_the_hyper_paramete
     told = [event["hparams"] for event in tensorboard.events(folder) if "hparams" in event]
     assert told[-1]["lr"] == 0.1 and told[-1]["languages"] == "null"
     assert tensorboard.events(folder)[-1] == {"closed": True}
+
+
+@pytest.fixture
+def trackio(tmp_path, monkeypatch):
+    """The real package, which stores into a folder of this test; gives a function that reads the rows of all runs."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # it is read as the package loads
+    monkeypatch.delenv("TRACKIO_SPACE_ID", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    return lambda: {run: SQLiteStorage.get_logs("s", run) for run in SQLiteStorage.get_runs("s")}
+
+
+def test_trackio_continues_its_run_after_a_resume_and_has_every_step_once(target, trackio, tmp_path, capsys):
+    record = target("trackio", 0)
+    train(record, 5, evaluations=(2, 4))
+    record.close(failed=True)
+    record = target("trackio", 2, lr=0.2)  # from the checkpoint of step 2
+    train(record, 6, evaluations=(2, 4, 6))
+    record.close(failed=False)
+    ((name, rows),) = trackio().items()
+    assert json.loads((tmp_path / "trackio_run.json").read_text()) == {"run": name, "step": 6, "evaluation": 6}
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(n, n) for n in range(1, 7)]
+    assert [(row["step"], row["dev_loss"]) for row in rows if "dev_loss" in row] == [(2, 1.0), (4, 2.0), (6, 3.0)]
+    out, err = capsys.readouterr()
+    assert out == "" and "trackio has the steps 3 to 5 of its run already: they stay as they are" in err
+    record = target("trackio", 0)  # a run that starts over
+    train(record, 1)
+    record.close(failed=False)
+    assert sorted(len(rows) for rows in trackio().values()) == [1, 9]
+
+
+def test_trackio_gets_the_evaluation_that_a_stop_left_due_and_no_evaluation_twice(target, trackio):
+    record = target("trackio", 0)
+    train(record, 4, evaluations=(2,))
+    record.close(failed=True)
+    record = target("trackio", 4, evaluation_due=True)
+    record.evaluation(4, 0.25)
+    record.close(failed=True)
+    for _ in range(2):  # resumed from the checkpoint after it, whose lines are offered again
+        record = target("trackio", 4)
+        record.close(failed=True)
+    ((_, rows),) = trackio().items()
+    assert [row["dev_loss"] for row in rows if "dev_loss" in row] == [1.0, 0.25]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_trackio_that_cannot_start_or_continue_is_one_line(target, trackio, tmp_path, monkeypatch):
+    record = target("trackio", 0)
+    train(record, 1)
+    record.close(failed=False)
+    (tmp_path / "trackio_run.json").write_text("{")
+    with pytest.raises(UserError, match=r"trackio_run.json is damaged: remove it, and trackio begins another run$"):
+        target("trackio", 1)
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "space")  # without a login
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(UserError, match="^--report_to trackio: .*'hf auth login', or unset TRACKIO_SPACE_ID"):
+        target("trackio", 0)

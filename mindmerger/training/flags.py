@@ -124,7 +124,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add("--save_steps", type=at_least(1), help="optimizer steps between checkpoints (default: as eval_steps)")
     add("--save_total_limit", type=at_least(1), default=2, help="how many checkpoints to keep")
     add("--logging_steps", type=at_least(1), default=10, help="optimizer steps between flushes of the log")
-    add("--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="also send the log there")
+    add("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none", help="also send the log "
+        "there")  # fmt: skip
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:

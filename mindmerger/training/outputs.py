@@ -21,7 +21,7 @@ from mindmerger.training.checkpoints import (
 )
 from mindmerger.training.dev_split import ROWS
 from mindmerger.training.flags import CHANGEABLE_ON_RESUME
-from mindmerger.training.record import TENSORBOARD_FOLDER, WANDB_FILE
+from mindmerger.training.record import TENSORBOARD_FOLDER, TRACKIO_FILE, WANDB_FILE
 from mindmerger.training.settings import FAULTS_FILE, Settings
 from mindmerger.training.trainer import Progress, Run
 
@@ -147,7 +147,7 @@ def clear_outputs(output_dir: Path) -> None:
         return
     # By name, not the whole folder: it may hold what is not ours.
     others = ("pytorch_model.bin", "mapping.safetensors", "config.json", "README.md", "log.jsonl", "loss.png", "last")
-    others += ("adapter", FAULTS_FILE, TENSORBOARD_FOLDER, WANDB_FILE)
+    others += ("adapter", FAULTS_FILE, TENSORBOARD_FOLDER, WANDB_FILE, TRACKIO_FILE)
     for path in (*list_checkpoints(output_dir), *(output_dir / name for name in others)):
         remove(path)
         if os.path.lexists(path):

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 from mindmerger.runtime.errors import UserError, one_line
-from mindmerger.runtime.files import unfollowed, write_bytes_atomic, write_text_atomic
+from mindmerger.runtime.files import unfollowed, write_bytes_atomic, write_json_atomic, write_text_atomic
 from mindmerger.runtime.processes import is_main, log, warn
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FILE = "wandb_run_id"
+TRACKIO_FILE = "trackio_run.json"
 
 
 def perplexity(loss: float) -> float:
@@ -98,7 +99,62 @@ class WandB:
         self.run.finish(exit_code=int(failed))
 
 
-TARGETS = {"tensorboard": TensorBoard, "wandb": WandB}
+class Trackio:
+    """Every line as a row of one run of Trackio's, which a resumed training run continues.
+
+    Trackio keeps whatever it gets, the same step twice too, and may keep it in a Space that is slow to ask. So a file
+    beside the log says up to where rows were sent. A kill may lose the last half second of them.
+    """
+
+    def __init__(self, args, output_dir: Path, step: int):
+        import trackio
+
+        self.file = output_dir / TRACKIO_FILE
+        self.sent = {"run": None, "step": 0, "evaluation": 0}
+        if step and self.file.is_file():
+            self.sent = self._read()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # a dry run's and an evaluation's results go to the other
+                self.run = trackio.init(
+                    args.save_name, name=self.sent["run"], config=vars(args), resume="allow", embed=False
+                )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--report_to trackio: {one_line(error)}: log in with 'hf auth login', or unset TRACKIO_SPACE_ID and "
+                "TRACKIO_SERVER_URL to keep the run on this machine"
+            ) from error
+        self.sent["run"] = self.run.name
+        write_json_atomic(self.file, self.sent)
+        if self.sent["step"] > step:
+            log(f"trackio has the steps {step + 1} to {self.sent['step']} of its run already: they stay as they are")
+
+    def _read(self) -> dict:
+        try:
+            sent = json.loads(self.file.read_text(encoding="utf-8"))
+            return {"run": str(sent["run"]), "step": int(sent["step"]), "evaluation": int(sent["evaluation"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.file} is damaged: remove it, and trackio begins another run") from error
+
+    def add(self, line: dict) -> None:
+        """Adds a line of the log, unless the run has it."""
+        kind, step = "evaluation" if "dev_loss" in line else "step", line["step"]
+        if step > self.sent[kind]:
+            self.run.log({name: value for name, value in line.items() if name != "step"}, step=step)
+            self.sent[kind] = step
+
+    def flush(self) -> None:
+        """Notes what was sent: a thread of Trackio's stores it."""
+        write_json_atomic(self.file, self.sent)
+
+    def close(self, failed: bool) -> None:
+        """Waits until all is stored, and ends this part of the run."""
+        import trackio
+
+        with contextlib.redirect_stdout(sys.stderr):
+            trackio.finish()  # not the run's own `finish`: that one would be repeated when Python ends
+
+
+TARGETS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
 class Recorder:

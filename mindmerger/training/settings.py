@@ -375,9 +375,8 @@ def check_reporting(where: str) -> None:
     """Refuses a report target whose package is absent."""
     import importlib.util
 
-    package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(where)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"--report_to {where} needs the package {package}: pip install {package}")
+    if where != "none" and importlib.util.find_spec(where) is None:  # each has the name of its package
+        raise UserError(f"--report_to {where} needs the package {where}: pip install {where}")
 
 
 def check_lengths(settings: Settings, data) -> None:
