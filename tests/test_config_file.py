@@ -134,8 +134,8 @@ def test_the_record_of_a_run_trains_it_again(flags, tmp_path):
     assert before | {"config": record, "save_name": "again"} == after
 
 
-def test_a_record_repeats_neither_an_overwriting_nor_a_dry_run(parse):
-    """A run that had been started over would have been removed by its own record."""
+def test_a_record_repeats_neither_an_overwriting_nor_a_dry_run_nor_an_upload(parse):
+    """A run that had been started over would have been removed by its own record, and its upload replaced."""
     started = {"overwrite_output_dir": True, "dry_run": True, "resume_from_checkpoint": "x", "allow_changed": ["lr"]}
     record = {
         "arguments": by_flags("--lr", "1e-4") | started | {"local_rank": 3, "config": "gone.yaml"},

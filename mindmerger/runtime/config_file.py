@@ -16,9 +16,10 @@ from pathlib import Path
 from mindmerger.runtime.errors import StartError, UserError, one_line
 from mindmerger.runtime.processes import local_rank
 
-# Of the record of an earlier run: how it was started. Repeating `overwrite_output_dir` would remove that run.
+# Of the record of an earlier run: how it was started, and where it went. Repeated, `overwrite_output_dir` would remove
+# that run and `push_to_hub` replace its upload.
 NOT_REPEATED = {"overwrite_output_dir", "overwrite", "resume_from_checkpoint", "allow_changed", "dry_run"}
-NOT_REPEATED |= {"config", "local_rank"}
+NOT_REPEATED |= {"config", "local_rank", "push_to_hub", "hub_private", "hub_license", "hub_dataset"}
 
 
 def add_argument(add) -> None:
