@@ -232,10 +232,13 @@ def test_what_quantised_weights_cannot_be_used_with_is_refused_by_name_before_we
     zero.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     out, nf4 = ("--output_dir", tmp_path), ("--quantization", "nf4")
     own = ("--llm_path", folders["nf4"])
+    encoder = shutil.copytree(flags[flags.index("--mt_path") + 1], tmp_path / "encoder")
+    edit_json(encoder / "config.json", quantization_config={"quant_method": "bitsandbytes", **OWN["int8"]})
     named = f"{folders['nf4']} (bitsandbytes)"
     for more, words in (
         ((*nf4, "--deepspeed_config", zero), ("--quantization nf4: ZeRO 3 cannot share", "ZeRO 0 to 2")),
         ((*own, "--deepspeed_config", zero), (f"{named}: ZeRO 3 cannot",)),
+        (("--mt_path", encoder, "--deepspeed_config", zero), (f"{encoder} (bitsandbytes): ZeRO 3",)),
         ((*nf4, "--compile"), ("--compile is not made for quantised layers, --quantization nf4",)),
         ((*own, "--compile"), (f"--compile is not made for quantised layers, {named}",)),
         ((*nf4, "--liger"), ("--liger is not made for quantised layers, --quantization nf4",)),
@@ -293,6 +296,25 @@ def test_a_quantised_run_resumes_to_the_same_losses_and_only_with_the_same_quant
     assert all(torch.equal(*(load_file(folder / "mapping.safetensors")[name] for folder in folders))
                for name in load_file(folders[0] / "mapping.safetensors"))  # fmt: skip
     assert read_config(str(folders[0])).quantization == kind
+
+
+@pytest.mark.slow
+def test_two_ranks_at_zero_2_have_the_losses_of_one_and_train_an_adapter_on_nf4(flags, tmp_path):
+    zero = ["--deepspeed_config", f"{ROOT}/scripts/ds_zero2.json"]
+    steps = [*flags, "--max_steps", "3", "--quantization", "nf4", *zero]
+    adapter = ["--stage_name", "adapter", "--llm_only", "--adapter_dropout", "0"]
+    losses = {}
+    for ranks in (1, 2):
+        names = [["--save_name", f"mapping{ranks}"], [*adapter, "--save_name", f"adapter{ranks}"]]
+        outcomes = run_many(tmp_path, [steps + more for more in names], ranks=ranks)
+        assert [one["code"] for one in outcomes] == [0, 0], outcomes
+        losses[ranks] = [
+            read_log(tmp_path / f"outputs/mapping{ranks}/math/mapping"),
+            read_log(tmp_path / f"outputs/adapter{ranks}/math/llm_adapter"),
+        ]
+    for one, two in zip(losses[1], losses[2], strict=True):
+        assert len(one) == 3 and one[2] < one[0] and two == pytest.approx(one, rel=1e-5)
+    assert read_config(str(tmp_path / "outputs/adapter2/math/llm_adapter")).quantization == "nf4"
 
 
 def test_a_checkpoint_without_the_entry_was_trained_without_quantization(flags, tmp_path):
@@ -375,6 +397,23 @@ def test_an_evaluation_answers_by_the_quantised_llm_and_records_it(evaluate, fol
     assert results["plain"]["identity"]["--quantization"] is None
     message = refusal(evaluate, "--save_name", "flag")
     assert "with another --quantization" in message
+
+
+def test_answers_of_another_bitsandbytes_are_not_mixed_with_these(evaluate):
+    evaluate("--quantization", "nf4", "--languages", "en", "--limit", "1", "--save_name", "growing")
+    file = Path("results/growing/math_mgsm/results.json")
+    versions = json.loads(file.read_text())["versions"]
+    edit_json(file, versions=versions | {"bitsandbytes": "0.1"})
+    more = ("--quantization", "nf4", "--languages", "en", "--limit", "2", "--save_name", "growing")
+    assert "was generated with bitsandbytes 0.1, now installed: bitsandbytes" in refusal(evaluate, *more)
+    edit_json(file, versions=versions)
+    evaluate(*more)
+    assert len(outputs_of(file.parent)) == 2
+
+
+def test_a_saved_mapping_is_loaded_before_a_quantised_llm(evaluate):
+    model = MindMerger.from_pretrained("mapping", quantization="int8")
+    assert sum(map(quantisation.is_packed, model.llm.parameters())) == 14
 
 
 def test_labels_and_gold_answers_are_scored_by_the_quantised_llm(evaluate):
