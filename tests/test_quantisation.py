@@ -411,7 +411,8 @@ def test_answers_of_another_bitsandbytes_are_not_mixed_with_these(evaluate):
     assert len(outputs_of(file.parent)) == 2
 
 
-def test_a_saved_mapping_is_loaded_before_a_quantised_llm(evaluate):
+def test_a_saved_mapping_is_loaded_before_a_quantised_llm_as_its_card_says(evaluate):
+    assert 'MindMerger.from_pretrained("this/folder", quantization="nf4")' in Path("mapping/README.md").read_text()
     model = MindMerger.from_pretrained("mapping", quantization="int8")
     assert sum(map(quantisation.is_packed, model.llm.parameters())) == 14
 

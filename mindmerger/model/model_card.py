@@ -37,6 +37,8 @@ def model_card(
     if config.adapter is not None:
         text += "\nThen an adapter of the LLM was trained: the folder `adapter/`, which `peft` loads too."
         adapter = f"\n| adapter | {show_adapter(config.adapter)} |"
+    # As it was trained: whoever loads it otherwise should know.
+    how = f', quantization="{config.quantization}"' if config.quantization not in (None, "none") else ""
     return f"""---
 {_metadata(config, name, license, datasets, eval_results)}
 ---
@@ -55,7 +57,7 @@ def model_card(
 ```python
 from mindmerger import MindMerger
 
-model = MindMerger.from_pretrained("{name or "this/folder"}")
+model = MindMerger.from_pretrained("{name or "this/folder"}"{how})
 ```
 {_table(eval_results)}
 Method: {find_bridge(config.bridge).paper}
