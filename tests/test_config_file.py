@@ -137,6 +137,7 @@ def test_the_record_of_a_run_trains_it_again(flags, tmp_path):
 def test_a_record_repeats_neither_an_overwriting_nor_a_dry_run_nor_an_upload(parse):
     """A run that had been started over would have been removed by its own record, and its upload replaced."""
     started = {"overwrite_output_dir": True, "dry_run": True, "resume_from_checkpoint": "x", "allow_changed": ["lr"]}
+    started |= {"push_to_hub": "me/it", "hub_private": True, "hub_license": "mit", "hub_dataset": ["a"]}
     record = {
         "arguments": by_flags("--lr", "1e-4") | started | {"local_rank": 3, "config": "gone.yaml"},
         "versions": {},
