@@ -20,7 +20,7 @@ while [[ $# -gt 0 ]]; do
 done
 
 # shellcheck source=scripts/setup_venv.sh
-source scripts/setup_venv.sh
+WITH_TESTS=1 source scripts/setup_venv.sh
 
 # The models are tiny and some tests start several processes: more threads than one only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

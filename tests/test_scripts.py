@@ -1178,7 +1178,7 @@ def test_links_to_data_and_outputs_elsewhere_are_ignored_by_git(tmp_path):
 
 
 def test_the_package_asks_for_what_requirements_pin():
-    """`pip install .` and requirements.txt must not drift apart: each pin lies in the package's range."""
+    """`pip install .` and the files of pins must not drift apart: each pin lies in the package's range."""
     import tomllib
 
     from packaging.requirements import Requirement
@@ -1186,7 +1186,8 @@ def test_the_package_asks_for_what_requirements_pin():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     ranges = [Requirement(one) for one in project["dependencies"] + project["optional-dependencies"]["dev"]]
     ranges = {one.name.lower(): one.specifier for one in ranges}
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    files = [ROOT / "requirements.txt", ROOT / "tests/requirements.txt"]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pins = [line.split("#")[0].split("==") for line in lines if "==" in line.split("#")[0]]
     assert ranges.keys() == {name.strip().lower() for name, _ in pins}
     assert [name for name, version in pins if not ranges[name.strip().lower()].contains(version.strip())] == []

@@ -413,6 +413,15 @@ def test_setup_installs_again_only_when_requirements_change(tmp_path):
         assert source_setup(tmp_path, REQUIREMENTS=str(tmp_path / "oldest.txt")).returncode == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 3 and calls[-1].endswith(f"-r {tmp_path}/oldest.txt")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/requirements.txt").write_text("two==1\n")
+    # The tests' packages come on top, once, and again where another file may have replaced them.
+    for more, installed in ((1, "tests/"), (1, None), (0, None), (1, None)):
+        assert source_setup(tmp_path, **{"WITH_TESTS": "1"} if more else {}).returncode == 0
+        new = (tmp_path / "calls").read_text().splitlines()[len(calls) :]
+        names = [call.rsplit(f"{tmp_path}/", 1)[1] for call in new]
+        assert names == (["requirements.txt", "tests/requirements.txt"] if installed else []), names
+        calls += new
 
 
 # ---------------------------------------------------------------------------------------------------------------------
