@@ -1019,7 +1019,7 @@ WRONG = {
     ),
     "missing llm": (["--llm_path", "./absent"], "./?absent"),
     "missing encoder": (["--mt_path", "./absent"], "./?absent"),
-    "batch of none": (["--eval_batch_size", "0"], "--eval_batch_size: expected a whole number of at least 1, got '0'"),
+    "batch of none": (["--eval_batch_size", "0"], "batch_size: expected a whole number of at least 1, got '0'"),
     "limit of none": (["--limit", "-1"], "--limit"),
     "not a bool": (["--augmentation", "Soft"], "expected True or False, got 'Soft'"),
     "unknown flag": (["--max_new_token", "4"], "unrecognized arguments: --max_new_token"),
