@@ -113,6 +113,7 @@ def test_no_file_and_no_function_is_too_long_to_hold_in_the_head():
         ["-m", "mindmerger.evaluation.comparison_table"],
         ["-m", "mindmerger.evaluation.bridge_table"],
         ["-m", "mindmerger.evaluation.upload"],
+        ["-m", "mindmerger.integrations.demo"],
         ["-m", "scripts.benchmarks.speed"],
         ["-m", "scripts.benchmarks.growth"],
         ["-m", "scripts.benchmarks.merge_memory"],

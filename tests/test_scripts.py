@@ -1075,6 +1075,7 @@ PARSERS = {
     "mindmerger.evaluation.bridge_table": ("mindmerger.evaluation.bridge_table", "build_parser"),
     "mindmerger.evaluation.upload": ("mindmerger.evaluation.upload", "build_parser"),
     "mindmerger.integrations.lm_eval": ("test_lm_eval", "build_parser"),
+    "mindmerger.integrations.demo": ("mindmerger.integrations.demo", "build_parser"),
     "scripts.benchmarks.speed": ("scripts.benchmarks.speed", "build_parser"),
     "scripts.benchmarks.growth": ("scripts.benchmarks.growth", "build_parser"),
     "scripts.benchmarks.merge_memory": ("scripts.benchmarks.merge_memory", "build_parser"),

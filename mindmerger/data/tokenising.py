@@ -151,6 +151,19 @@ def source_language_code(tokenizer, language: Language) -> str | None:
     return code
 
 
+def languages_of(tokenizer) -> list[str] | None:
+    """Returns the names of the languages that an encoder's tokenizer has a tag for, None where it takes no tag.
+
+    Raises:
+        DataError: for a tokenizer whose tags are of no known family.
+    """
+    column = _tag_column(tokenizer)
+    if column is None:
+        return None
+    tags = {name: getattr(language, column) for name, language in LANGUAGES.items()}
+    return [name for name, tag in tags.items() if tag is not None and _knows(tokenizer, column, tag)]
+
+
 def _ids(tokenizer, texts: list[str], special: bool, max_length: int | None = None) -> list[list[int]]:
     if not texts:
         return []

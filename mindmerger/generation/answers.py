@@ -151,15 +151,21 @@ def to_generation(model, tokenizers, ids: list[int]) -> Generation:
     return Generation(text, len(ids) if end is None else end + 1, end is None)
 
 
-def generate_batch(model, tokenizers, columns: dict, batch: list[int], max_new_tokens: int) -> list[Generation]:
+def generate_batch(
+    model, tokenizers, columns: dict, batch: list[int], max_new_tokens: int, step=None
+) -> list[Generation]:
     """Returns greedy answers to the examples numbered `batch`, in that order.
+
+    Args:
+        step: one of transformers' stopping criteria, which is shown the new ids (B, T) after every token.
 
     Raises:
         UserError: out of memory, naming what to lower.
     """
     inputs = batch_inputs(model, tokenizers, columns, batch)
+    more = {} if step is None else {"stopping_criteria": [step]}
     with explain_batch_out_of_memory(inputs, max_new_tokens):
-        ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens)
+        ids_BT = model.generate(**inputs, max_new_tokens=max_new_tokens, **more)
     return [to_generation(model, tokenizers, ids) for ids in ids_BT.tolist()]
 
 
@@ -290,7 +296,6 @@ def answer(
         UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer, another
             chat template than the model was trained with, logits that are not numbers.
     """
-    from mindmerger.model.mapping_files import form_of, stage_of
     from mindmerger.tasks import find_task
 
     # A string is a sequence too: it would be answered character by character.
@@ -299,8 +304,32 @@ def answer(
     if not texts:
         return []
     task = find_task(task)
-    # Kept between calls: `answer` may be asked for one text after another.
-    tokenizers = _cached_tokenizers(model.config.mt_path if model.encoder is not None else None, model.config.llm_path)
+    tokenizers, columns = tokenise_texts(model, texts, task, languages, augmentation, chat_template)
+    # Filled by number: batches come by length, callers expect their own order.
+    outputs = [""] * len(texts)
+    for batch in split_batches(list(range(len(texts))), input_positions(columns, model.mapping), batch_size):
+        answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)
+        for i, one in zip(batch, answers, strict=True):
+            outputs[i] = one.output
+    return outputs
+
+
+def tokenise_texts(
+    model,
+    texts: list[str],
+    task,
+    languages: list[str] | str | None,
+    augmentation: bool | None,
+    chat_template: str | None,
+) -> tuple:
+    """Returns the tokenizers of a model's towers, and the columns of ids of texts that `answer` is given.
+
+    Raises:
+        UserError: as `answer` does, before anything is generated.
+    """
+    from mindmerger.model.mapping_files import form_of, stage_of
+
+    tokenizers = tokenizers_of(model)
     with_prompt = model.encoder is None or form_of(model.config, augmentation) == "soft"
     examples = build_examples(task, texts, name_languages(model, tokenizers, languages, len(texts)))
     if with_prompt:
@@ -316,13 +345,7 @@ def answer(
     )
     rows = [tower and tower.get_input_embeddings().num_embeddings for tower in (model.encoder, model.llm)]
     check_tokens(tokenizers, columns, (model.config.mt_path, rows[0]), (model.config.llm_path, rows[1]))
-    # Filled by number: batches come by length, callers expect their own order.
-    outputs = [""] * len(texts)
-    for batch in split_batches(list(range(len(texts))), input_positions(columns, model.mapping), batch_size):
-        answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)
-        for i, one in zip(batch, answers, strict=True):
-            outputs[i] = one.output
-    return outputs
+    return tokenizers, columns
 
 
 def put_in_template(model, tokenizers, given: str | None):
@@ -374,6 +397,11 @@ def build_examples(task, texts: list[str], languages: list[str]) -> list:
         prompt, shrinkable = task.format_query(text)
         examples.append(Example(str(i), language, text, prompt, "", shrinkable))
     return examples
+
+
+def tokenizers_of(model):
+    """Returns the tokenizers of a model's towers, which are kept: one text may be asked for after another."""
+    return _cached_tokenizers(model.config.mt_path if model.encoder is not None else None, model.config.llm_path)
 
 
 @lru_cache(maxsize=4)
