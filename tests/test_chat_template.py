@@ -250,6 +250,7 @@ def test_a_template_is_part_of_a_caches_name_and_one_that_is_not_asked_for_is_no
         ("{{ messages[0].content | upper }}", "does not put a prompt as a whole between two fixed texts"),
         ("{{ messages[0].content }}{{ messages[0].content | length }}", "between two fixed texts"),
         ("{% if %}", "cannot be used"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be used: access to attribute '__class__' of 'str' object is unsafe"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_in_one_line(tmp_path, template, message):
@@ -439,7 +440,7 @@ def test_vllm_decodes_after_the_template_and_stops_at_the_turns_end(
 
 
 def test_the_harness_asks_in_the_template_of_training(world):
-    pytest.importorskip("lm_eval", reason='pip install "mindmerger[harness]"')
+    pytest.importorskip("lm_eval", reason='pip install "lm_eval>=0.4.13,<0.5"')
     from lm_eval.api.instance import Instance
 
     from mindmerger.integrations.lm_eval_model import HarnessModel

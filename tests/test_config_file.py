@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import read_log, run_many
 
+import run_evaluation
 from mindmerger.evaluation import flags as evaluation_flags
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import flags as training_flags
@@ -40,9 +41,11 @@ def test_a_file_sets_what_its_names_set_as_flags(parse):
     text = (
         "# a comment\nlr: 1e-4\nepoch_num: 2\nlanguages: sw,th\naugmentation: false\ncompile: true\nliger: no\n"
         "bridge_option:\n  - a=1\n  - b=-2\nallow_changed: lr\ndev_size: auto\nhead_lr:\nsave_name: -x\n"
+        "chat_template: auto\nquantization: nf4\n"
     )
     words = ["--lr", "1e-4", "--epoch_num", "2", "--languages", "sw,th", "--augmentation", "False", "--compile"]
     words += ["--bridge_option", "a=1", "--bridge_option", "b=-2", "--allow_changed", "lr", "--dev_size", "auto"]
+    words += ["--chat_template", "auto", "--quantization", "nf4"]
     assert parse(text) == by_flags(*words, "--save_name=-x")
     text = "limit: 5\ncompare: [one, two]\nllm_only: yes\naugmentation: 'True'\n"
     expected = by_flags(
@@ -132,6 +135,20 @@ def test_the_record_of_a_run_trains_it_again(flags, tmp_path):
     assert read_log(one) == read_log(other) and len(read_log(one)) == 2
     before, after = (json.loads((folder / "args.json").read_text())["arguments"] for folder in (one, other))
     assert before | {"config": record, "save_name": "again"} == after
+
+
+def test_the_record_of_an_evaluation_repeats_it_and_warns_of_nothing(tiny_llm, datas, tmp_path, monkeypatch, capsys):
+    """--augmentation, which the LLM alone has no use for, stood in its record."""
+    monkeypatch.chdir(tmp_path)
+    few = ["--data_root", datas, "--languages", "sw", "--limit", "2", "--max_new_tokens", "3", "--precision", "fp32"]
+    assert run_evaluation.main(["--llm_only", "--llm_path", tiny_llm, *few]) == 0
+    record, other = (tmp_path / f"results/{name}/math_mgsm-llm_only/results.json" for name in ("MindMerger", "again"))
+    capsys.readouterr()
+    assert run_evaluation.main(["--config", str(record), "--save_name", "again"]) == 0
+    assert "no use of" not in capsys.readouterr().err
+    before, after = (json.loads(file.read_text()) for file in (record, other))
+    assert before["identity"] == after["identity"] and before["languages"] == after["languages"]
+    assert before["arguments"] | {"config": str(record), "save_name": "again"} == after["arguments"]
 
 
 def test_a_record_repeats_neither_an_overwriting_nor_a_dry_run_nor_an_upload(parse):

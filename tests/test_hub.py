@@ -1,5 +1,6 @@
 """Mappings on the Hugging Face hub: huggingface_hub's own client against a hub on this machine."""
 
+import argparse
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import run_evaluation
 import run_training
 from mindmerger.evaluation import upload
 from mindmerger.evaluation.settings import ADAPTER_HASH, MAPPING_HASH
+from mindmerger.hub.chat_template import ChatTemplate
 from mindmerger.hub.repositories import split_id
 from mindmerger.model.adapters import adapter_values, add_adapter, check_adapter
 from mindmerger.model.mapping_files import MindMergerConfig, mapping_sha256, read_config
@@ -24,6 +26,7 @@ from mindmerger.model.sharing import fetch_mapping, push_folder
 from mindmerger.runtime.errors import UserError
 from mindmerger.tasks import TASKS
 from mindmerger.training import settings as training_settings
+from mindmerger.training.sharing import share_mapping
 
 FILES = {"config.json", "mapping.safetensors", "README.md"}
 
@@ -81,6 +84,22 @@ def test_a_model_that_was_pushed_is_itself_again_by_its_id(hub, model):
     other = MindMerger.from_models(model.config.mt_path, model.config.llm_path, torch.float32)
     other.load_mapping("anna/swahili")
     assert same(other, model)
+
+
+def test_what_training_recorded_is_there_when_a_loaded_model_is_pushed_again(hub, model):
+    chat = ChatTemplate("<user>", "<assistant>", "</s>").record()
+    recorded = {"precision": "bf16", "quantization": "nf4", "chat_template": chat, "languages": ["sw"]}
+    for name, value in recorded.items():
+        setattr(model.config, name, value)
+    model.push_to_hub("anna/first")
+    MindMerger.from_pretrained("anna/first", dtype=torch.float32).push_to_hub("anna/second")
+    first, second = (hub.repositories[name].files() for name in ("anna/first", "anna/second"))
+    assert (
+        first["config.json"] == second["config.json"] and recorded.items() <= json.loads(second["config.json"]).items()
+    )
+    card = second["README.md"].decode()
+    assert 'MindMerger.from_pretrained("anna/second", quantization="nf4")' in card
+    assert "the prompt in the LLM's chat template" in card
 
 
 def test_an_adapter_travels_with_its_mapping(hub, model):
@@ -253,7 +272,25 @@ def test_a_folder_without_a_whole_mapping_is_not_uploaded(hub, model, tmp_path):
     assert not hub.asked
 
 
+def test_the_harness_evaluates_a_mapping_by_its_id(hub, model):
+    pytest.importorskip("lm_eval", reason='pip install "lm_eval>=0.4.13,<0.5"')
+    from mindmerger.integrations.lm_eval_model import HarnessModel
+
+    model.push_to_hub("anna/swahili", revision="v1")
+    found = HarnessModel(init_checkpoint="anna/swahili@v1", device="cpu", precision="fp32")
+    assert found.models.mapping_file.startswith(constants.HF_HUB_CACHE) and same(found.model, model)
+
+
 # -- training
+
+
+def test_what_an_upload_to_a_branch_says_loads_it(hub, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    args = argparse.Namespace(push_to_hub="anna/swahili@v2", hub_private=False, hub_license=None, hub_dataset=[])
+    stage = argparse.Namespace(data="pairs")
+    share_mapping(argparse.Namespace(args=args, output_dir=tmp_path, task=TASKS["xnli"], stage=stage))
+    [name] = re.findall(r"MindMerger\.from_pretrained\('(.*)'\) loads it", capsys.readouterr().err)
+    assert same(MindMerger.from_pretrained(name), model)
 
 
 def test_an_upload_that_cannot_be_is_refused_before_anything_is_trained(hub, flags, monkeypatch, tmp_path):

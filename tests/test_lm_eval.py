@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-pytest.importorskip("lm_eval", reason='pip install "mindmerger[harness]"')
+pytest.importorskip("lm_eval", reason='pip install "lm_eval>=0.4.13,<0.5"')
 
 import lm_eval
 from lm_eval._cli import HarnessCLI
@@ -411,5 +411,5 @@ def test_an_error_inside_the_harness_keeps_its_traceback(monkeypatch):
 
 def test_without_the_harness_the_command_names_its_package(monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "mindmerger\[harness\]"'):
+    with pytest.raises(UserError, match=r'pip install "lm_eval>=0\.4\.13,<0\.5"'):
         command.main([])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import run_evaluation
+from mindmerger.evaluation import tables
 from mindmerger.hub import quantisation
 from mindmerger.hub.model_configs import llm_config
 from mindmerger.hub.quantisation import saved_bytes
@@ -397,6 +398,16 @@ def test_an_evaluation_answers_by_the_quantised_llm_and_records_it(evaluate, fol
     assert results["plain"]["identity"]["--quantization"] is None
     message = refusal(evaluate, "--save_name", "flag")
     assert "with another --quantization" in message
+    assert tables.form_title(results["flag"]) == tables.form_title(results["plain"]) + ", LLM in nf4"
+
+
+def test_published_numbers_do_not_stand_beside_a_quantised_llm(evaluate, monkeypatch):
+    row = {"label": "MindMerger", "note": "", "mean": 57.6, "scores": {}}
+    monkeypatch.setattr(tables, "published_scores", lambda *_: row)
+    for kind, published in (("none", row), ("nf4", None)):
+        evaluate("--quantization", kind, "--languages", "en", "--limit", "1", "--save_name", kind)
+        results = json.loads(Path(f"results/{kind}/math_mgsm/results.json").read_text())
+        assert results["published"] == published
 
 
 def test_answers_of_another_bitsandbytes_are_not_mixed_with_these(evaluate):

@@ -167,7 +167,7 @@ def settle(args: argparse.Namespace, on_gpu: bool) -> Settings:
         prefix_of=partner,
         score_gold=args.score_gold,
         label_ids=label_ids,
-        arguments=vars(args) | {"augmentation": form != "hard"},
+        arguments=vars(args) | ({"augmentation": form != "hard"} if form != "llm_only" else {}),
     )
     # Here and not when it is met: what does not fit must not cost the minutes in which a 7B model loads.
     check_inputs(settings)

@@ -206,7 +206,7 @@ def find_published(settings: Settings, languages: dict[str, dict]) -> dict | Non
 
     # The published rows have none of these: they would be taken for this run's.
     others = settings.parallel_input or settings.translate_test or settings.probe_prefix or settings.adapter
-    others = others or settings.label_ids or settings.chat_record
+    others = others or settings.label_ids or settings.chat_record or settings.quantization != "none"
     if others or settings.bridge_name != DEFAULT_BRIDGE:
         return None
     rows = {name: one["n"] for name, one in languages.items()}

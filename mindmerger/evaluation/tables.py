@@ -36,6 +36,8 @@ def form_title(results: dict) -> str:
         title = f"LLM alone with parallel input, {parallel['name']}: {who}, {parallel['order']}"
     if results.get("chat_template") is not None:
         title = f"{title}, chat template"
+    if (kind := (results.get("identity") or {}).get("--quantization")) is not None:
+        title = f"{title}, LLM in {kind}"
     return title if results.get("scoring") is None else f"{title}, {LIKELIHOOD_TITLE}"
 
 

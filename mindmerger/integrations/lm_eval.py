@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         UserError: where it is not installed, for a command line that the harness refuses, and what `HarnessModel` does.
     """
     if find_spec("lm_eval") is None:
-        raise UserError('lm-evaluation-harness is not installed: pip install "mindmerger[harness]"')
+        raise UserError('lm-evaluation-harness is not installed: pip install "lm_eval>=0.4.13,<0.5"')
     from lm_eval.__main__ import cli_evaluate
 
     import mindmerger.integrations.lm_eval_model  # noqa: F401  registers it

@@ -184,7 +184,7 @@ class MindMerger(SharedOnHub, nn.Module):
         if config.adapter is not None:
             place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
             load_adapter(model, check_adapter(str(place / ADAPTER_FOLDER), model.config.llm_path))
-        for name in ("stage", "task", "augmentation", "languages", "chat_template"):
+        for name in ("stage", "task", "augmentation", "precision", "quantization", "languages", "chat_template"):
             setattr(model.config, name, getattr(config, name))
         if (chat := read_template(config.chat_template, folder)) is not None:
             end_at(model, chat.end_id(load_tokenizer(model.config.llm_path), model.config.llm_path))

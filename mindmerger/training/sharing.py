@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from mindmerger.hub.repositories import add_upload_arguments, check_id, check_upload, split_id, upload_command
+from mindmerger.hub.repositories import add_upload_arguments, check_id, check_upload, upload_command
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import is_main, log, warn
 
@@ -54,5 +54,4 @@ def share_mapping(settings: "Settings") -> None:
         raise UserError(
             f"{error}; the run is finished and {folder} is whole: upload it with {upload_command(args, folder)}"
         ) from error
-    repository = split_id(args.push_to_hub)[0]
-    log(f"uploaded ({address}): MindMerger.from_pretrained({repository!r}) loads it")
+    log(f"uploaded ({address}): MindMerger.from_pretrained({args.push_to_hub!r}) loads it")
