@@ -180,7 +180,7 @@ def refused(capsys, *flags):
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys, checkpoint):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert 'pip install "mindmerger[demo]"' in refused(capsys, "--checkpoint", checkpoint)
+    assert 'pip install ".[demo]"' in refused(capsys, "--checkpoint", checkpoint)
 
 
 def test_wrong_inputs_are_one_line_before_a_model_loads(monkeypatch, capsys, checkpoint, tiny_llm, tmp_path):
@@ -210,7 +210,7 @@ def test_an_adapter_without_a_mapping_has_nothing_to_stand_beside_the_llm(monkey
 @pytest.fixture(scope="module")
 def needs_page():
     if importlib.util.find_spec("gradio") is None:
-        pytest.skip('gradio is not installed (pip install "mindmerger[demo]")')
+        pytest.skip('gradio is not installed (pip install ".[demo]")')
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
 
 Both answers are greedy. They are written one after the other, so that each has the device to itself and their seconds
 compare. The page is served to this computer alone unless --host or --share says otherwise, and loads nothing from
-elsewhere. It needs the package gradio: pip install "mindmerger[demo]".
+elsewhere. It needs the package gradio: pip install ".[demo]".
 """
 
 import argparse
@@ -72,7 +72,7 @@ def import_gradio():
         UserError: when it is not installed.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise UserError('the demo page needs the package gradio: pip install "mindmerger[demo]"')
+        raise UserError('the demo page needs the package gradio: pip install ".[demo]"')
     # Before the import, which reads it: else every start would be reported, and a version asked for.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
