@@ -1021,8 +1021,26 @@ def test_an_archive_that_cannot_be_used_is_one_line_and_leaves_no_partial_file(t
 # README
 
 
+def page_text(page: Path) -> str:
+    """Text of a page; of a notebook the same as a page, its cells as blocks, without lines for IPython alone."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        language = "bash" if source.startswith("%%bash\n") else "python"
+        source = source.removeprefix("%%bash\n")
+        if cell["cell_type"] == "code":
+            source = "".join(line for line in source.splitlines(keepends=True) if not line.startswith(("%", "!")))
+            source = f"```{language}\n{source}\n```"
+        parts.append(source)
+    return "\n\n".join(parts)
+
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+PAGES += sorted((ROOT / "docs").glob("*.ipynb"))
+TEXTS = {page: page_text(page) for page in PAGES}
 README = "\n".join(TEXTS.values())
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
