@@ -13,8 +13,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised before they are applied.
 
     The same as torch.optim.Muon but for the number format. That one orthogonalises in bfloat16, which a CPU without
-    instructions for it emulates: it took two thirds of the time of making the small world. Here matrices of one shape
-    are orthogonalised together, in float32.
+    instructions for it emulates: on one, `python -m scripts.tiny_world` took 1,419 s with it and takes 525 s with this.
+    Here matrices of one shape are orthogonalised together, in float32.
 
     Args:
         matrices: the parameters, of two dimensions each.
