@@ -310,3 +310,23 @@ attempt() {
     REPLY=${REPLY:-refused, see $file}
     return 1
 }
+
+# translate_questions PREFIX LABEL: has `translator` translate into English what is evaluated, whether a variable, with
+# PREFIX or without, or an argument in `extra` says what that is. Puts the folder of the translations into REPLY; false,
+# with the reason there, where that is refused.
+translate_questions() {
+    local label=$2 name folder=$results_dir/translations
+    local command_line=(--task "$task" --translator "$translator" --output_dir "$folder")
+    for name in data_root languages languages_file limit precision; do
+        setting "$1" "$name"
+        last_argument "$name" "$REPLY" ${extra[@]+"${extra[@]}"}
+        if [[ -n $REPLY ]]; then command_line+=("--$name" "$REPLY"); fi
+    done
+    setting "$1" skip_faulty_rows
+    if is_on skip_faulty_rows "$REPLY"; then command_line+=(--skip_faulty_rows); fi
+    # Names with blanks between them are several words on purpose.
+    # shellcheck disable=SC2086
+    attempt "$label" "$results_dir/logs/translations.log" python -m mindmerger.baselines.translate_test \
+        "${command_line[@]}" ${TRANSLATOR_ARGS-} || return 1
+    REPLY=$folder
+}

@@ -167,19 +167,8 @@ done
 
 label="translate-test (machine)"
 if [[ -n $translator && -z $translate_test ]]; then
-    command_line=(--task "$task" --translator "$translator" --output_dir "$results_dir/translations")
-    # What is evaluated is translated, whether a variable or an argument says what that is.
-    for name in data_root languages languages_file limit precision; do
-        setting "" "$name"
-        last_argument "$name" "$REPLY" ${extra[@]+"${extra[@]}"}
-        if [[ -n $REPLY ]]; then command_line+=("--$name" "$REPLY"); fi
-    done
-    setting "" skip_faulty_rows
-    if is_on skip_faulty_rows "$REPLY"; then command_line+=(--skip_faulty_rows); fi
-    # shellcheck disable=SC2086
-    if attempt "$label" "$results_dir/logs/translations.log" python -m mindmerger.baselines.translate_test \
-        "${command_line[@]}" ${TRANSLATOR_ARGS-}; then
-        translate_test=$results_dir/translations
+    if translate_questions "" "$label"; then
+        translate_test=$REPLY
     else
         missing "$label" "$REPLY"
     fi

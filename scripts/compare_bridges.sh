@@ -8,8 +8,9 @@
 # rate with the lowest dev loss of the last stage, its stages with that rate and every seed, and an evaluation of each
 # seed, also with the prefix of another question (--probe_prefix shuffled). The same but for the prefix for the control
 # of every bridge, an adapter on the LLM alone that is trained on the task's rows. Then the LLM alone, once. Rows: the
-# LLM alone, the bridges, the LLM with an adapter, ST-Merge (not reproduced). What cannot be made is listed as missing
-# with the reason. What is finished is kept: the same command continues.
+# LLM alone, the bridges, the LLM with an adapter, translate-test where a translator is given, ST-Merge (not
+# reproduced). What cannot be made is listed as missing with the reason. What is finished is kept: the same command
+# continues.
 #
 # Without LLM_PATH and MT_PATH it makes the quickstart's small world, or takes the one that is there, and runs reduced
 # (less than half an hour on two cores): two seeds, TARGET_TOKENS=80000 (about an eighth of the quickstart's two stages),
@@ -26,6 +27,8 @@
 #   SEARCH_TOKENS         of a training that searches a rate (default: as TARGET_TOKENS; the best one then counts)
 #   PAIRS_SHARE           of the target tokens, for bridges with stages on sentence pairs and on the task's rows
 #   ADAPTER (lora)        of the control, with ADAPTER_RANK and the other flags of the adapter stage; none: no control
+#   TRANSLATOR            a model that translates into English: translate-test; TRANSLATOR_ARGS, of its program
+#   TRANSLATE_TEST        its translations where they are made already
 #   JOBS (1)              trainings and evaluations that run at once, on a CPU alone
 #   RESULTS_DIR (results/bridges), OUTPUT_DIR (outputs), SAVE_NAME (bridges)
 #   QUICKSTART_DIR, QUICKSTART_SEED, QUICKSTART_WORLD_ARGS     of the small world, as in quickstart.sh
@@ -74,6 +77,8 @@ save_name=$(need save_name bridges)
 seeds=$(need seeds 0,1,2)
 rates=$(need lrs "2e-5 1e-4 6e-4")
 fixed_rate=$(need lr)
+translator=$(need translator)
+translate_test=$(need translate_test)
 first_seed=${seeds%%,*}
 read -r -a rates <<<"${rates//,/ }"
 trained_task=$(python -c '
@@ -336,6 +341,17 @@ for one in "${names[@]}"; do
     for seed in ${seeds//,/ }; do run_seed "$one" "$seed"; done
 done
 if [[ -n $no_control ]]; then missing "$control" "$no_control"; fi
+label="translate-test (machine)"
+if [[ -n $translator && -z $translate_test ]]; then
+    if translate_questions EVALUATION "$label"; then
+        translate_test=$REPLY
+    else
+        missing "$label" "$REPLY"
+    fi
+fi
+if [[ -n $translate_test ]]; then
+    evaluate_row "$label" translate-test --llm_only --llm_path "$llm" --translate_test "$translate_test"
+fi
 missing "st_merge" "not reproduced: its code is not published; docs/bridges.md has the published numbers"
 
 printf '=== Table\n'

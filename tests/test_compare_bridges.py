@@ -476,6 +476,20 @@ def test_a_variable_gives_one_bridge_options_and_its_row_names_them(noted, tmp_p
 
 
 @pytest.mark.slow
+def test_a_translator_or_its_translations_give_the_row_of_translate_test(noted, tmp_path):
+    few = {"BRIDGES": "mindmerger", "LR": "1e-3", "SEEDS": "0"}
+    done, calls = noted({}, **few, TRANSLATE_TEST="made.jsonl")
+    assert done.returncode == 0 and calls[-1] == "translate-test", done.stderr[-3000:]
+    ran = (tmp_path / "r/finished/evaluation-translate-test").read_text()
+    assert " --llm_only --llm_path " in ran and ran.endswith(" --translate_test made.jsonl")
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines())}
+    assert rows["translate-test (machine)"]["missing"] == ""
+    done, calls = noted({}, **few, TRANSLATOR=str(tmp_path / "nowhere"))
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines())}
+    assert done.returncode == 0 and "nowhere" in rows["translate-test (machine)"]["missing"] and calls == []
+
+
+@pytest.mark.slow
 def test_a_crash_ends_the_script_with_its_exit_code_and_no_table(noted, tmp_path):
     done, calls = noted({"mindmerger augmentation *": 70}, LR="1e-3")
     assert done.returncode == 70 and calls == ["llm", "mindmerger mapping 1e-3 0", "mindmerger augmentation 1e-3 0"]
