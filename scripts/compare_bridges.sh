@@ -41,6 +41,8 @@ called_from=$PWD
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 use_environment python
 
+[[ ${JOBS:-1} =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$JOBS': a whole number of at least 1"
+
 small=""
 setting "" llm_path
 if [[ -z $REPLY ]]; then
@@ -50,8 +52,10 @@ if [[ -z $REPLY ]]; then
     world=${QUICKSTART_DIR:-quickstart}
     if [[ -n ${QUICKSTART_DIR-} && $world != /* ]]; then world=$called_from/$world; fi
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-    # A second thread speeds up models this small by a seventh, a second process by two fifths or more.
-    JOBS=${JOBS:-$(python -c 'import os; print(min(2, os.cpu_count() or 1))')}
+    # Models this small gain little from more threads: two processes use two cores better.
+    cores=$(python -c 'import os; print(min(4, os.cpu_count() or 1))')
+    if [[ -z ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} && $cores -gt 1 ]]; then JOBS=${JOBS:-2}; fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ${JOBS:-1} ? cores / ${JOBS:-1} : 1))}
     LLM_PATH=$world/llm MT_PATH=$world/mt5 DATA_ROOT=$world/datas
     RESULTS_DIR=${RESULTS_DIR:-$world/bridges} OUTPUT_DIR=${OUTPUT_DIR:-$world/outputs}
     SEEDS=${SEEDS:-0,1} LRS=${LRS:-3e-4 1e-3 3e-3}
@@ -89,7 +93,6 @@ print(find_task(sys.argv[1]).training_name)' "$task" 2>/dev/null) ||
 table=() candidates=()
 plan=$results_dir/plan.tsv
 at_once=${JOBS:-1}
-[[ $at_once =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$at_once': a whole number of at least 1"
 if [[ $at_once -gt 1 && -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
     fail "JOBS is $at_once: under the launcher one training runs at a time, leave it out"
 fi
@@ -105,7 +108,7 @@ fi
 mkdir -p "$results_dir/logs" "$results_dir/finished" "$results_dir/lr"
 if [[ $at_once -gt 1 ]]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os, sys
-print(max(1, min(4, os.cpu_count() or 1) // int(sys.argv[1])))' "$at_once")}
+print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' "$at_once")}
     # A process with threads of its own, in company, must not spin for them.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi

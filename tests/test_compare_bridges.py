@@ -498,7 +498,13 @@ def test_a_crash_ends_the_script_with_its_exit_code_and_no_table(noted, tmp_path
 
 def test_the_script_refuses_half_a_pair_of_models_an_unknown_bridge_and_a_misspelt_variable(script, tmp_path):
     command, environment = script
+    world = tmp_path / "world"
+    (world / "llm").mkdir(parents=True)
+    (world / "llm/config.json").write_text("{}")
+    # Under the launcher the small world, too, runs one at a time without being told.
+    small = {"LLM_PATH": "", "MT_PATH": "", "QUICKSTART_DIR": str(world), "NUM_GPUS": "1"}
     for change, message in (
+        (small | {"BRIDGES": "layaling"}, "error: unknown bridge 'layaling': choose one of "),
         ({"LLM_PATH": ""}, "error: MT_PATH is given and LLM_PATH is not: give both, or neither for the small world"),
         ({"JOBS": "two"}, "error: JOBS is 'two': a whole number of at least 1"),
         ({"JOBS": "2", "NUM_GPUS": "2"}, "error: JOBS is 2: under the launcher one training runs at a time"),
