@@ -14,7 +14,7 @@ from dataclasses import asdict
 from mindmerger.evaluation.flags import parse
 from mindmerger.evaluation.settings import MAPPING_HASH, Settings, settle
 from mindmerger.evaluation.summary import summarise
-from mindmerger.generation.answers import answer, answer_batches, load_model, split_evaluation, start_engine
+from mindmerger.generation.answers import answer, answer_batches, load_model, split_evaluation, started_engine
 from mindmerger.generation.gold import score_gold
 from mindmerger.runtime.command import run_main
 from mindmerger.runtime.processes import (
@@ -115,11 +115,13 @@ def evaluate(settings: Settings, device, finished: dict[int, dict]) -> dict | No
         what = "generating" if settings.label_ids is None else "choosing labels for"
         log(f"{task}, {form}: {what} {len(remaining)} answers in {dtype} on {where}")
         with on_all_ranks(open_shard, settings.folder, rank()) as shard:
-            model, engine = load(settings, device)
-            # Speed is that of answering: loading depends on the disk, and on what is in its cache.
-            started = time.perf_counter()
-            # Dealing out batches of falling length one by one gives every rank about the same work.
-            answer_share(model, engine, settings, split_evaluation(remaining, settings)[rank() :: world_size()], shard)
+            model = load(settings, device)
+            with started_engine(settings, device.type) as engine:
+                # Speed is that of answering: loading depends on the disk, and on what is in its cache.
+                started = time.perf_counter()
+                # Dealing out batches of falling length one by one gives every rank about the same work.
+                share = split_evaluation(remaining, settings)[rank() :: world_size()]
+                answer_share(model, engine, settings, share, shard)
     collect_answers(settings)  # the ranks may come to it far apart
     seconds = time.perf_counter() - started
     results = on_all_ranks(lambda: summarise(settings, set(remaining), seconds) if is_main() else None)
@@ -127,8 +129,8 @@ def evaluate(settings: Settings, device, finished: dict[int, dict]) -> dict | No
     return results
 
 
-def load(settings: Settings, device) -> tuple:
-    """Loads the model on every rank, with rank 0's mapping and adapter, and starts what decodes where it does not."""
+def load(settings: Settings, device):
+    """Loads the model on every rank, with rank 0's mapping and adapter."""
     model = on_all_ranks(load_model, settings, device)
     if settings.mapping_file is not None:
         # Sent, not read by each: rank 0's node alone may have the file.
@@ -136,7 +138,7 @@ def load(settings: Settings, device) -> tuple:
     if settings.adapter is not None:
         own = {name: tensor.detach().cpu() for name, tensor in model.trained_parameters().items()}
         model.load_trained(broadcast_object(own if is_main() else None))
-    return model, on_all_ranks(start_engine, settings)
+    return model
 
 
 def answer_share(model, engine, settings: Settings, batches: list[list[int]], shard) -> None:

@@ -9,11 +9,11 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import astuple
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from mindmerger.evaluation.results import SCORER, START_OVER, ResultsError, read_items, read_results
+from mindmerger.generation.vllm_engine import installed_version
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.processes import log
 from mindmerger.tasks.readers import preview
@@ -148,7 +148,7 @@ def _require_same_versions(folder: Path, results: dict) -> None:
     installed, before = versions(), dict(results.get("versions", {}))
     engine, _, version = results.get("engine", "hf").partition(" ")
     if engine == "vllm":
-        before["vllm"], installed["vllm"] = version, metadata.version("vllm")
+        before["vllm"], installed["vllm"] = version, installed_version()
     names = DECIDING_VERSIONS
     if results["identity"].get("--quantization") is not None:
         names += ("bitsandbytes",)

@@ -4,12 +4,12 @@ import json
 import math
 import shutil
 import sys
-from importlib import metadata
 
 from mindmerger.evaluation.measures import CORPUS_TITLES, GRADE_KEY
 from mindmerger.evaluation.models import DEFAULT_BRIDGE
 from mindmerger.evaluation.scoring import LIKELIHOOD
 from mindmerger.evaluation.settings import Settings
+from mindmerger.generation.vllm_engine import installed_version
 from mindmerger.runtime.command import versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import write_json_atomic, write_text_atomic
@@ -221,7 +221,7 @@ def describe_run(settings: Settings) -> dict:
     described = {"path": adapter.folder, **describe_adapter(adapter.values)} if adapter is not None else None
     return {
         "max_new_tokens": settings.max_new_tokens,
-        "engine": settings.engine if settings.engine == "hf" else f"vllm {metadata.version('vllm')}",
+        "engine": settings.engine if settings.engine == "hf" else f"vllm {installed_version()}",
         "checkpoint": settings.mapping_file,
         "bridge": settings.bridge_name if settings.bridge is not None else None,
         "bridge_options": settings.bridge.options if settings.bridge is not None else None,

@@ -4,6 +4,7 @@
 the next begins.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -204,7 +205,7 @@ def answer_batches(model, engine, settings, batches: list[list[int]]):
 
     for chunk in vllm_engine.chunks(batches):
         rows = [row for batch in chunk for row in merge_batch(model, settings, batch)]
-        answers = vllm_engine.decode(engine, rows, model.eos_token_ids, new_tokens)
+        answers = vllm_engine.decode(engine, rows, model.eos_token_ids, new_tokens, settings.llm_path)
         yield chunk, [to_generation(model, tokenizers, ids) for ids in answers]
 
 
@@ -258,14 +259,21 @@ def zero_output(bridge, given, output):
     return output._replace(prefix_BKD=torch.zeros_like(output.prefix_BKD), memory=memory)
 
 
-def start_engine(settings):
-    """Starts what decodes where that is not the model itself. Call it when the model has its place on the GPU."""
+@contextmanager
+def started_engine(settings, device_type: str):
+    """Context manager: what decodes where that is not the model itself, None where it is. Enter it when the model has
+    its place on the device."""
     if settings.engine == "hf":
-        return None
+        yield None
+        return
     from mindmerger.generation import vllm_engine
 
     longest = max(input_positions(settings.columns, settings.bridge)) + settings.max_new_tokens
-    return vllm_engine.start(settings.llm_path, settings.precision, longest)
+    engine = vllm_engine.start(settings.llm_path, settings.precision, longest, device_type)
+    try:
+        yield engine
+    finally:
+        vllm_engine.stop(engine)
 
 
 def answer(

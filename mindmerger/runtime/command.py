@@ -232,8 +232,9 @@ def versions() -> dict[str, str]:
     """Returns the versions of everything a result may depend on."""
     # From the installed metadata: importing these for the sake of their versions takes seconds.
     found = {"mindmerger": __version__, "python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "sentencepiece", "safetensors"):
-        found[name] = metadata.version(name)
-    with contextlib.suppress(metadata.PackageNotFoundError):  # an extra
-        found["bitsandbytes"] = metadata.version("bitsandbytes")
+    names = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "sentencepiece", "safetensors")
+    for name in (*names, "bitsandbytes"):
+        # The last is an extra, and an environment for evaluation alone may lack deepspeed.
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
