@@ -10,7 +10,8 @@ mapping in another language: the LLM would know the answer from the row, whateve
     query_translation/xnli_dev.json      the rows of the other part, in English and the languages
     evaluation/xnli/test.json            the test rows in English and the languages, as they are
     bilingual_pairs/en-XX/               the data folder's sentence pairs; where it has none, the sentences of XNLI's
-                                         dev set with their translations
+                                         dev set with their translations; and the prompts of the other part's rows,
+                                         the form in which the mapping is used, in one line each
 
 `random_encoder` writes a model folder of the same shape and tokenizer with random weights, as its library initialises
 them: the control that says what of a gain is the encoder's knowledge.
@@ -18,7 +19,6 @@ them: the control that says what of a gain is the encoder's knowledge.
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 from mindmerger.runtime import command, files
@@ -26,6 +26,7 @@ from mindmerger.runtime.command import CommandParser, number_where
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import log
+from mindmerger.tasks.xnli import xnli_prompt
 
 ROWS_FILE, TEST_FILE, TUNING_FILE = "query_translation/xnli_dev.json", "evaluation/xnli/test.json", "tuning.json"
 
@@ -87,13 +88,32 @@ def write_rows(path: Path, rows: dict[str, list[dict]], kept: set[int] | None = 
     files.write_text_atomic(path, f"[\n{lines}\n]\n")
 
 
-def write_pairs(folder: Path, code: str, english: list[dict], translated: list[dict]) -> None:
-    """Writes each sentence of the rows and its translation once, line by line, as the release has them."""
-    pairs = dict.fromkeys(
-        tuple(" ".join(row[field].split()) for row in (theirs, ours))
-        for ours, theirs in zip(english, translated, strict=True)
-        for field in ("sentence1", "sentence2")
+def sentence_pairs(english: list[dict], translated: list[dict]) -> list[tuple[str, str]]:
+    """Returns each sentence of the rows and its translation once, the translation first."""
+    return list(
+        dict.fromkeys(
+            (one_line(theirs[name]), one_line(ours[name]))
+            for ours, theirs in zip(english, translated, strict=True)
+            for name in ("sentence1", "sentence2")
+        )
     )
+
+
+def prompt_pairs(english: list[dict], translated: list[dict], kept: set[int]) -> list[tuple[str, str]]:
+    """Returns the prompts of the rows with these numbers, the translated one first."""
+    return [
+        tuple(one_line(xnli_prompt(row["sentence1"], row["sentence2"])[0]) for row in (translated[i], english[i]))
+        for i in sorted(kept)
+    ]
+
+
+def one_line(text: str) -> str:
+    """Returns a text with single spaces: a pair is a line of each of two files."""
+    return " ".join(text.split())
+
+
+def write_pairs(folder: Path, code: str, pairs: list[tuple[str, str]]) -> None:
+    """Writes pairs line by line, as the release has them."""
     for end, side in ((code, 0), ("en", 1)):
         files.write_text_atomic(folder / f"train_100k.{end}", "".join(f"{pair[side]}\n" for pair in pairs))
 
@@ -106,6 +126,7 @@ def write_data(data_root: Path, output_dir: Path, names: str, share: float, seed
     """
     from mindmerger.baselines.merged_folder import new_folder
     from mindmerger.tasks.languages import LANGUAGES, parse_languages
+    from mindmerger.tasks.translation import read_pairs
 
     languages = [one for one in parse_languages(names) if one.name != "English"]
     if not languages:
@@ -130,13 +151,11 @@ def write_data(data_root: Path, output_dir: Path, names: str, share: float, seed
         write_rows(made / TEST_FILE, test)
         for language in languages:
             folder, code = Path("bilingual_pairs") / f"en-{language.code}", language.code
-            given = [data_root / folder / f"train_100k.{end}" for end in (code, "en")]
-            if all(path.is_file() for path in given):
-                (made / folder).mkdir(parents=True)
-                for path in given:
-                    shutil.copyfile(path, made / folder / path.name)
+            if all((data_root / folder / f"train_100k.{end}").is_file() for end in (code, "en")):
+                pairs = [(one_line(pair.source), one_line(pair.target)) for pair in read_pairs(data_root, language)]
             else:
-                write_pairs(made / folder, code, rows["English"], rows[language.name])
+                pairs = sentence_pairs(rows["English"], rows[language.name])
+            write_pairs(made / folder, code, pairs + prompt_pairs(rows["English"], rows[language.name], of_stages))
     log(f"{output_dir}: {len(of_tuning)} English rows tune the LLM, {len(of_stages)} rows of each language train")
 
 

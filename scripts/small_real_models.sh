@@ -15,6 +15,7 @@
 #   TUNING_ROWS            a file of further English rows for the LLM, in the form of query_translation/xnli_dev.json
 #   SMALL_MODELS_DIR (small_models)   everything that is written
 #   LANGUAGES (sw,tr,de,zh,ru,ar,hi)  beside English
+#   ENCODER_LAYER (10)     hidden layer of the encoder that the mapping reads, or last
 #   TUNING_STEPS, MAPPING_STEPS, HARD_STEPS, SOFT_STEPS, LIMIT (test rows per language)   defaults below
 #   CONTROLS=1             also a random encoder in the same recipe, and the LLM with a LoRA tuned on the same rows
 #   BRIDGES                also compares these (compare_bridges.sh), on the same models and data
@@ -35,7 +36,7 @@ if is_on FAST "${FAST-}"; then tuning_steps=40 mapping_steps=60 hard_steps=40 so
 if is_on LONG "${LONG-}"; then tuning_steps=600 mapping_steps=3000 hard_steps=1000 soft_steps=600 limit=1980; fi
 tuning_steps=${TUNING_STEPS:-$tuning_steps} mapping_steps=${MAPPING_STEPS:-$mapping_steps}
 hard_steps=${HARD_STEPS:-$hard_steps} soft_steps=${SOFT_STEPS:-$soft_steps} limit=${LIMIT:-$limit}
-dev_size=${DEV_SIZE:-300}
+dev_size=${DEV_SIZE:-300} layer=(--bridge_option "encoder_layer=${ENCODER_LAYER:-10}")
 
 export TOKENIZERS_PARALLELISM=false
 export HF_DATASETS_CACHE=${HF_DATASETS_CACHE:-$work/cache}
@@ -62,24 +63,28 @@ anew() {
     "$@"
 }
 
-# train_stage STAGE NAME STEPS ARGUMENT...
+# train_stage STAGE NAME STEPS LLM ARGUMENT...
 train_stage() {
-    local stage=$1 name=$2 steps=$3
-    shift 3
-    step "$name-$stage" "$name: $stage" python run_training.py --llm_path "$work/llm" --data_root "$work/datas" \
+    local stage=$1 name=$2 steps=$3 model=$4
+    shift 4
+    step "$name-$stage" "$name: $stage" python run_training.py --llm_path "$model" --data_root "$work/datas" \
         --task xnli --stage_name "$stage" --save_name "$name" --output_dir "$work/outputs" --max_steps "$steps" \
         --epoch_num 100 --train_batch_size 32 --train_micro_batch_size_per_gpu 32 --micro_batch_tokens 2048 \
         --eval_batch_size 32 --dev_size "$dev_size" --lr_scheduler cosine --warmup_ratio 0.05 --max_seq_len 200 \
         --max_gen_len 400 --eval_steps 50 --precision "$precision" --seed "$seed" --num_workers 1 "$@"
 }
 
-# train_both NAME ENCODER: mapping, Hard, and Soft from Hard, in outputs/NAME/xnli/mapping,
-# outputs/NAME-hard/xnli/augmentation and outputs/NAME/xnli/augmentation.
-train_both() {
-    train_stage mapping "$1" "$mapping_steps" --mt_path "$2" --languages "$languages" --lr 1e-3
-    train_stage augmentation "$1-hard" "$hard_steps" --mt_path "$2" --augmentation False --lr 1e-3 \
+# train_all NAME ENCODER: a start by regression, mapping, Hard, and Soft from Hard, in starts/NAME,
+# outputs/NAME/xnli/mapping, outputs/NAME-hard/xnli/augmentation and outputs/NAME/xnli/augmentation.
+train_all() {
+    step "$1-start" "$1: start" anew "$work/starts/$1" python -m scripts.start_mapping --llm_path "$work/llm" \
+        --mt_path "$2" --data_root "$work/datas" --languages "$languages" --precision "$precision" --seed "$seed" \
+        --output_dir "$work/starts/$1" "${layer[@]}"
+    train_stage mapping "$1" "$mapping_steps" --mt_path "$2" "${layer[@]}" --languages "$languages" --lr 1e-3 \
+        --init_checkpoint "$work/starts/$1"
+    train_stage augmentation "$1-hard" "$hard_steps" --mt_path "$2" "${layer[@]}" --augmentation False --lr 1e-3 \
         --init_checkpoint "$work/outputs/$1/xnli/mapping"
-    train_stage augmentation "$1" "$soft_steps" --mt_path "$2" --lr 5e-4 \
+    train_stage augmentation "$1" "$soft_steps" --mt_path "$2" "${layer[@]}" --lr 5e-4 \
         --init_checkpoint "$work/outputs/$1-hard/xnli/augmentation"
 }
 
@@ -100,13 +105,14 @@ step data "Data" anew "$work/datas" python -m scripts.small_models data --data_r
 rows=(--rows "$work/datas/tuning.json")
 if [[ -n ${TUNING_ROWS-} ]]; then rows+=(--rows "$TUNING_ROWS"); fi
 step tuning "Tuning of the LLM on English rows" python -m scripts.tune_llm --llm_path "$llm" --task xnli \
-    --data_root "$work/datas" --rows_only "${rows[@]}" --output_dir "$work/llm" --max_steps "$tuning_steps" \
-    --epoch_num 100 --dev_size "$dev_size" --precision "$precision" --seed "$seed"
-train_both real "$encoder"
+    --data_root "$work/datas" --rows_only "${rows[@]}" --train_num 1500 --output_dir "$work/llm" \
+    --max_steps "$tuning_steps" --epoch_num 100 --dev_size "$dev_size" --precision "$precision" --seed "$seed" \
+    --lora --adapter_rank 16 --adapter_targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --lr 1e-3
+train_all real "$encoder"
 if is_on CONTROLS "${CONTROLS-}"; then
     step random-encoder "Random encoder" anew "$work/random_encoder" python -m scripts.small_models random_encoder \
         --mt_path "$encoder" --output_dir "$work/random_encoder" --seed "$seed"
-    train_both random "$work/random_encoder"
+    train_all random "$work/random_encoder"
     train_stage adapter lora "$((hard_steps + soft_steps))" --llm_only --adapter lora --lr 1e-3
 fi
 

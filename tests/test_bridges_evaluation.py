@@ -97,6 +97,26 @@ def test_flags_that_contradict_the_mapping_are_one_line(latent, flags, more):
     assert CONTRADICTIONS[more] in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "trained, asked, message",
+    [
+        ({}, "1", "was trained with --bridge_option no encoder_layer, not encoder_layer=1"),
+        ({"encoder_layer": "1"}, "last", "was trained with --bridge_option encoder_layer=1, not no encoder_layer"),
+        ({"encoder_layer": "1"}, "3", "was trained with --bridge_option encoder_layer=1, not encoder_layer=3"),
+    ],
+)
+def test_the_layer_that_a_mapping_reads_is_the_one_it_was_trained_on(
+    flags, tiny_llm, tiny_encoder, tmp_path, trained, asked, message
+):
+    """No shape depends on it: the weights would load, and answer another question."""
+    model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32, bridge_options=trained)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=message):
+        run_evaluation.main(
+            [*flags, "--init_checkpoint", str(tmp_path / "saved"), "--bridge_option", f"encoder_layer={asked}"]
+        )
+
+
 def test_vllm_is_refused_for_a_trained_output_head(tiny_llm, tiny_encoder, tmp_path):
     """vLLM loads the LLM from its folder: the trained head would be passed over silently."""
     options = {"train_lm_head": "true"}

@@ -20,11 +20,12 @@ from mindmerger.training.dry_run import bridge_flop, training_flop
 # Each bridge with its defaults, and with the options that make it another one.
 EVERY = [(name, {}) for name in BRIDGES]
 EVERY += [("langbridge", {"mapper": "ffn"}), ("langbridge", {"mapper": "latent", "latents": "3"})]
-EVERY += [("layalign", {"structure": "mlp"})]
+EVERY += [("layalign", {"structure": "mlp"}), ("mindmerger", {"encoder_layer": "1"})]
 EVERY += [("langbridge", {"train_lm_head": "true"}), ("layer_fusion", {"mix": "token", "feed_forward": "24"})]
 E, D, DEPTH = 2048, 4096, 24  # mT5-xl and Llama-2-7B
 COUNTS = [
     ("mindmerger", {}, 25_178_112),
+    ("mindmerger", {"encoder_layer": "20"}, 25_178_112),
     ("langbridge", {}, 8_396_800),
     ("langbridge", {"mapper": "ffn"}, 2 * E * E + 2 * E + 2 * E * D + 2 * D),
     ("langbridge", {"train_lm_head": "true"}, 8_396_800 + 32_000 * D),

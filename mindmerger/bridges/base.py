@@ -128,7 +128,8 @@ class Bridge(nn.Module):
                     f"--bridge_option {name}={value} of {cls.__name__} must be {' or '.join(values)}"
                     f"{nearest(text, values)}"
                 )
-            if not values and not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
+            number = text.isascii() and text.isdecimal() and 0 < int(text) < 2**31
+            if not values and not number and text != cls.choices[name].default:
                 raise UserError(
                     f"--bridge_option {name}={value} of {cls.__name__} must be a whole number of at least 1"
                 )

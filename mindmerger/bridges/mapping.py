@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mindmerger.bridges.base import Bridge, BridgeOutput, Stage
+from mindmerger.bridges.base import Bridge, BridgeOutput, Option, Stage
+from mindmerger.runtime.errors import UserError
+
+LAST = "last"
 
 
 class Mapping(Bridge):
@@ -15,10 +18,14 @@ class Mapping(Bridge):
 
     Parameter names and shapes are those of the released checkpoints: `mlp.linear1` (2E, E), `mlp.linear2` (D, 2E),
     both with bias, and `end_boundary` (1, 1, D), which starts at zero.
+
+    `encoder_layer=i` reads hidden layer i of the encoder in the place of its final output *(ours)*: the last layers of
+    an encoder that was trained for one vector of a whole sentence say less about each token.
     """
 
     paper = """Huang et al., "MindMerger: Efficiently Boosting LLM Reasoning in non-English Languages", NeurIPS 2024,
 arXiv 2405.17386."""
+    choices = {"encoder_layer": Option(LAST)}
     stages = {
         "mapping": Stage(data="pairs", with_prompt=False),
         "augmentation": Stage(data="task", with_prompt=True, starts_from="mapping"),
@@ -28,12 +35,24 @@ arXiv 2405.17386."""
 
     def __init__(self, *towers: int, **options):
         super().__init__(*towers, **options)
-        encoder_width, llm_width = self.towers[:2]
+        encoder_width, llm_width, depth = self.towers[:3]
+        if "encoder_layer" in self.options:
+            layer = int(self.options["encoder_layer"])
+            if layer > depth > 0:
+                raise UserError(f"--bridge_option encoder_layer={layer}: the encoder has {depth} layers")
+            self.encoder_layers = (layer,)
         # An empty module for the sake of its name: released files have their keys below `mlp`.
         self.mlp = nn.Module()
         self.mlp.linear1 = nn.Linear(encoder_width, 2 * encoder_width)
         self.mlp.linear2 = nn.Linear(2 * encoder_width, llm_width)
         self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_width))
+
+    @classmethod
+    def settle(cls, given):
+        """Returns no option for the default, as folders and checkpoints have it from before there was one."""
+        return {
+            name: value for name, value in super().settle(given).items() if (name, value) != ("encoder_layer", LAST)
+        }
 
     def forward(self, states_BSE: list[torch.Tensor], mask_BS: torch.Tensor) -> BridgeOutput:
         """Returns the mapped states and the boundary behind them, (B, S + 1, D)."""

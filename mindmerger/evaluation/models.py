@@ -144,11 +144,10 @@ def choose_bridge(args: argparse.Namespace, recorded, mapping_file: str) -> tupl
     before = recorded.bridge_options if recorded is not None else {}
     options = find_bridge(bridge).settle(before | parse_options(args.bridge_option))
     # An option may change numbers without changing a shape, so that the weights would load and answer differently.
-    for name, value in before.items():
-        if options[name] != value:
-            raise UserError(
-                f"{mapping_file} was trained with --bridge_option {name}={value}, not {name}={options[name]}"
-            )
+    for name in sorted(before.keys() | options.keys()) if recorded is not None else ():
+        one, other = (f"{name}={found[name]}" if name in found else f"no {name}" for found in (before, options))
+        if one != other:
+            raise UserError(f"{mapping_file} was trained with --bridge_option {one}, not {other}")
     return bridge, options
 
 

@@ -94,10 +94,11 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
     # Released files record no bridge: then names and shapes of the tensors decide.
     if recorded is not None and recorded.bridge != args.bridge:
         raise UserError(f"{file} holds the bridge {recorded.bridge}, this run trains --bridge {args.bridge}")
-    for name, value in options.items():
-        if recorded is not None and recorded.bridge_options[name] != value:
-            raise UserError(f"{file} was trained with --bridge_option {name}={recorded.bridge_options[name]}, this run "
-                f"has {name}={value}: use the same")  # fmt: skip
+    before = recorded.bridge_options if recorded is not None else options
+    for name in sorted(before.keys() | options.keys()):
+        one, other = (f"{name}={found[name]}" if name in found else f"no {name}" for found in (before, options))
+        if one != other:
+            raise UserError(f"{file} was trained with --bridge_option {one}, this run has {other}: use the same")
     # A warning only: a copy elsewhere is the same model, and the shapes are compared next.
     for flag in ("llm_path", "mt_path"):
         before, now = getattr(recorded, flag, None), getattr(args, flag)

@@ -174,6 +174,8 @@ def settle_prompt(args, stage) -> bool:
 def settle_chat_template(args, with_prompt: bool):
     """Returns the chat template around the prompts, None for none; `args` then names the choice.
 
+    Without a prompt they keep what was asked for: a later stage may be started from their record.
+
     Raises:
         UserError: for a template that cannot be used.
     """
@@ -182,7 +184,6 @@ def settle_chat_template(args, with_prompt: bool):
     if not with_prompt:
         if args.chat_template == chat_template.AUTO:  # a script that trains several stages gives it to all
             warn(f"--chat_template has no effect in the {args.stage_name} stage, which has no prompt for the LLM")
-        args.chat_template = chat_template.NONE
         return None
     chat = choose_template(args.chat_template, args.llm_path)
     if chat is not None and args.chat_template is None:
