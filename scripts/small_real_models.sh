@@ -31,9 +31,9 @@ data_root=${DATA_ROOT:-datas} seed=${SEED:-0} languages=${LANGUAGES:-sw,tr,de,zh
 work=${SMALL_MODELS_DIR:-small_models}
 if [[ -n ${SMALL_MODELS_DIR-} && $work != /* ]]; then work=$called_from/$work; fi
 
-tuning_steps=150 mapping_steps=400 hard_steps=200 soft_steps=120 limit=300
-if is_on FAST "${FAST-}"; then tuning_steps=40 mapping_steps=60 hard_steps=40 soft_steps=20 limit=40; fi
-if is_on LONG "${LONG-}"; then tuning_steps=600 mapping_steps=3000 hard_steps=1000 soft_steps=600 limit=1980; fi
+tuning_steps=120 mapping_steps=100 hard_steps=120 soft_steps=60 limit=150
+if is_on FAST "${FAST-}"; then tuning_steps=40 mapping_steps=20 hard_steps=20 soft_steps=10 limit=20; fi
+if is_on LONG "${LONG-}"; then tuning_steps=600 mapping_steps=1000 hard_steps=600 soft_steps=400 limit=1980; fi
 tuning_steps=${TUNING_STEPS:-$tuning_steps} mapping_steps=${MAPPING_STEPS:-$mapping_steps}
 hard_steps=${HARD_STEPS:-$hard_steps} soft_steps=${SOFT_STEPS:-$soft_steps} limit=${LIMIT:-$limit}
 dev_size=${DEV_SIZE:-300} layer=(--bridge_option "encoder_layer=${ENCODER_LAYER:-10}")
@@ -76,15 +76,17 @@ train_stage() {
 
 # train_all NAME ENCODER: a start by regression, mapping, Hard, and Soft from Hard, in starts/NAME,
 # outputs/NAME/xnli/mapping, outputs/NAME-hard/xnli/augmentation and outputs/NAME/xnli/augmentation.
+# The first two are for the LLM as it was before: one that was tuned on labels alone writes no sentences any more, and a
+# mapping that is trained through it learns next to nothing of its source. Their input embeddings are nearly the same.
 train_all() {
-    step "$1-start" "$1: start" anew "$work/starts/$1" python -m scripts.start_mapping --llm_path "$work/llm" \
+    step "$1-start" "$1: start" anew "$work/starts/$1" python -m scripts.start_mapping --llm_path "$llm" \
         --mt_path "$2" --data_root "$work/datas" --languages "$languages" --precision "$precision" --seed "$seed" \
         --output_dir "$work/starts/$1" "${layer[@]}"
-    train_stage mapping "$1" "$mapping_steps" --mt_path "$2" "${layer[@]}" --languages "$languages" --lr 1e-3 \
-        --init_checkpoint "$work/starts/$1"
-    train_stage augmentation "$1-hard" "$hard_steps" --mt_path "$2" "${layer[@]}" --augmentation False --lr 1e-3 \
-        --init_checkpoint "$work/outputs/$1/xnli/mapping"
-    train_stage augmentation "$1" "$soft_steps" --mt_path "$2" "${layer[@]}" --lr 5e-4 \
+    train_stage mapping "$1" "$mapping_steps" "$llm" --mt_path "$2" "${layer[@]}" --languages "$languages" \
+        --lr 1e-3 --init_checkpoint "$work/starts/$1"
+    train_stage augmentation "$1-hard" "$hard_steps" "$work/llm" --mt_path "$2" "${layer[@]}" --augmentation False \
+        --lr 1e-3 --init_checkpoint "$work/outputs/$1/xnli/mapping"
+    train_stage augmentation "$1" "$soft_steps" "$work/llm" --mt_path "$2" "${layer[@]}" --lr 5e-4 \
         --init_checkpoint "$work/outputs/$1-hard/xnli/augmentation"
 }
 
@@ -106,14 +108,13 @@ rows=(--rows "$work/datas/tuning.json")
 if [[ -n ${TUNING_ROWS-} ]]; then rows+=(--rows "$TUNING_ROWS"); fi
 step tuning "Tuning of the LLM on English rows" python -m scripts.tune_llm --llm_path "$llm" --task xnli \
     --data_root "$work/datas" --rows_only "${rows[@]}" --train_num 1500 --output_dir "$work/llm" \
-    --max_steps "$tuning_steps" --epoch_num 100 --dev_size "$dev_size" --precision "$precision" --seed "$seed" \
-    --lora --adapter_rank 16 --adapter_targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --lr 1e-3
+    --max_steps "$tuning_steps" --epoch_num 100 --dev_size "$dev_size" --precision "$precision" --seed "$seed"
 train_all real "$encoder"
 if is_on CONTROLS "${CONTROLS-}"; then
     step random-encoder "Random encoder" anew "$work/random_encoder" python -m scripts.small_models random_encoder \
         --mt_path "$encoder" --output_dir "$work/random_encoder" --seed "$seed"
     train_all random "$work/random_encoder"
-    train_stage adapter lora "$((hard_steps + soft_steps))" --llm_only --adapter lora --lr 1e-3
+    train_stage adapter lora "$((hard_steps + soft_steps))" "$work/llm" --llm_only --adapter lora --lr 1e-3
 fi
 
 evaluate "LLM alone" llm -llm_only --llm_only

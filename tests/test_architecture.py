@@ -120,6 +120,7 @@ def test_no_file_and_no_function_is_too_long_to_hold_in_the_head():
         ["-m", "scripts.bridge_plan"],
         ["-m", "scripts.prepare_data"],
         ["-m", "scripts.tune_llm"],
+        ["-m", "scripts.start_mapping"],
         ["-m", "scripts.tiny_world.__main__"],
     ],
     ids=lambda command: command[-1],

@@ -169,7 +169,7 @@ def test_a_random_encoder_has_the_shape_and_the_tokenizer_and_none_of_the_weight
 
 
 def script_environment(tmp_path, tiny_llm, tiny_encoder):
-    steps = {"TUNING_STEPS": "2", "MAPPING_STEPS": "2", "HARD_STEPS": "2", "SOFT_STEPS": "2"}
+    steps = {"ENCODER_LAYER": "1", "TUNING_STEPS": "2", "MAPPING_STEPS": "2", "HARD_STEPS": "2", "SOFT_STEPS": "2"}
     return clean_environment(tmp_path) | {
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
         **{"LLM_PATH": tiny_llm, "MT_PATH": tiny_encoder, "DATA_ROOT": str(tmp_path / "datas"), "PRECISION": "fp32"},
