@@ -2,6 +2,8 @@
 
     python -m scripts.small_models data --data_root datas --output_dir small_models/datas --languages sw,de,zh
     python -m scripts.small_models random_encoder --mt_path intfloat/multilingual-e5-small --output_dir random
+    python -m scripts.small_models encoder_alone --mt_path intfloat/multilingual-e5-small \\
+        --data_root small_models/datas --languages en,sw,de,zh --limit 150
 
 `data` parts the premises of XNLI's dev set in two, since one row must not tune the LLM in English and then train a
 mapping in another language: the LLM would know the answer from the row, whatever the prefix says. It writes
@@ -15,6 +17,9 @@ mapping in another language: the LLM would know the answer from the row, whateve
 
 `random_encoder` writes a model folder of the same shape and tokenizer with random weights, as its library initialises
 them: the control that says what of a gain is the encoder's knowledge.
+
+`encoder_alone` prints the accuracy of a classifier on the encoder's states without any LLM, trained on the rows that
+train the mappings: the control that says whether the LLM is needed.
 """
 
 import json
@@ -22,7 +27,7 @@ import random
 from pathlib import Path
 
 from mindmerger.runtime import command, files
-from mindmerger.runtime.command import CommandParser, number_where
+from mindmerger.runtime.command import CommandParser, at_least, number_where
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import log
@@ -46,6 +51,12 @@ def build_parser() -> CommandParser:
     add("--mt_path", type=model_path, required=True, help="folder or hub name of the encoder whose shape it has")
     add("--output_dir", type=Path, required=True, help="the new model folder")
     add("--seed", type=int, default=0, help="of the weights")
+    add = commands.add_parser("encoder_alone", help="print the accuracy of a classifier without an LLM").add_argument
+    add("--mt_path", type=model_path, required=True, help="folder or hub name of the encoder")
+    add("--data_root", type=Path, required=True, help="the experiment's data folder")
+    add("--languages", required=True, help="languages to evaluate, by name or code, separated by commas")
+    add("--limit", type=at_least(1), default=150, help="test rows of each language")
+    add("--seed", type=int, default=0, help="of the premises that choose the weight decay")
     return parser
 
 
@@ -182,11 +193,37 @@ def write_random_encoder(path: str, output_dir: Path, seed: int) -> None:
         tokenizer.save_pretrained(made)
 
 
+def read_both(data_root: Path, names: str, limit: int) -> tuple[dict, dict]:
+    """Returns the rows that train mappings and the first `limit` test rows of each language, by its name.
+
+    Raises:
+        UserError: for languages, files or rows that cannot be used.
+    """
+    from mindmerger.tasks.languages import parse_languages
+
+    languages = parse_languages(names)
+    rows, test = (read_rows(data_root, file, languages) for file in (ROWS_FILE, TEST_FILE))
+    return rows, {name: found[:limit] for name, found in test.items()}
+
+
+def print_accuracies(accuracies: dict[str, float]) -> None:
+    """Prints a line for each language, and the mean of those that are not English."""
+    for name, value in accuracies.items():
+        print(f"{name}: {value:.1%}")
+    others = [value for name, value in accuracies.items() if name != "English"]
+    if others:
+        print(f"mean without English: {sum(others) / len(others):.1%}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring."""
     args = build_parser().parse_args(argv)
     if args.command == "data":
         write_data(args.data_root, args.output_dir, args.languages, args.tuning_share, args.seed)
+    elif args.command == "encoder_alone":
+        from scripts.encoder_alone import evaluate
+
+        print_accuracies(evaluate(args.mt_path, *read_both(args.data_root, args.languages, args.limit), args.seed))
     else:
         write_random_encoder(args.mt_path, args.output_dir, args.seed)
     return 0

@@ -17,7 +17,8 @@
 #   LANGUAGES (sw,tr,de,zh,ru,ar,hi)  beside English
 #   ENCODER_LAYER (10)     hidden layer of the encoder that the mapping reads, or last
 #   TUNING_STEPS, MAPPING_STEPS, HARD_STEPS, SOFT_STEPS, LIMIT (test rows per language)   defaults below
-#   CONTROLS=1             also a random encoder in the same recipe, and the LLM with a LoRA tuned on the same rows
+#   CONTROLS=1             also a random encoder in the same recipe, a classifier on the encoder without any LLM, and
+#                          the LLM with a LoRA tuned on the same rows
 #   BRIDGES                also compares these (compare_bridges.sh), on the same models and data
 #   SEED (0), PRECISION (auto), PYTHON
 set -euo pipefail
@@ -61,6 +62,15 @@ anew() {
     rm -rf "$1"
     shift
     "$@"
+}
+
+# shown FILE COMMAND...: keeps what a command prints in a file too.
+shown() {
+    local file=$1
+    shift
+    mkdir -p "${file%/*}"
+    "$@" | tee "$file.part"
+    mv "$file.part" "$file"
 }
 
 # train_stage STAGE NAME STEPS LLM ARGUMENT...
@@ -114,6 +124,9 @@ if is_on CONTROLS "${CONTROLS-}"; then
     step random-encoder "Random encoder" anew "$work/random_encoder" python -m scripts.small_models random_encoder \
         --mt_path "$encoder" --output_dir "$work/random_encoder" --seed "$seed"
     train_all random "$work/random_encoder"
+    step encoder-alone "A classifier on the encoder alone" shown "$work/results/encoder_alone.txt" python \
+        -m scripts.small_models encoder_alone --mt_path "$encoder" --data_root "$work/datas" \
+        --languages "en,$languages" --limit "$limit" --seed "$seed"
     train_stage adapter lora "$((hard_steps + soft_steps))" "$work/llm" --llm_only --adapter lora --lr 1e-3
 fi
 

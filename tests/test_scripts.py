@@ -1080,6 +1080,7 @@ PARSERS = {
     "run_training.py": ("mindmerger.training.flags", "build_parser"),
     "run_evaluation.py": ("mindmerger.evaluation.flags", "build_parser"),
     "mindmerger.baselines.layer_swap": ("mindmerger.baselines.layer_swap", "build_parser"),
+    "scripts.start_mapping": ("scripts.start_mapping", "build_parser"),
     "mindmerger.baselines.layer_swap analyse": ("mindmerger.baselines.layer_swap", "build_analyse_parser"),
     "mindmerger.baselines.maet": ("mindmerger.baselines.maet", "build_parser"),
     "mindmerger.baselines.merge_adapter": ("mindmerger.baselines.merge_adapter", "build_parser"),

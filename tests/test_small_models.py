@@ -165,6 +165,36 @@ def test_a_random_encoder_has_the_shape_and_the_tokenizer_and_none_of_the_weight
         small_models.write_random_encoder(tiny_encoder, tmp_path / "made0", 0)
 
 
+def test_a_classifier_on_the_encoder_alone_reads_what_its_states_say(tmp_path, tiny_encoder, capsys):
+    root, made = write_xnli(tmp_path / "datas", premises=40, test_premises=10), tmp_path / "made"
+    small_models.write_data(root, made, "sw,de", 0.5, 0)
+    flags = ["--mt_path", tiny_encoder, "--data_root", str(made), "--languages", "en,sw,de"]
+    assert small_models.main(["encoder_alone", *flags, "--limit", "30"]) == 0
+    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == [*NAMES.values(), "mean without English"]
+    # The hypotheses give the label away by a letter.
+    assert all(float(value.rstrip("%")) > 80 for value in lines.values()), lines
+    # Labels that nothing gives away are guessed.
+    rows = json.loads((made / small_models.TEST_FILE).read_text())
+    for row in rows:
+        row["sentence2"] = row["sentence2"].replace(f" {row['label'][0]}.", ".")
+    (made / small_models.TEST_FILE).write_text(json.dumps(rows))
+    assert small_models.main(["encoder_alone", *flags]) == 0
+    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert float(lines["mean without English"].rstrip("%")) < 50, lines
+
+
+def test_what_the_classifier_finds_is_folded_for_states_as_they_are():
+    import torch
+
+    from scripts import encoder_alone
+
+    draw = torch.Generator().manual_seed(0)
+    x_NF = torch.randn(300, 4, generator=draw) * torch.tensor([1e-2, 1.0, 10.0, 1.0]) + 5
+    labels_N = ((x_NF[:, 0] - 5) * 100 > -0.5).long() + ((x_NF[:, 0] - 5) * 100 > 0.5).long()
+    assert encoder_alone.accuracy(encoder_alone.fit(x_NF, labels_N, 1e-4), x_NF, labels_N) > 0.97
+
+
 # -- the whole script
 
 
@@ -204,12 +234,13 @@ def test_other_languages_and_what_a_kill_left_make_the_folders_anew(tmp_path):
     (work / "results").mkdir(parents=True)
     for folder in ("datas", "random_encoder"):  # finished by a run that was killed before it could note that down
         (work / folder).mkdir(parents=True)
-    data, random_encoder = made("sw,de")
+    data, random_encoder, alone = made("sw,de")
+    assert "--languages en,sw,de " in alone
     assert "--languages sw,de " in data and random_encoder.startswith("-m scripts.small_models random_encoder")
     assert not (work / "datas").exists() and not (work / "random_encoder").exists()
     assert made("sw,de") == []
-    [data] = made("sw,zh")
-    assert "--languages sw,zh " in data
+    data, alone = made("sw,zh")
+    assert "--languages sw,zh " in data and "--languages en,sw,zh " in alone
 
 
 @pytest.mark.slow
@@ -233,6 +264,7 @@ def test_the_whole_recipe_runs_is_killed_continues_and_writes_its_tables(tmp_pat
     for label in ("LLM alone", soft, "MindMerger-Hard", *controls):
         assert f"| {label} (likelihood) |" in table
     assert (work / "results/table.png").stat().st_size > 0
+    assert "mean without English: " in (work / "results/encoder_alone.txt").read_text()
     control = (work / "results/against_shuffled/table.md").read_text()
     assert f"Difference to {shuffled} (likelihood)" in control
     # The same command again trains and evaluates nothing.
