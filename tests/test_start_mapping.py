@@ -96,7 +96,15 @@ def test_english_tokens_and_matched_ones_are_gathered(flags, tmp_path, tiny_llm,
     model.mapping.encoder_layers = (-1,)
     [states], _ = model.encode(ids, mask)
     kept = [i for i, (start, end) in enumerate(spans) if start < end and text[start:end].strip()]
-    torch.testing.assert_close(tokens.states_NE[:first].float(), states[0, kept], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(tokens.states_NE[:first], states[0, kept], atol=1e-5, rtol=1e-5)
+
+
+def test_states_beyond_fp16_stay_what_they_are():
+    gathered = regression.Gathered()
+    gathered.add(torch.full((1, 3), 1e6), [(torch.ones(2), {4})], "English")
+    gathered.add(torch.empty(0, 3), [], "German")  # a sentence without a match
+    tokens = gathered.joined()
+    assert tokens.states_NE.tolist() == [[1e6] * 3] and tokens.languages == ["English"]
 
 
 def test_the_folder_starts_a_mapping_stage_ahead_of_a_fresh_mapping(flags, tmp_path, capsys, monkeypatch):

@@ -50,9 +50,9 @@ class Gathered:
     languages: list[str] = field(default_factory=list)
 
     def add(self, states_NE: torch.Tensor, targets: Sequence[tuple[torch.Tensor, set[int]]], language: str) -> None:
-        """Adds the tokens of one sentence; fp16 holds what a regression needs at half the memory."""
+        """Adds the tokens of one sentence. fp16 holds embeddings at half the memory, but not a T5's hidden layers."""
         if targets:
-            self.states.append(states_NE.half())
+            self.states.append(states_NE)
             self.targets.append(torch.stack([vector_D for vector_D, _ in targets]).half())
             self.llm_ids += [ids for _, ids in targets]
             self.languages += [language] * len(targets)
@@ -173,7 +173,7 @@ def fit(mapping: torch.nn.Module, tokens: Tokens, epochs: int, lr: float, seed: 
             if len(order_N) == 0:
                 order_N = torch.randperm(len(tokens.states_NE), generator=generator)
             chosen, order_N = order_N[:FIT_BATCH], order_N[FIT_BATCH:]
-            states_NE = ((tokens.states_NE[chosen].float() - mean_E) / scale_E).to(device)
+            states_NE = ((tokens.states_NE[chosen] - mean_E) / scale_E).to(device)
             optimizer.param_groups[0]["lr"] = lr / 2 * (1 + math.cos(math.pi * step / steps))
             found_ND = mlp.linear2(F.relu(mlp.linear1(states_NE)))
             loss = (found_ND - tokens.targets_ND[chosen].float().to(device)).square().sum(1).mean() / variance
@@ -188,8 +188,7 @@ def fit(mapping: torch.nn.Module, tokens: Tokens, epochs: int, lr: float, seed: 
 
 
 def moments(states_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and standard deviation of each dimension, in fp32; a constant one counts as of deviation 1."""
-    states_NE = states_NE.float()
+    """Returns mean and standard deviation of each dimension; a constant one counts as of deviation 1."""
     scale_E = states_NE.std(0)
     return states_NE.mean(0), torch.where(scale_E > 0, scale_E, 1.0)
 
@@ -212,7 +211,7 @@ def quality(model: MindMerger, tokens: Tokens, seed: int) -> dict[str, dict[str,
     for language in dict.fromkeys(tokens.languages):
         rows = [i for i, one in enumerate(tokens.languages) if one == language]
         rows = random.Random(seed).sample(rows, min(NEAREST_ROWS, len(rows)))
-        mapped_ND = mapped(model.mapping, tokens.states_NE[rows].float().to(device))
+        mapped_ND = mapped(model.mapping, tokens.states_NE[rows].to(device))
         targets_ND = tokens.targets_ND[rows].float().to(device)
         error = (mapped_ND - targets_ND).square().sum() / (targets_ND - targets_ND.mean(0)).square().sum()
         nearest = (F.normalize(mapped_ND) @ table_VD.T).argmax(1).tolist()
