@@ -12,16 +12,12 @@ import sys
 from pathlib import Path
 
 from mindmerger.runtime import command, precision
-from mindmerger.runtime.command import CommandParser, DefaultsShown, at_least, check_seed, positive, versions
+from mindmerger.runtime.command import CommandParser, HelpFormatter, at_least, check_seed, positive, versions
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path, sha256_of_file, write_json_atomic
 from mindmerger.runtime.processes import explain_out_of_memory, log
 
 RECORD = "start.json"  # in the folder: how it was made, and how well it maps
-
-
-class HelpFormatter(DefaultsShown, command.argparse.RawDescriptionHelpFormatter):
-    """Help formatter that shows defaults and keeps the description's lines."""
 
 
 def build_parser() -> CommandParser:

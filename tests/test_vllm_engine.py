@@ -69,7 +69,7 @@ class StandIn:
         assert kwargs.keys() <= ENGINE_ARGUMENTS, f"no such argument of vllm.LLM: {kwargs.keys() - ENGINE_ARGUMENTS}"
         assert kwargs["enable_prompt_embeds"] is True and skip_tokenizer_init and dtype in ("bfloat16", "float32")
         assert 0 < gpu_memory_utilization < 0.92, "the encoder is on the device too"
-        assert enforce_eager, "on a CPU it would compile kernels"
+        assert enforce_eager is not torch.cuda.is_available(), "on a CPU it would compile kernels"
         assert kwargs["use_tqdm_on_load"] is False
         self.longest = kwargs["max_model_len"]
         self.dtype = getattr(torch, dtype)

@@ -161,6 +161,15 @@ class Bridge(nn.Module):
         return names
 
 
+def contradiction(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str] | None:
+    """Returns the first option in which two settlements differ, as each has it; None where they are equal."""
+    for name in sorted(before.keys() | now.keys()):
+        one, other = (f"{name}={found[name]}" if name in found else f"no {name}" for found in (before, now))
+        if one != other:
+            return one, other
+    return None
+
+
 class NoBridge(Bridge):
     """The place of a bridge where an LLM is trained without one: no parameters and no positions."""
 

@@ -19,8 +19,7 @@ class Mapping(Bridge):
     Parameter names and shapes are those of the released checkpoints: `mlp.linear1` (2E, E), `mlp.linear2` (D, 2E),
     both with bias, and `end_boundary` (1, 1, D), which starts at zero.
 
-    `encoder_layer=i` reads hidden layer i of the encoder in the place of its final output *(ours)*: the last layers of
-    an encoder that was trained for one vector of a whole sentence say less about each token.
+    `encoder_layer=i` reads hidden layer i of the encoder in the place of its final output *(ours)*.
     """
 
     paper = """Huang et al., "MindMerger: Efficiently Boosting LLM Reasoning in non-English Languages", NeurIPS 2024,

@@ -134,7 +134,7 @@ def choose_bridge(args: argparse.Namespace, recorded, mapping_file: str) -> tupl
     Raises:
         UserError: for an unknown bridge or option, and where the flags say otherwise than the config.json.
     """
-    from mindmerger.bridges.base import parse_options
+    from mindmerger.bridges.base import contradiction, parse_options
     from mindmerger.model.mapping_files import find_bridge
 
     bridge = args.bridge or (recorded.bridge if recorded is not None else DEFAULT_BRIDGE)
@@ -144,10 +144,8 @@ def choose_bridge(args: argparse.Namespace, recorded, mapping_file: str) -> tupl
     before = recorded.bridge_options if recorded is not None else {}
     options = find_bridge(bridge).settle(before | parse_options(args.bridge_option))
     # An option may change numbers without changing a shape, so that the weights would load and answer differently.
-    for name in sorted(before.keys() | options.keys()) if recorded is not None else ():
-        one, other = (f"{name}={found[name]}" if name in found else f"no {name}" for found in (before, options))
-        if one != other:
-            raise UserError(f"{mapping_file} was trained with --bridge_option {one}, not {other}")
+    if recorded is not None and (found := contradiction(before, options)) is not None:
+        raise UserError(f"{mapping_file} was trained with --bridge_option {found[0]}, not {found[1]}")
     return bridge, options
 
 

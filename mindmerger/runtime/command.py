@@ -37,6 +37,10 @@ class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
+class HelpFormatter(DefaultsShown, argparse.RawDescriptionHelpFormatter):
+    """Help formatter that shows defaults and keeps the description's lines."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s: one line, printed by rank 0 alone, no usage text.
 

@@ -64,6 +64,7 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
     Raises:
         UserError: when a stage that continues another has none to start from, or the file holds another bridge.
     """
+    from mindmerger.bridges.base import contradiction
     from mindmerger.model.mapping_files import find_mapping_file, read_config
     from mindmerger.model.sharing import fetch_mapping
     from mindmerger.tasks import find_task
@@ -94,11 +95,8 @@ def find_initial_mapping(args, stage, options: dict[str, str], output_dir: Path)
     # Released files record no bridge: then names and shapes of the tensors decide.
     if recorded is not None and recorded.bridge != args.bridge:
         raise UserError(f"{file} holds the bridge {recorded.bridge}, this run trains --bridge {args.bridge}")
-    before = recorded.bridge_options if recorded is not None else options
-    for name in sorted(before.keys() | options.keys()):
-        one, other = (f"{name}={found[name]}" if name in found else f"no {name}" for found in (before, options))
-        if one != other:
-            raise UserError(f"{file} was trained with --bridge_option {one}, this run has {other}: use the same")
+    if recorded is not None and (found := contradiction(recorded.bridge_options, options)) is not None:
+        raise UserError(f"{file} was trained with --bridge_option {found[0]}, this run has {found[1]}: use the same")
     # A warning only: a copy elsewhere is the same model, and the shapes are compared next.
     for flag in ("llm_path", "mt_path"):
         before, now = getattr(recorded, flag, None), getattr(args, flag)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mindmerger.runtime import chat_template, precision
-from mindmerger.runtime.command import CommandParser, DefaultsShown, at_least, check_seed, positive, share
+from mindmerger.runtime.command import CommandParser, HelpFormatter, at_least, check_seed, positive, share
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path, sha256_of_file
 from mindmerger.runtime.place import LAUNCHER_VARIABLES
@@ -81,10 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval_steps", type=at_least(1), default=50, help="optimizer steps between evaluations on the dev rows")
     add("--save_steps", type=at_least(1), default=50, help="optimizer steps between checkpoints")
     return parser
-
-
-class HelpFormatter(DefaultsShown, argparse.RawDescriptionHelpFormatter):
-    """Help formatter that shows defaults and keeps the description's lines."""
 
 
 @dataclass
