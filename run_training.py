@@ -205,7 +205,7 @@ def train_step(run: Run, step: int, batch: "GlobalBatch") -> tuple[dict, int]:
         run.engine.set_gradient_accumulation_boundary(micro is batch.micro_batches[-1])
         with explain_step_out_of_memory(inputs):
             # DeepSpeed averages gradients over processes, hence the factor. Without rows, a rank passes with weight 0.
-            loss = run.engine(**inputs.tensors).loss_sum * (micro.weight * world_size() / batch.target_tokens)
+            loss = run.engine(**inputs.arguments).loss_sum * (micro.weight * world_size() / batch.target_tokens)
             run.engine.backward(loss, scale_wrt_gas=False)  # it would divide by the number of micro-batches
         losses.append(loss.detach())  # read together with the norm: `.item()` here would wait once a micro-batch
         run.signals.alive()
@@ -283,7 +283,7 @@ def dev_loss(run: Run) -> tuple[float, int]:
             for micro in group:
                 inputs = micro.load(run.device)
                 with explain_step_out_of_memory(inputs, EVAL_MEMORY_FLAGS):
-                    total += run.engine(**inputs.tensors).loss_sum.double() * micro.weight
+                    total += run.engine(**inputs.arguments).loss_sum.double() * micro.weight
                 run.signals.alive()
             if code := run.signals.agree(run.device, nothing)[0]:
                 return math.nan, code
@@ -385,7 +385,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from mindmerger.training.deepspeed_engine import import_deepspeed_quietly
 
-    torch.use_deterministic_algorithms(args.deterministic)
+    if args.deterministic or torch.are_deterministic_algorithms_enabled():  # it imports torch's compiler: half a second
+        torch.use_deterministic_algorithms(args.deterministic)
     import_deepspeed_quietly()
     if not args.dry_run:
         return run_stage(*prepare(args), device)

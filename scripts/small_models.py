@@ -12,8 +12,7 @@ mapping in another language: the LLM would know the answer from the row, whateve
     query_translation/xnli_dev.json      the rows of the other part, in English and the languages
     evaluation/xnli/test.json            the test rows in English and the languages, as they are
     bilingual_pairs/en-XX/               the data folder's sentence pairs; where it has none, the sentences of XNLI's
-                                         dev set with their translations; and the prompts of the other part's rows,
-                                         the form in which the mapping is used, in one line each
+                                         dev set with their translations
 
 `random_encoder` writes a model folder of the same shape and tokenizer with random weights, as its library initialises
 them: the control that says what of a gain is the encoder's knowledge.
@@ -31,7 +30,6 @@ from mindmerger.runtime.command import CommandParser, at_least, number_where
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.files import model_path
 from mindmerger.runtime.processes import log
-from mindmerger.tasks.xnli import xnli_prompt
 
 ROWS_FILE, TEST_FILE, TUNING_FILE = "query_translation/xnli_dev.json", "evaluation/xnli/test.json", "tuning.json"
 
@@ -110,14 +108,6 @@ def sentence_pairs(english: list[dict], translated: list[dict]) -> list[tuple[st
     )
 
 
-def prompt_pairs(english: list[dict], translated: list[dict], kept: set[int]) -> list[tuple[str, str]]:
-    """Returns the prompts of the rows with these numbers, the translated one first."""
-    return [
-        tuple(one_line(xnli_prompt(row["sentence1"], row["sentence2"])[0]) for row in (translated[i], english[i]))
-        for i in sorted(kept)
-    ]
-
-
 def one_line(text: str) -> str:
     """Returns a text with single spaces: a pair is a line of each of two files."""
     return " ".join(text.split())
@@ -166,7 +156,7 @@ def write_data(data_root: Path, output_dir: Path, names: str, share: float, seed
                 pairs = [(one_line(pair.source), one_line(pair.target)) for pair in read_pairs(data_root, language)]
             else:
                 pairs = sentence_pairs(rows["English"], rows[language.name])
-            write_pairs(made / folder, code, pairs + prompt_pairs(rows["English"], rows[language.name], of_stages))
+            write_pairs(made / folder, code, pairs)
     log(f"{output_dir}: {len(of_tuning)} English rows tune the LLM, {len(of_stages)} rows of each language train")
 
 

@@ -117,6 +117,8 @@ def test_no_file_and_no_function_is_too_long_to_hold_in_the_head():
         ["-m", "scripts.benchmarks.speed"],
         ["-m", "scripts.benchmarks.growth"],
         ["-m", "scripts.benchmarks.merge_memory"],
+        ["-m", "scripts.benchmarks.threads"],
+        ["-m", "scripts.small_models"],
         ["-m", "scripts.bridge_plan"],
         ["-m", "scripts.prepare_data"],
         ["-m", "scripts.tune_llm"],

@@ -150,6 +150,7 @@ def test_every_bridge_counts_the_positions_that_it_makes(name):
     prefix = bridge(layers, mask_BS)
     assert prefix.prefix_BKD.shape == (2, prefix.prefix_mask_BK.shape[1], 32)
     assert prefix.prefix_mask_BK.sum(1).tolist() == [bridge.prefix_length(3), bridge.prefix_length(1)]
+    assert torch.equal(bridge.prefix_mask(mask_BS), prefix.prefix_mask_BK)
     assert list(bridge.stages) and all(
         stage.starts_from is None or stage.starts_from in bridge.stages for stage in bridge.stages.values()
     )

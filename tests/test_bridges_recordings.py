@@ -160,7 +160,9 @@ def test_layalign_with_a_third_layer_equals_the_released_code_where_that_reads_p
     monkeypatch.setattr(
         mindmerger, "attention_memory", lambda llm, memory, mask_BS: real(llm, memory, torch.ones_like(mask_BS))
     )
-    embeds, masks, memory = model._segments(golden["encoder_input_ids"], golden["encoder_attention_mask"], None, None)
+    given = model.plan_input(golden["encoder_attention_mask"])
+    embeds, memory = model._segments(given, golden["encoder_input_ids"], None)
+    masks = [torch.ones(len(embeds[0]), 1), model.mapping.prefix_mask(given.encoder.mask_BL)]
     embeds.append(model.llm.get_input_embeddings()(golden["target_ids"]))
     plan = plan_packing([*masks, golden["target_mask"]], "left", target_segment=len(masks))
     embeds_BLD = take_rows(torch.cat(embeds, dim=1), plan.source_BL)

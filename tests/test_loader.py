@@ -102,6 +102,44 @@ def test_all_ranks_get_equally_many_dev_groups_and_each_dev_row_counts_once(make
         assert sorted(rows) == list(range(ROWS, ROWS + DEV))
 
 
+def test_a_token_budget_splits_the_dev_split_too(make):
+    """By rows alone a long row and its company took more memory than any micro-batch of the training."""
+    loader = make(micro_batch_tokens=200, eval_batch_size=1)
+    found = [m for group in loader.dev_groups() for m in group]
+    assert sorted(r for m in found for r in m.rows.tolist()) == list(range(ROWS, ROWS + DEV)) and len(found) < DEV
+    assert all(len(m.rows) * loader.lengths[m.rows].max() <= 200 for m in found)
+    assert all(len(rows) * loader.lengths[rows].max() <= 200 for rows in loader.heaviest()[1])
+
+
+@pytest.mark.parametrize("flags", [{}, {"micro_batch_tokens": 40}, {"train_batch_size": ROWS, "ranks": 2}])
+def test_micro_batches_are_counted_as_they_are_made(make, flags):
+    loader = make(**flags)
+    steps = list(itertools.islice(loader.starting_at(0, 0), loader.steps_per_epoch))
+    made = [len(batch.micro_batches) for batch in steps]
+    assert loader.micro_batches_per_step() == max(1, round(sum(made) / len(made)))
+    assert loader.micro_batches_per_step(1) == made[0]
+
+
+def test_a_batch_is_laid_out_by_the_thread_that_collates_it(make):
+    seen = []
+
+    class Plan:
+        def to(self, device):
+            return ("moved", device)
+
+    def plan(*masks):
+        seen.append((threading.current_thread().name, [None if mask is None else mask.shape for mask in masks]))
+        return Plan()
+
+    loader = make(num_workers=1)
+    loader.plan = plan
+    micro = next(loader.starting_at(0, 0)).micro_batches[0].load("cpu")
+    assert micro.arguments["plan"] == ("moved", "cpu") and "plan" not in micro.tensors
+    assert all(name.startswith("collate") for name, _ in seen)
+    masks = micro.encoder_attention_mask, micro.prompt_mask, micro.target_mask
+    assert [mask.shape for mask in masks] in [shapes for _, shapes in seen]
+
+
 def test_progress_comes_back_from_its_state_also_with_another_batch_size():
     progress = Progress()
     for _ in range(6):

@@ -14,7 +14,7 @@ from mindmerger.model.loss import ChunkedCrossEntropy, head_on_positions
 from mindmerger.model.mapping_files import read_config, save_released
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.model.packing import plan_packing, take_rows
-from mindmerger.model.towers import load_encoder, max_positions
+from mindmerger.model.towers import load_encoder, load_llm, max_positions
 
 CASES = {"mt5-llama": "mt5-tiny", "m2m100-llama-gqa": "nllb-tiny"}
 
@@ -570,3 +570,51 @@ def test_cross_entropy_in_chunks_is_the_cross_entropy(monkeypatch, dtype, rows):
     assert loss.dtype == torch.float32 and ours.grad.dtype == dtype
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-8)
+
+
+def test_the_gradient_of_the_logits_takes_their_place():
+    """Beside them it was the largest tensor of a pass a second time."""
+    logits = torch.randn(5, 11)
+    leaf = logits.clone().requires_grad_()
+    own = leaf * 1.0
+    loss = ChunkedCrossEntropy.apply(own, torch.tensor([1, 0, 10, 4, 4]))
+    (grad,) = torch.autograd.grad(loss, own, retain_graph=True)
+    assert grad.data_ptr() == own.data_ptr()
+    expected = torch.softmax(logits, 1)
+    expected[torch.arange(5), torch.tensor([1, 0, 10, 4, 4])] -= 1
+    assert torch.allclose(grad, expected, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # a second way back would start there
+        torch.autograd.grad(loss, own)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout and place
+
+
+def test_a_bridge_whose_mask_is_not_as_long_as_its_prefix_is_named(tiny_encoder, tiny_llm):
+    """Rows would be laid out wrongly without a word."""
+    model = MindMerger.from_models(tiny_encoder, tiny_llm)
+    model.mapping.prefix_mask = lambda mask: torch.cat([mask, mask], dim=1)
+    forward = model.mapping.forward
+    model.mapping.forward = lambda states, mask: forward(states, mask)._replace(prefix_mask_BK=None)
+    ones = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(RuntimeError, match=r"bridge mindmerger: prefix_mask\(\) and forward\(\) differ"):
+        model(encoder_input_ids=3 * ones, encoder_attention_mask=ones, target_ids=3 * ones, target_mask=ones)
+
+
+def test_towers_can_be_read_straight_onto_their_device(monkeypatch, tiny_encoder, tiny_llm):
+    """On a GPU the host would hold a copy of both models for each rank."""
+    import transformers
+
+    asked, real = [], transformers.PreTrainedModel.from_pretrained.__func__
+
+    def note(cls, *args, **kwargs):
+        asked.append(kwargs.get("device_map"))
+        return real(cls, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(note))
+    cpu = torch.device("cpu")
+    for load, path in ((load_llm, tiny_llm), (load_encoder, tiny_encoder)):
+        placed, plain = load(path, torch.float32, device=cpu).state_dict(), load(path, torch.float32).state_dict()
+        assert placed.keys() == plain.keys() and all(torch.equal(placed[name], plain[name]) for name in plain)
+    assert asked == [{"": cpu}, None, {"": cpu}, None]

@@ -166,12 +166,8 @@ def test_what_follows_the_end_token_is_not_counted():
 
 def step_by_step(model, inputs, steps):
     """Counts of one row decoded with a cache, one token at a time, as `generate` does."""
-    embeds, masks, _ = model._segments(
-        inputs.get("encoder_input_ids"),
-        inputs.get("encoder_attention_mask"),
-        inputs.get("prompt_ids"),
-        inputs.get("prompt_mask"),
-    )
+    plan = model.plan_input(inputs.get("encoder_attention_mask"), inputs.get("prompt_mask"))
+    embeds, _ = model._segments(plan, inputs.get("encoder_input_ids"), inputs.get("prompt_ids"))
     fed, cache, total, made = torch.cat(embeds, 1), None, 0, 0
     with torch.no_grad():
         for _ in range(steps):

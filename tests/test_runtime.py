@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -409,6 +410,30 @@ def test_the_cache_of_tokenised_data_never_goes_through_a_link(tmp_path, victim,
     (cache / f".{name}.lock").unlink()
     (cache / f".{name[:16]}-planted.tmp").symlink_to(victim.parent)
     open_or_build(*inputs, **settings)
+
+
+SPINNING = """
+from mindmerger.runtime import command
+
+def main():
+    import torch
+    torch.ones(2, 2) @ torch.ones(2, 2)
+
+command.run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [({}, runtime_command.SPIN_COUNT), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_threads_spin_for_as_long_as_we_or_the_user_say(given, shown):
+    """As torch's own OpenMP library says it when it loads: set too late, it would have its default."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE", **given}
+    done = subprocess.run([sys.executable, "-c", SPINNING], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)) == {shown}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1098,6 +1098,7 @@ PARSERS = {
     "scripts.benchmarks.speed": ("scripts.benchmarks.speed", "build_parser"),
     "scripts.benchmarks.growth": ("scripts.benchmarks.growth", "build_parser"),
     "scripts.benchmarks.merge_memory": ("scripts.benchmarks.merge_memory", "build_parser"),
+    "scripts.benchmarks.threads": ("scripts.benchmarks.threads", "build_parser"),
     "scripts.prepare_data": ("scripts.prepare_data", "build_parser"),
     "scripts.tune_llm": ("mindmerger.training.tuning_settings", "build_parser"),
     "scripts.tiny_world": ("scripts.tiny_world.__main__", "build_parser"),
@@ -1233,6 +1234,54 @@ def test_the_speed_benchmark_measures_every_part_with_the_programs_own_functions
     assert figures["samples_per_s"] > 0 and 0 < figures["real_position_share"] <= 1 and figures["times_plain"] > 0
     assert set(report["mapping_memory"]) == {"rows", "plain"} and report["hard"]["ours"]["questions_per_s"] > 0
     assert "| mapping | samples/s |" in done.stdout
+    assert f"torch {report['versions']['torch']}" in done.stdout and report["machine"]["processor"] in done.stdout
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_runs_to_its_end_on_two_ranks(run, tmp_path, datas):
+    """The processes that measure memory waited for ranks that nobody had started, by the launcher's variables."""
+    done = run(
+        *("--module", "scripts.benchmarks.speed", "--preset", "tiny", "--data_root", datas, "--train_num", 20),
+        *("--global_batch", 8, "--micro_batch", 2, "--windows", 1, "--modes", "rows", "--parts"),
+        *("mapping_memory,mapping", "--output", tmp_path / "report.json"),
+        cwd=ROOT,
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["processes"] == 2 and report["mapping_memory"]["rows"] > 0
+    assert report["mapping"]["ours, micro-batch 2"]["samples_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_says_which_documented_figure_no_longer_holds(run, tmp_path, datas):
+    done = run(
+        *(sys.executable, "-m", "scripts.benchmarks.speed", "--check", "--preset", "tiny", "--data_root", datas),
+        *("--train_num", 20, "--global_batch", 8, "--micro_batch", 2, "--windows", 1, "--parts", "mapping"),
+        *("--output", tmp_path / "report.json"),
+        cwd=ROOT,
+    )
+    times = json.loads((tmp_path / "report.json").read_text())["mapping"]["ours, 2048 tokens"]["times_plain"]
+    holds = times >= 0.8 * 2.26
+    assert f"| mapping, fp32 | 2.26 | {times:.2f} | {'holds' if holds else 'NO LONGER'} |" in done.stdout
+    assert done.returncode == (0 if holds else 1), done.stderr
+
+
+def test_the_figures_that_the_speed_benchmark_checks_are_those_of_the_documentation():
+    from scripts.benchmarks.speed_check import CLAIMS, HOLDS_FROM, check
+
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    for precision, claims in CLAIMS.items():
+        for claim in claims:
+            assert f"{claim.times:.2f} |" in page
+            if claim.row is not None:
+                assert re.search(rf"^\| {precision}, {claim.row} \| \d+ \| {claim.times} \|", page, re.MULTILINE)
+        exact = {
+            c.part: {"times_plain": HOLDS_FROM * c.times, c.row: {"times_plain": HOLDS_FROM * c.times}} for c in claims
+        }
+        assert check({"precision": precision, **exact}) == 0
+        exact["hard"] = {"times_plain": HOLDS_FROM * claims[-1].times - 0.01}
+        assert check({"precision": precision, **exact}) == 1
 
 
 @pytest.mark.slow

@@ -87,20 +87,10 @@ def test_the_seed_decides_which_premises_tune_and_english_alone_is_asked_for(tmp
 def test_sentence_pairs_are_the_given_ones_or_else_the_dev_sets_sentences_once_each(tmp_path):
     root = write_xnli(tmp_path / "datas")
     small_models.write_data(root, tmp_path / "made", "sw,de", 0.5, 0)
-    rows = json.loads((tmp_path / "made" / small_models.ROWS_FILE).read_text())
     made = {}
     for code in ("de", "sw"):
         folder = tmp_path / f"made/bilingual_pairs/en-{code}"
         made[code] = [(folder / f"train_100k.{end}").read_text().splitlines() for end in (code, "en")]
-        # Behind them, the prompts of the rows that train: none that the LLM was tuned on.
-        prompts = [side[-len(rows) // 3 :] for side in made[code]]
-        for side, name in zip(prompts, (NAMES[code], "English"), strict=True):
-            assert side == [
-                f"Premise: {row['sentence1']} Hypothesis: {row['sentence2']} Label:"
-                for row in rows
-                if row["language"] == name
-            ]
-        made[code] = [side[: -len(rows) // 3] for side in made[code]]
     for side, end in zip(made["de"], ("de", "en"), strict=True):
         assert side == (root / f"bilingual_pairs/en-de/train_100k.{end}").read_text().splitlines()
     swahili, english = made["sw"]

@@ -32,7 +32,11 @@ class ToyBridge(Bridge):
             hidden.append(weights @ states)
         slots_B8D = self.out(torch.cat(hidden, dim=-1))
         start_B1D, end_B1D = (marker.expand(len(slots_B8D), 1, -1) for marker in self.markers)
-        return BridgeOutput(torch.cat([start_B1D, slots_B8D, end_B1D], 1), mask_BS.new_ones(len(mask_BS), 10))
+        return BridgeOutput(torch.cat([start_B1D, slots_B8D, end_B1D], 1), self.prefix_mask(mask_BS))
+
+    def prefix_mask(self, mask_BS):
+        """Returns ones, (B, 10)."""
+        return mask_BS.new_ones(len(mask_BS), 10)
 
     def prefix_length(self, encoder_tokens):
         """Returns ten, for each number of encoder tokens."""

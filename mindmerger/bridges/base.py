@@ -145,6 +145,11 @@ class Bridge(nn.Module):
         """Returns the prefix for right-padded encoder states, one tensor (B, S, E) for each of `encoder_layers`."""
         raise NotImplementedError
 
+    def prefix_mask(self, mask_BS: torch.Tensor) -> torch.Tensor:
+        """Returns the mask (B, K) of the prefix that `forward` makes: here that of the encoder's tokens and one marker
+        behind them. Rows are laid out by it beforehand, without states."""
+        return with_marker(mask_BS)
+
     def prefix_length(self, encoder_tokens):
         """Returns K, the real positions of the prefix for a number (or an array of numbers) of encoder tokens S.
 
@@ -185,9 +190,13 @@ class NoBridge(Bridge):
 
 def with_end(mapped_BSD: torch.Tensor, mask_BS: torch.Tensor, end_D: torch.Tensor) -> BridgeOutput:
     """Returns mapped states with a learned end marker behind them, (B, S + 1, D)."""
-    rows = mask_BS.shape[0]
-    end_B1D = end_D.reshape(1, 1, -1).expand(rows, 1, -1)
-    return BridgeOutput(torch.cat([mapped_BSD, end_B1D], dim=1), torch.cat([mask_BS, mask_BS.new_ones(rows, 1)], dim=1))
+    end_B1D = end_D.reshape(1, 1, -1).expand(mask_BS.shape[0], 1, -1)
+    return BridgeOutput(torch.cat([mapped_BSD, end_B1D], dim=1), with_marker(mask_BS))
+
+
+def with_marker(mask_BS: torch.Tensor) -> torch.Tensor:
+    """Returns a mask with one more position at its end, (B, S + 1)."""
+    return torch.cat([mask_BS, mask_BS.new_ones(mask_BS.shape[0], 1)], dim=1)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -71,11 +71,15 @@ arXiv 2401.10695."""
         for attention, feed_forward in self.layers:
             latents_BQE = latents_BQE + attention(states, latents_BQE, mask_BS)
             latents_BQE = latents_BQE + feed_forward(latents_BQE)
-        # Latents stand for all tokens, so that none is padding.
-        ones_BQ = mask_BS.new_ones(latents_BQE.shape[:2])
-        prefix, mask_BK, _ = with_end(self.out_proj(latents_BQE), ones_BQ, self.enc_eos)
+        prefix, *_ = with_end(self.out_proj(latents_BQE), mask_BS, self.enc_eos)
         # Over the end as well, as the released resampler has it.
-        return BridgeOutput(self.norm(prefix), mask_BK)
+        return BridgeOutput(self.norm(prefix), self.prefix_mask(mask_BS))
+
+    def prefix_mask(self, mask_BS: torch.Tensor) -> torch.Tensor:
+        """Returns the mask of the encoder's tokens, or of the latents, none of which is padding, and of the end."""
+        if self.options["mapper"] == "latent":
+            return mask_BS.new_ones(mask_BS.shape[0], int(self.options["latents"]) + 1)
+        return super().prefix_mask(mask_BS)
 
     def prefix_length(self, encoder_tokens):
         """Returns one position for each encoder token, or for each latent, and one for the end."""

@@ -61,9 +61,8 @@ arXiv 2405.17386."""
             # Before the boundary is repeated: its gradient is then summed over the rows in the LLM's dtype, as in the
             # released code.
             mapped_BSD, boundary_11D = mapped_BSD.to(self.llm_dtype), boundary_11D.to(self.llm_dtype)
-        rows = mask_BS.shape[0]
-        prefix_BKD = torch.cat([mapped_BSD, boundary_11D.expand(rows, 1, -1)], dim=1)
-        return BridgeOutput(prefix_BKD, torch.cat([mask_BS, mask_BS.new_ones(rows, 1)], dim=1))
+        prefix_BKD = torch.cat([mapped_BSD, boundary_11D.expand(mask_BS.shape[0], 1, -1)], dim=1)
+        return BridgeOutput(prefix_BKD, self.prefix_mask(mask_BS))
 
     def prefix_length(self, encoder_tokens):
         """Returns one position for each encoder token and one for the boundary."""

@@ -197,7 +197,10 @@ def _starts_by_budget(longest: np.ndarray, token_budget: int) -> list[int]:
 
 @dataclass
 class Batch:
-    """Rows as int64 tensors, padded on the right; both of a pair are None where no row has that segment."""
+    """Rows as int64 tensors, padded on the right; both of a pair are None where no row has that segment.
+
+    plan: how the model lays them out (`MindMerger.plan_input`), where that was settled beforehand.
+    """
 
     encoder_input_ids: "torch.Tensor | None"  # (B, S)
     encoder_attention_mask: "torch.Tensor | None"
@@ -205,11 +208,17 @@ class Batch:
     prompt_mask: "torch.Tensor | None"
     target_ids: "torch.Tensor | None"  # (B, T)
     target_mask: "torch.Tensor | None"
+    plan: object | None = None
+
+    @property
+    def arguments(self) -> dict:
+        """The model's arguments: the tensors that there are, and the plan."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     @property
     def tensors(self) -> dict:
         """The tensors that there are, by the names of the model's arguments."""
-        return {field.name: tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None}
+        return {name: value for name, value in self.arguments.items() if name != "plan"}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -221,15 +230,16 @@ class Batch:
         return len(next(iter(self.tensors.values())))
 
     def to(self, device) -> "Batch":
-        """Moves the ids to the device. Masks stay on the CPU: packing is planned there, and reading a mask back from
-        the GPU would wait for it."""
+        """Moves ids and plan to the device. Masks stay on the CPU: packing is planned there, and reading a mask back
+        from the GPU would wait for it."""
         names = ("encoder_input_ids", "prompt_ids", "target_ids")
         moved = {name: self.tensors[name].to(device, non_blocking=True) for name in names if name in self.tensors}
-        return replace(self, **moved)
+        return replace(self, plan=self.plan and self.plan.to(device), **moved)
 
     def pin(self) -> "Batch":
         """Copies the tensors into pinned memory, from which a GPU reads while the CPU goes ahead."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors.items()})
+        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
+        return replace(self, plan=self.plan and self.plan.pin(), **pinned)
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], encoder_pad_id: int, llm_pad_id: int) -> Batch:

@@ -72,15 +72,16 @@ class BatchLoader:
     has threads of its own (gloo's, Arrow's, the signal listener's) hangs once in some hundred times.
     """
 
-    def __init__(self, args, data: TrainingData, prefix_length: Callable, device):
+    def __init__(self, args, data: TrainingData, prefix_length: Callable, device, plan: Callable | None = None):
         """Prepares the way; reads no row yet.
 
         Args:
             args: training's flags, of which batch sizes, seed and number of threads count.
             prefix_length: the bridge's, K for a number of encoder tokens.
             device: on which the model runs; a GPU's batches wait in pinned memory.
+            plan: the model's `plan_input`, by which a batch is laid out as soon as it is collated.
         """
-        self.args, self.data, self.device = args, data, device
+        self.args, self.data, self.device, self.plan = args, data, device, plan
         # Of every merged row: BOS, prefix, prompt and target.
         self.lengths = data.examples.merged_lengths(prefix_length)
 
@@ -100,7 +101,8 @@ class BatchLoader:
     def dev_groups(self, rows: np.ndarray | None = None) -> Iterator[list[LoadedMicroBatch]]:
         """Yields this rank's micro-batches of the dev split, or of some rows of it, `DEV_GROUP` at a time: equally many
         groups of equally many on every rank, so that ranks can talk between them."""
-        micro_batches = self._split(self.data.dev if rows is None else rows, self.args.eval_batch_size)
+        args, rows = self.args, self.data.dev if rows is None else rows
+        micro_batches = self._split(rows, args.eval_batch_size, args.micro_batch_tokens)
         groups = (micro_batches[i : i + DEV_GROUP] for i in range(0, len(micro_batches), DEV_GROUP))
         for group in self._one_ahead(GlobalBatch(self.data.dev, 0, 0, one) for one in groups):
             yield group.micro_batches
@@ -122,7 +124,19 @@ class BatchLoader:
         # By budget a rank's whole share of a batch may be one micro-batch.
         most = math.ceil(args.train_batch_size / world_size()) if budget else args.train_micro_batch_size_per_gpu
         training = heaviest_batches(self.data.train, self.lengths, others, most, budget)
-        return training, heaviest_batches(self.data.dev, self.lengths, others, args.eval_batch_size)
+        most = math.ceil(len(self.data.dev) / world_size()) if budget else args.eval_batch_size
+        return training, heaviest_batches(self.data.dev, self.lengths, others, most, budget)
+
+    def micro_batches_per_step(self, steps: int = 16) -> int:
+        """Returns how many micro-batches an optimizer step has, on average over the first steps of the first epoch,
+        at least 1: a function of data and flags, wherever a run resumes."""
+        args = self.args
+        first = epoch_batches(self.data.train, args.train_batch_size, args.seed, 0)[:steps]
+        sizes = [len(self._split_for_training(indices)) for indices in first]
+        return max(1, round(sum(sizes) / max(1, len(sizes))))
+
+    def _split_for_training(self, indices) -> list[MicroBatch]:
+        return self._split(indices, self.args.train_micro_batch_size_per_gpu, self.args.micro_batch_tokens)
 
     def _split(self, indices, micro_batch_size: int, token_budget: int | None = None) -> list[MicroBatch]:
         return split_global_batch(indices, self.lengths, world_size(), micro_batch_size, token_budget)[rank()]
@@ -132,8 +146,7 @@ class BatchLoader:
         # Without end: the loop counts the steps, since --max_steps and a resumed run have fewer.
         while True:
             for indices in epoch_batches(self.data.train, args.train_batch_size, args.seed, epoch)[first:]:
-                mine = self._split(indices, args.train_micro_batch_size_per_gpu, args.micro_batch_tokens)
-                yield GlobalBatch(indices, int(targets[indices].sum()), epoch, mine)
+                yield GlobalBatch(indices, int(targets[indices].sum()), epoch, self._split_for_training(indices))
             epoch, first = epoch + 1, 0
 
     def _one_ahead(self, batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
@@ -159,4 +172,6 @@ class BatchLoader:
         columns, tokenizers = self.data.examples.dataset[rows.tolist()], self.data.tokenizers
         by_row = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         batch = collate(by_row, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
+        if self.plan is not None:
+            batch.plan = self.plan(batch.encoder_attention_mask, batch.prompt_mask, batch.target_mask)
         return batch.pin() if self.device.type == "cuda" else batch

@@ -40,6 +40,8 @@ from mindmerger.model.attention_memory import (
     normalises_keys,
 )
 from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, end_at, growing_cache
+from mindmerger.model.encoding import encoder_states
+from mindmerger.model.input_plan import InputPlan, masks_known, plan_encoder, plan_input
 from mindmerger.model.likelihood import score_labels
 from mindmerger.model.loss import ChunkedCrossEntropy, MindMergerOutput, head_on_positions
 from mindmerger.model.mapping_files import (
@@ -51,9 +53,9 @@ from mindmerger.model.mapping_files import (
     new_config,
 )
 from mindmerger.model.model_card import model_card
-from mindmerger.model.packing import plan_packing, take_rows
+from mindmerger.model.packing import take_rows, to_device
 from mindmerger.model.sharing import SharedOnHub, fetch_mapping, open_mapping
-from mindmerger.model.towers import CHECK_WEIGHTS, _is_decoder_only, _pad_token_id, load_encoder, load_llm
+from mindmerger.model.towers import CHECK_WEIGHTS, _pad_token_id, load_encoder, load_llm
 from mindmerger.model.trained_head import hand_over_head
 from mindmerger.runtime.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 
@@ -276,6 +278,7 @@ class MindMerger(SharedOnHub, nn.Module):
         target_mask: torch.Tensor | None = None,
         prompt_ids: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
+        plan: InputPlan | None = None,
     ) -> MindMergerOutput:
         """Computes the next-token loss on the target of `<bos> mapped-source boundary [prompt] target` (paper, 3.2).
 
@@ -284,6 +287,7 @@ class MindMerger(SharedOnHub, nn.Module):
             target_ids, target_mask: (B, T), ending in EOS where they should; (B, C, T) for C labels to choose from,
                 whose `label_losses` and `label_greedy` are then the only output, without gradient.
             prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
+            plan: what `plan_input` returns for these masks, which may have been moved; None makes it here.
             Masks may stay on the CPU while ids are on the model's device: packing is planned where they are.
         """
         inputs = encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask
@@ -292,21 +296,18 @@ class MindMerger(SharedOnHub, nn.Module):
             with torch.no_grad():
                 losses_BC, greedy_BC = score_labels(self.llm, *self._merged(*inputs), target_ids, target_mask)
             return MindMergerOutput(label_losses=losses_BC, label_greedy=greedy_BC)
-        embeds, masks, memory = self._segments(*inputs)
+        plan = plan or self.plan_input(encoder_attention_mask, prompt_mask, target_mask)
+        plan = plan.to(target_ids.device)
+        embeds, memory = self._segments(plan, encoder_input_ids, prompt_ids)
         embeds.append(self.llm.get_input_embeddings()(target_ids))
-        masks.append(target_mask)
-        packing = plan_packing(masks, "right", target_segment=len(masks) - 1)
-        embeds_BLD = take_rows(torch.cat(embeds, dim=1), packing.source_BL)
-        predictor_M = packing.predictor_M.to(embeds_BLD.device, non_blocking=True)
-        # Indices from the mask, which may be on the CPU: a boolean mask would make a GPU wait.
-        token_M = torch.nonzero(target_mask.flatten()).squeeze(1).to(target_ids.device, non_blocking=True)
-        labels_M = target_ids.flatten().index_select(0, token_M)
-        with memory, head_on_positions(self.llm.get_output_embeddings(), predictor_M):
+        embeds_BLD = self._rows(embeds, plan)
+        labels_M = target_ids.flatten().index_select(0, plan.token_M)
+        with memory, masks_known(), head_on_positions(self.llm.get_output_embeddings(), plan.rows.predictor_M):
             # Causal attention on right-padded rows never looks at padding: no mask, so the fused kernels apply.
             logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False).logits[0]
         # A sum, for the mean depends on how a batch is split: training divides by the whole batch's tokens.
         loss_sum = ChunkedCrossEntropy.apply(logits_MV, labels_M)
-        tokens = loss_sum.new_tensor(labels_M.numel())
+        tokens = loss_sum.new_full((), labels_M.numel())
         return MindMergerOutput(loss=loss_sum / tokens, loss_sum=loss_sum, target_tokens=tokens)
 
     def score(
@@ -405,56 +406,55 @@ class MindMerger(SharedOnHub, nn.Module):
             "--precision fp32, and check that encoder, mapping and LLM belong together"
         )
 
+    def plan_input(
+        self,
+        encoder_attention_mask: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        target_mask: torch.Tensor | None = None,
+    ) -> InputPlan:
+        """Plans how `forward` lays out a batch with these masks, (B, n) each, or `generate` without a target."""
+        has_bos = self.bos_token_id is not None
+        return plan_input(self.mapping, has_bos, encoder_attention_mask, prompt_mask, target_mask)
+
     def _merged(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
-        """Returns left-padded embeddings (B, L, D) of all before the answer, their mask, and the memory beside them."""
+        """Returns left-padded embeddings (B, L, D) of all before the answer, their mask on the masks' device, and the
+        memory beside them."""
         if encoder_input_ids is None and prompt_ids is None:
             raise ModelError("generation needs encoder_input_ids, prompt_ids, or both")
-        embeds, masks, memory = self._segments(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
-        packing = plan_packing(masks, "left")
-        return take_rows(torch.cat(embeds, dim=1), packing.source_BL), packing.mask_BL, memory
+        plan = self.plan_input(encoder_attention_mask, prompt_mask)
+        moved = plan.to((encoder_input_ids if encoder_input_ids is not None else prompt_ids).device)
+        embeds, memory = self._segments(moved, encoder_input_ids, prompt_ids)
+        return self._rows(embeds, moved), plan.rows.mask_BL, memory
 
     def _segments(
-        self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], AbstractContextManager]:
-        """Returns embeddings (B, n, D) and masks (B, n) of everything before the target, in merged order, and a context
-        manager within which the LLM attends to the bridge's memory."""
-        embeds, masks, memory = [], [], nullcontext()
+        self, plan: InputPlan, encoder_input_ids: torch.Tensor | None, prompt_ids: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], AbstractContextManager]:
+        """Returns embeddings (B, n, D) of everything before the target, in merged order, and a context manager within
+        which the LLM attends to the bridge's memory. The plan is on the ids' device."""
+        embeds, memory = [], nullcontext()
         embed = self.llm.get_input_embeddings()
         some_ids = encoder_input_ids if encoder_input_ids is not None else prompt_ids
-        some_mask = encoder_attention_mask if encoder_input_ids is not None else prompt_mask
         if self.bos_token_id is not None:
             embeds.append(embed(some_ids.new_full((some_ids.shape[0], 1), self.bos_token_id)))
-            masks.append(torch.ones(some_ids.shape[0], 1, dtype=torch.long, device=some_mask.device))
         if encoder_input_ids is not None:
-            states_BSE, states_mask_BS = self.encode(encoder_input_ids, encoder_attention_mask)
+            layers = self.mapping.encoder_layers
+            states_BSE = encoder_states(self.encoder, layers, encoder_input_ids, plan.encoder, plan.padded)
             self.mapping.llm_dtype = embed.weight.dtype  # other parameters may be codes of quantised layers
-            prefix = self.mapping(states_BSE, states_mask_BS)
-            memory = attention_memory(self.llm, prefix.memory, states_mask_BS)
+            prefix = self.mapping(states_BSE, plan.encoder.mask_BL)
+            memory = attention_memory(self.llm, prefix.memory, plan.encoder.mask_BL)
             embeds.append(prefix.prefix_BKD.to(self.mapping.llm_dtype))  # the bridge computes in fp32
-            masks.append(prefix.prefix_mask_BK)
         if prompt_ids is not None:
             embeds.append(embed(prompt_ids))
-            masks.append(prompt_mask)
-        return embeds, masks, memory
+        return embeds, memory
+
+    def _rows(self, embeds: list[torch.Tensor], plan: InputPlan) -> torch.Tensor:
+        embeds_BND = torch.cat(embeds, dim=1)
+        if embeds_BND.shape[1] != plan.width:
+            raise RuntimeError(f"bridge {self.config.bridge}: prefix_mask() and forward() differ in their positions")
+        return take_rows(embeds_BND, plan.rows.source_BL)
 
     def encode(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Returns the frozen encoder's states (B, S', E) that the bridge reads and their mask (B, S'), right-padded."""
-        # Encoders with absolute positions give other states under left padding.
-        packing = plan_packing([mask_BS], "right")
-        packed_BS = take_rows(ids_BS, packing.source_BL)
-        mask_BS = packing.mask_BL.to(ids_BS.device, non_blocking=True)
-        pad = self.encoder.config.pad_token_id
-        # M2M100 and RoBERTa count positions by what is not their pad id, whatever the mask says.
-        if pad is not None:
-            packed_BS = packed_BS.masked_fill(mask_BS == 0, pad)
-        extra = (
-            {}
-            if self.encoder.config.is_encoder_decoder or not _is_decoder_only(self.encoder.config)
-            else {"use_cache": False}  # a decoder-only one would keep keys and values that nobody reads
-        )
-        layers = self.mapping.encoder_layers
-        if any(layer != -1 for layer in layers):
-            extra["output_hidden_states"] = True  # n + 1 times the memory of the last states alone
-        with torch.no_grad():
-            output = self.encoder(input_ids=packed_BS, attention_mask=mask_BS, **extra)
-        return [output.last_hidden_state if i == -1 else output.hidden_states[i] for i in layers], packing.mask_BL
+        packing, padded = plan_encoder(mask_BS)
+        moved = packing.map(lambda tensor: to_device(tensor, ids_BS.device))
+        return encoder_states(self.encoder, self.mapping.encoder_layers, ids_BS, moved, padded), packing.mask_BL

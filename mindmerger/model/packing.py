@@ -4,6 +4,7 @@ Dimension letters: B batch, L merged length, N all segments of a row side by sid
 D LLM width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,17 @@ class Packing:
     source_BL: torch.Tensor
     mask_BL: torch.Tensor
     predictor_M: torch.Tensor
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Packing":
+        """Returns the same plan with each tensor changed."""
+        return Packing(change(self.source_BL), change(self.mask_BL), change(self.predictor_M))
+
+
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
+    """Moves a tensor without waiting for the device, which only a copy out of pinned memory allows."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def plan_packing(masks: list[torch.Tensor], padding_side: str, target_segment: int | None = None) -> Packing:
@@ -58,5 +70,5 @@ def take_rows(values_BND: torch.Tensor, source_BL: torch.Tensor) -> torch.Tensor
     rows, wide = values_BND.shape[:2]
     start_B1 = torch.arange(rows, device=source_BL.device).unsqueeze(1) * wide
     # Flat rows: `gather` would need an index as wide as the values.
-    flat = (source_BL + start_B1).flatten().to(values_BND.device, non_blocking=True)
+    flat = to_device((source_BL + start_B1).flatten(), values_BND.device)
     return values_BND.flatten(0, 1).index_select(0, flat).view(rows, source_BL.shape[1], *values_BND.shape[2:])

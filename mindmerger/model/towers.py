@@ -40,7 +40,11 @@ CHECK_WEIGHTS = "compare the files with where they come from, fetch or train the
 
 
 def load_llm(
-    path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None, quantization: str = "none"
+    path: str,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    quantization: str = "none",
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Loads any causal language model, in eval mode, in `dtype`, its weights memory-mapped where the files allow it.
 
@@ -49,6 +53,7 @@ def load_llm(
     Args:
         quantization: of its linear layers: none, nf4 or int8. Where there is a GPU, a quantised model is placed on the
             current one at once.
+        device: where the weights go as they are read, so that the host holds no copy of them; None for the CPU.
 
     Raises:
         ModelError: when the folder is unusable, leaves parameters unset, its class cannot generate from embeddings, or
@@ -62,11 +67,21 @@ def load_llm(
     if quantization != "none":
         computing = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
         extra["quantization_config"] = settings_of(quantization, computing)
+    elif device is not None:
+        extra["device_map"] = {"": device}
     return _from_pretrained(AutoModelForCausalLM, path, config, dtype, attn_implementation, **extra)
 
 
-def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None) -> nn.Module:
+def load_encoder(
+    path: str,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    device: torch.device | None = None,
+) -> nn.Module:
     """Loads an encoder by its config's class: half of an encoder-decoder, an encoder, or a decoder-only model as one.
+
+    Args:
+        device: as for `load_llm`.
 
     Raises:
         ModelError: when the folder is unusable, leaves parameters unset, or is a T5 asked for in fp16 (it overflows).
@@ -82,6 +97,7 @@ def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementati
         # The LLM, nearly all of the arithmetic, keeps it. T5's relative positions are a bias that flash kernels lack.
         warn(f"the encoder {path} cannot use {attn_implementation}: it takes its own default, the LLM uses it")
         attn_implementation = None
+    extra = {"device_map": {"": device}} if device is not None else {}
     if type(config) in own_encoders:
         # These classes share one embedding between both halves, stored under a name the encoder alone does not have.
         names = {
@@ -89,14 +105,15 @@ def load_encoder(path: str, dtype: torch.dtype | str = "auto", attn_implementati
             r"^(model\.)?encoder\.": "",
             r"^(model\.)?shared\.": "embed_tokens.",
         }
-        return _from_pretrained(own_encoders[type(config)], path, config, dtype, attn_implementation, key_mapping=names)
+        extra["key_mapping"] = names
+        return _from_pretrained(own_encoders[type(config)], path, config, dtype, attn_implementation, **extra)
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         import inspect
 
         takes = inspect.signature(MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)].__init__).parameters
-        extra = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+        extra |= {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
         return _from_pretrained(AutoModelForTextEncoding, path, config, dtype, attn_implementation, **extra)
-    model = _from_pretrained(AutoModel, path, config, dtype, attn_implementation)
+    model = _from_pretrained(AutoModel, path, config, dtype, attn_implementation, **extra)
     return model.get_encoder() if config.is_encoder_decoder else model
 
 

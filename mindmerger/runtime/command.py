@@ -26,6 +26,8 @@ from mindmerger.runtime.processes import (
 )
 
 __version__ = "0.1.0"
+# Looks of libgomp's threads before they sleep: measured by scripts.benchmarks.threads (docs/performance.md).
+SPIN_COUNT = "2000"
 
 
 class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
@@ -190,6 +192,16 @@ def check_progress_settings() -> None:
         ) from error
 
 
+def spin_briefly() -> None:
+    """Lets torch's OpenMP threads spin for each other for a short while only, unless the environment says how long.
+
+    Call it before torch loads. A thread that spins takes its core from whoever else could use it, and by default it
+    does so for milliseconds after every operation.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
 def run_main(main, alone: bool = False) -> None:
     """Runs a command's `main()` and leaves the process with its exit code.
 
@@ -203,6 +215,7 @@ def run_main(main, alone: bool = False) -> None:
     """
     stay_alone(alone)
     steady_streams()
+    spin_briefly()
     # Before torch and tqdm load. Warnings of torch's C++ part concern sockets that are tried again.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:

@@ -174,19 +174,20 @@ class Signals:
 
         save_asked, self.save_asked = self.save_asked, False
         # float64: counts of tokens are exact up to 2^53, and sums of losses keep what fp32 would round away.
-        heard = torch.tensor([float(self.stop_code), float(save_asked)], dtype=torch.float64)
+        heard = (float(self.stop_code), float(save_asked))
         sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
         if world_size() > 1:
-            # One small all-gather instead of a maximum and a sum.
-            mine = torch.cat([heard.to(device), sums])
+            # One small all-gather instead of a maximum and a sum, read once: on a GPU each read waits.
+            mine = torch.cat([torch.tensor(heard, dtype=torch.float64).to(device), sums])
             everywhere = torch.empty(world_size(), len(mine), dtype=torch.float64, device=device)
             torch.distributed.all_gather(list(everywhere.unbind()), mine)
             everywhere = everywhere.cpu()
-            heard, sums = everywhere[:, :2].max(0).values, everywhere[:, 2:].sum(0)
+            heard, sums = everywhere[:, :2].max(0).values.tolist(), everywhere[:, 2:].sum(0)
         self.alive()
-        self.stop_code = max(self.stop_code, int(heard[0]))
+        stop_code = int(heard[0])
+        self.stop_code = max(self.stop_code, stop_code)
         self.save_agreed = self.save_agreed or bool(heard[1])
-        return int(heard[0]), sums.cpu()
+        return stop_code, sums.cpu()
 
     def close(self) -> None:
         """Ends the listening. After a stop further signals are ignored: the launcher sends one to each rank that has

@@ -144,6 +144,8 @@ def make_engine(model, config: dict, lr: float, head_lr: float | None = None):
     if zero_stage(config) == 0:
         # The loop clips by itself there: DeepSpeed neither reports the norm nor stops at one that is not finite.
         config = config | {"gradient_clipping": 0.0}
+    # Its timer of throughput waits for the GPU twice a micro-batch, for numbers that nobody reads.
+    config = config | {"timers": {"throughput": {"enabled": False}}}
     try:
         with broadcastable_scalars():
             engine, *_ = deepspeed.initialize(

@@ -94,10 +94,10 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
         help="examples of one forward pass")  # fmt: skip
     add("--gradient_accumulation", "--gradient_accumulation_steps", type=int, help="checked against the two above and "
         "the number of processes; by its second name, and without --train_batch_size, it sets that one")  # fmt: skip
-    add("--micro_batch_tokens", type=at_least(0), help="split batches into micro-batches by this many "
-        "positions instead of rows (0: by rows)")  # fmt: skip
+    add("--micro_batch_tokens", type=at_least(0), help="split batches, and the dev split, into micro-batches by this "
+        "many positions instead of rows (0: by rows)")  # fmt: skip
     add("--eval_batch_size", "--per_device_eval_batch_size", type=at_least(1), default=2, help="examples of one "
-        "forward pass on the dev split")  # fmt: skip
+        "forward pass on the dev split, unless --micro_batch_tokens splits it too")  # fmt: skip
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more arithmetic")
     add("--compile", "--torch_compile", action="store_true", help="compile the frozen models' layers with "
         "torch.compile (not at ZeRO 3)")  # fmt: skip
@@ -119,8 +119,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="let a resumed run continue with another value of this flag; may be given more than once")  # fmt: skip
     add("--dry_run", action="store_true", help="load the data, print the effective settings, steps and estimates of "
         "memory and hours, write nothing")  # fmt: skip
-    add("--eval_steps", type=at_least(1), help="optimizer steps between dev evaluations (default: 2000 "
-        "micro-batches' worth)")  # fmt: skip
+    add("--eval_steps", type=at_least(1), help="optimizer steps between dev evaluations (default: as many as have 2000 "
+        "micro-batches)")  # fmt: skip
     add("--save_steps", type=at_least(1), help="optimizer steps between checkpoints (default: as eval_steps)")
     add("--save_total_limit", type=at_least(1), default=2, help="how many checkpoints to keep")
     add("--logging_steps", type=at_least(1), default=10, help="optimizer steps between flushes of the log")

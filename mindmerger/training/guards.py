@@ -42,12 +42,12 @@ def probe_memory(run: Run) -> None:
         run.engine.set_gradient_accumulation_boundary(False)
         with explain_step_out_of_memory(batch):
             # Times 0: the gradients that stay behind are zeros, and the first step adds to them.
-            run.engine.backward(run.engine(**batch.tensors).loss_sum * 0.0, scale_wrt_gas=False)
+            run.engine.backward(run.engine(**batch.arguments).loss_sum * 0.0, scale_wrt_gas=False)
     # Rows of the dev split may be longer than any that are trained on, and their batch size is another flag.
     for rows in dev:
         batch = run.loader.load(rows)
         with explain_step_out_of_memory(batch, EVAL_MEMORY_FLAGS), torch.no_grad():
-            run.engine(**batch.tensors)
+            run.engine(**batch.arguments)
     # Here also an LLM shows whose past cannot be kept while labels are passed behind it.
     if run.loader.data.labels is not None:
         rows = longest_rows(run)

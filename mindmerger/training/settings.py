@@ -30,7 +30,6 @@ class Settings:
     languages: list | None
     with_prompt: bool
     chat: object | None  # the `ChatTemplate` around the prompts
-    accumulation: int
     config: dict  # DeepSpeed's
     output_dir: Path
     init_file: str | None
@@ -99,7 +98,7 @@ def settle(args) -> Settings:
     if stage.data == "question_pairs":
         check_questions(task, languages)
     with_prompt = settle_prompt(args, stage)
-    config, accumulation = settle_batch(args)
+    config = settle_batch(args)
     models = settle_models(args, config)
     chat = settle_chat_template(args, with_prompt)
     folder = adapter_stage.ALONE_FOLDER if args.llm_only else args.stage_name
@@ -114,7 +113,6 @@ def settle(args) -> Settings:
         languages=languages,
         with_prompt=with_prompt,
         chat=chat,
-        accumulation=accumulation,
         config=config,
         output_dir=output_dir,
         init_file=init_file,
@@ -192,11 +190,11 @@ def settle_chat_template(args, with_prompt: bool):
     return chat
 
 
-def settle_batch(args) -> tuple[dict, int]:
+def settle_batch(args) -> dict:
     """Settles batch sizes and gradient clipping against the user's DeepSpeed JSON; completes `args` with both.
 
     Returns:
-        the DeepSpeed config, and the micro-batches of each process in one optimizer step.
+        the DeepSpeed config.
 
     Raises:
         UserError: when the numbers contradict each other, naming both.
@@ -209,7 +207,7 @@ def settle_batch(args) -> tuple[dict, int]:
     config = read_deepspeed_config(args.deepspeed_config)
     args.max_grad_norm = gradient_clipping(config, args.max_grad_norm)  # the loop's, DeepSpeed's and the checkpoint's
     sizes = (args.train_batch_size, args.train_micro_batch_size_per_gpu, accumulation)
-    return effective_config(config, *sizes, args.max_grad_norm), accumulation
+    return effective_config(config, *sizes, args.max_grad_norm)
 
 
 def settle_models(args, config: dict) -> tuple[str, str | None]:

@@ -13,6 +13,7 @@ from mindmerger.runtime.processes import (
     rank,
 )
 from mindmerger.tasks.languages import code_of
+from mindmerger.training.deepspeed_config import describe, zero_stage
 from mindmerger.training.settings import Settings
 from mindmerger.training.time_limit import TimeLimit
 
@@ -36,9 +37,14 @@ def load_model(settings: Settings, device):
     args = settings.args
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    # ZeRO 3 shards weights as they are read, and places them itself.
+    place = device if device.type == "cuda" and zero_stage(settings.config) != 3 else None
     with explain_placing_out_of_memory(device), sharded_loading(settings.config, bf16):
-        llm = load_llm(args.llm_path, dtype, args.attn_implementation, args.quantization)
-        encoder = load_encoder(args.mt_path, dtype, args.attn_implementation) if args.mt_path is not None else None
+        llm = load_llm(args.llm_path, dtype, args.attn_implementation, args.quantization, place)
+        encoder = load_encoder(args.mt_path, dtype, args.attn_implementation, place) if args.mt_path else None
+    if bf16:
+        # Only what is trained multiplies in fp32 then: a GPU's tensor cores do it, on factors rounded to ten bits.
+        torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
     model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, settings.bridge.options)
     model.config.stage, model.config.task = args.stage_name, settings.task.training_name
@@ -176,7 +182,6 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
         checkpoint: as `find_checkpoint_to_resume` returns it.
     """
     from mindmerger.data.loader import BatchLoader
-    from mindmerger.training.deepspeed_config import describe
     from mindmerger.training.deepspeed_engine import load_optimizer_state, make_engine
 
     args, (folder, tensors, state) = settings.args, checkpoint
@@ -190,9 +195,10 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
         model.load_trained({name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)})
     with explain_placing_out_of_memory(device):
         engine = make_engine(model, settings.config, args.lr, args.head_lr)
-    loader, progress = BatchLoader(args, data, settings.bridge.prefix_length, device), Progress()
+    loader = BatchLoader(args, data, settings.bridge.prefix_length, device, model.plan_input)
+    progress = Progress()
     if folder is not None:
-        load_optimizer_state(engine, tensors, state["step"], loader.load(data.train[:1]).tensors)
+        load_optimizer_state(engine, tensors, state["step"], loader.load(data.train[:1]).arguments)
         progress = Progress.from_state(state, args.train_batch_size)
     # From where the run stands: with another batch size the epochs left have another number of steps.
     left = (args.epoch_num - progress.epoch) * loader.steps_per_epoch - progress.batch
@@ -200,5 +206,5 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
     log(f"{describe(settings.config)}; {loader.steps_per_epoch} steps per epoch, {total_steps} in all")
     where = f"resumes from {folder}" if folder is not None else f"starts fresh, no checkpoint in {settings.output_dir},"
     log(f"{where} at step {progress.step}")
-    eval_steps = args.eval_steps or max(1, DEFAULT_EVAL_MICRO_BATCHES // settings.accumulation)
+    eval_steps = args.eval_steps or max(1, DEFAULT_EVAL_MICRO_BATCHES // loader.micro_batches_per_step())
     return Run(settings, engine, loader, total_steps, eval_steps, args.save_steps or eval_steps), progress

@@ -23,7 +23,7 @@ from mindmerger.runtime import files
 from mindmerger.runtime.command import CommandParser
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import log
-from scripts.benchmarks import speed
+from scripts.benchmarks import speed_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -58,8 +58,8 @@ class World:
         folder = self.folder / preset
         if not (folder / "llm" / "model.safetensors").is_file():
             log(f"making the models of preset {preset}")
-            speed.build_world(folder, preset, str(self.data_root))
-            model = speed.make_model(folder, "fp32", torch.device("cpu"))
+            speed_world.build_world(folder, preset, str(self.data_root))
+            model = speed_world.make_model(folder, "fp32", torch.device("cpu"))
             model.encoder.save_pretrained(folder / "encoder")
             model.llm.save_pretrained(folder / "llm")
         return ["--llm_path", str(folder / "llm"), "--mt_path", str(folder / "encoder")]
