@@ -27,7 +27,7 @@ from mindmerger.runtime.processes import (
 
 __version__ = "0.1.0"
 # Looks of libgomp's threads before they sleep: measured by scripts.benchmarks.threads (docs/performance.md).
-SPIN_COUNT = "2000"
+SPIN_COUNT = "1000"
 
 
 class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
