@@ -19,6 +19,8 @@ them: the control that says what of a gain is the encoder's knowledge.
 
 `encoder_alone` prints the accuracy of a classifier on the encoder's states without any LLM, trained on the rows that
 train the mappings: the control that says whether the LLM is needed.
+
+`summary` prints English, the mean of the other languages and its differences to chosen rows, by premises.
 """
 
 import json
@@ -55,6 +57,14 @@ def build_parser() -> CommandParser:
     add("--languages", required=True, help="languages to evaluate, by name or code, separated by commas")
     add("--limit", type=at_least(1), default=150, help="test rows of each language")
     add("--seed", type=int, default=0, help="of the premises that choose the weight decay")
+    add = commands.add_parser(
+        "summary", help="print the mean without English of evaluations, and its tests"
+    ).add_argument
+    add("--row", action="append", type=named, required=True, metavar="LABEL=FOLDER", help="a results folder, in order")
+    add("--against", action="append", required=True, metavar="LABEL", help="a row that the others are tested against")
+    add("--data_root", type=Path, required=True, help="the experiment's data folder, which knows the premises")
+    add("--output", type=Path, help="file to write the table to as well")
+    add("--seed", type=int, default=0, help="of the resampling")
     return parser
 
 
@@ -160,6 +170,13 @@ def write_data(data_root: Path, output_dir: Path, names: str, share: float, seed
     log(f"{output_dir}: {len(of_tuning)} English rows tune the LLM, {len(of_stages)} rows of each language train")
 
 
+def named(text: str) -> tuple[str, str]:
+    """Reads LABEL=FOLDER, as a flag's type."""
+    from mindmerger.evaluation.comparison_table import named
+
+    return named(text)
+
+
 def write_random_encoder(path: str, output_dir: Path, seed: int) -> None:
     """Writes a model folder with the shape and tokenizer of the encoder at `path` and random weights.
 
@@ -214,6 +231,13 @@ def main(argv: list[str] | None = None) -> int:
         from scripts.encoder_alone import evaluate
 
         print_accuracies(evaluate(args.mt_path, *read_both(args.data_root, args.languages, args.limit), args.seed))
+    elif args.command == "summary":
+        from mindmerger.tasks.languages import LANGUAGES
+        from scripts.small_models_summary import summarise, write_summary
+
+        english = read_rows(args.data_root, TEST_FILE, [LANGUAGES["English"]])["English"]
+        premises = [row["sentence1"] for row in english]
+        write_summary(args.output, summarise(args.row, args.against, premises, args.seed))
     else:
         write_random_encoder(args.mt_path, args.output_dir, args.seed)
     return 0

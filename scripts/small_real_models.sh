@@ -150,6 +150,9 @@ python -m mindmerger.evaluation.comparison_table "${table[@]}" --against "LLM al
 python -m mindmerger.evaluation.comparison_table "${table[@]}" --output_dir "$work/results/against_shuffled" \
     --against "MindMerger-Soft, shuffled prefix" >"$work/results/against_shuffled.log"
 printf '=== tested against the prefix of another question: %s\n' "$work/results/against_shuffled/table.md"
+printf '\n=== Without English, by premises\n'
+python -m scripts.small_models summary --data_root "$work/datas" "${table[@]}" --against "LLM alone" \
+    --against "MindMerger-Soft, shuffled prefix" --output "$work/results/summary.md" --seed "$seed"
 if [[ -n ${BRIDGES-} ]]; then
     LLM_PATH=$work/llm MT_PATH=$encoder DATA_ROOT=$work/datas TASK=xnli BRIDGES=$BRIDGES RESULTS_DIR=$work/bridges \
         OUTPUT_DIR=$work/outputs LIMIT=$limit LANGUAGES=$languages \

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, clean_environment
+from test_comparison_table import write_results
 
 from mindmerger.runtime.errors import UserError
 from scripts import small_models
@@ -219,7 +220,9 @@ def test_other_languages_and_what_a_kill_left_make_the_folders_anew(tmp_path):
         done = start(environment | {"LANGUAGES": languages})
         output = done.communicate(timeout=60)[0]
         assert done.returncode == 0, output
-        return [line for line in calls.read_text().splitlines() if "small_models" in line.split(" --")[0]]
+        called = [line.split(" --")[0] for line in calls.read_text().splitlines()]
+        assert called[-1] == "-m scripts.small_models summary"  # made of the results each time
+        return [line for line in calls.read_text().splitlines()[:-1] if "small_models" in line.split(" --")[0]]
 
     (work / "results").mkdir(parents=True)
     for folder in ("datas", "random_encoder"):  # finished by a run that was killed before it could note that down
@@ -231,6 +234,26 @@ def test_other_languages_and_what_a_kill_left_make_the_folders_anew(tmp_path):
     assert made("sw,de") == []
     data, alone = made("sw,zh")
     assert "--languages sw,zh " in data and "--languages en,sw,zh " in alone
+
+
+def test_the_summary_resamples_premises_and_leaves_english_out_of_the_mean(tmp_path, capsys):
+    """Three hypotheses of one premise in two languages are six rows, and one observation."""
+    write_xnli(tmp_path / "datas")
+    # Items are numbered from 1: the first mark is none.
+    llm = {"English": " 110000000000", "Swahili": " 000110000000", "German": " 000110000000"}
+    soft = {"English": " 110000000001", "Swahili": " 111110000000", "German": " 111110000000"}
+    folders = [write_results(tmp_path / "llm", llm, "xnli"), write_results(tmp_path / "soft", soft, "xnli")]
+    words = ["summary", "--data_root", str(tmp_path / "datas"), "--output", str(tmp_path / "summary.md")]
+    rows = [f"--row={name}={folder}" for name, folder in zip(("LLM", "Soft"), folders, strict=True)]
+    assert small_models.main([*words, *rows, "--against", "LLM"]) == 0
+    table = (tmp_path / "summary.md").read_text()
+    assert table in capsys.readouterr().out and "4 premises are resampled, each with all its rows in 2 lang" in table
+    plain, ours = (line.split(" | ") for line in table.splitlines()[2:4])
+    assert plain[1] == "16.7" and plain[2].startswith("16.7 [") and ours[1] == "25.0" and ours[2].startswith("41.7 [")
+    # One premise that differs could as well have differed the other way round; by rows it would be six of them.
+    assert ours[3].startswith("+25.0 (p 1)")
+    with pytest.raises(UserError, match="--against 'Hard' is none of the rows: LLM, Soft"):
+        small_models.main([*words, *rows, "--against", "Hard"])
 
 
 @pytest.mark.slow
@@ -255,6 +278,7 @@ def test_the_whole_recipe_runs_is_killed_continues_and_writes_its_tables(tmp_pat
         assert f"| {label} (likelihood) |" in table
     assert (work / "results/table.png").stat().st_size > 0
     assert "mean without English: " in (work / "results/encoder_alone.txt").read_text()
+    assert f"| {soft}, random encoder | " in (work / "results/summary.md").read_text()
     control = (work / "results/against_shuffled/table.md").read_text()
     assert f"Difference to {shuffled} (likelihood)" in control
     # The same command again trains and evaluates nothing.

@@ -83,13 +83,15 @@ def resampling_note(described: dict) -> str:
 
 
 def _by_question(questions: dict[str, list[Question]], values: dict[str, list]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (rows_KL, values_KL): rows (0 or 1) of each question in each language, and their values or 0."""
+    """Returns (rows_KL, values_KL): rows of each question in each language, and the sum of their values."""
     # Sorted: which question a draw hits must depend neither on a set's order nor on that of the languages.
     place = {question: k for k, question in enumerate(sorted({q for asked in questions.values() for q in asked}))}
     rows_KL, values_KL = np.zeros((2, len(place), len(questions)))
     for language, (name, asked) in enumerate(questions.items()):
         at = [place[question] for question in asked]
-        rows_KL[at, language], values_KL[at, language] = 1, values[name]
+        # Added up: what is drawn together may have several rows in a language, as hypotheses of one premise.
+        np.add.at(rows_KL[:, language], at, 1)
+        np.add.at(values_KL[:, language], at, values[name])
     return rows_KL, values_KL
 
 
