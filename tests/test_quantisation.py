@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_log, run_many, run_prepared
+from conftest import ROOT, make_tiny_llm, read_log, run_many, run_prepared
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -59,6 +59,12 @@ def loss_and_gradient(encoder, llm, kind, dtype=torch.float32, change=lambda mod
     loss = model(**batch()).loss
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.mapping.parameters()]), model
+
+
+@pytest.fixture(scope="module")
+def tiny_llm(tmp_path_factory):
+    """As wide as a block of NF4: narrower rows are misread on CPUs with AVX-512."""
+    return make_tiny_llm(tmp_path_factory.mktemp("models") / "llm", width=64, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +195,20 @@ def test_an_adapter_on_an_nf4_llm_starts_as_nothing_and_learns(tiny_encoder, tin
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5) and losses[2] < losses[1] < losses[0]
+
+
+def test_a_cpu_that_misreads_narrow_layers_says_so(tmp_path, monkeypatch):
+    """Found on a CPU with AVX-512, whose answers were noise. The others read such layers right: there it is acted."""
+    from bitsandbytes import functional
+
+    narrow, read = make_tiny_llm(tmp_path / "llm", width=32), functional.dequantize_4bit
+    monkeypatch.setattr(
+        functional, "dequantize_4bit", lambda codes, state: read(codes, state) * (len(state.shape) if state else 1)
+    )
+    message = refusal(lambda: load_llm(narrow, torch.float32, quantization="nf4"))
+    assert "misreads 4-bit layers on this CPU whose width is no multiple of 64, such as model.layers.0." in message
+    assert "(32): use int8 or no quantisation here, or a GPU" in message
+    load_llm(narrow, torch.float32, quantization="int8")
 
 
 # -- folders that are quantised already

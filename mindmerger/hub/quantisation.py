@@ -97,7 +97,7 @@ def is_packed(parameter: nn.Parameter) -> bool:
 
 
 def check_packed(path: str, model: nn.Module) -> None:
-    """Makes sure that all layers which a folder calls quantised are so.
+    """Makes sure that all layers which a folder calls quantised are so, and that this machine reads them right.
 
     Raises:
         ModelError: naming the first that is not.
@@ -108,6 +108,26 @@ def check_packed(path: str, model: nn.Module) -> None:
                 f"{path}: its config.json calls the weights quantised, but those of {name} have no scales: fetch the "
                 "folder again, or remove quantization_config there and pass --quantization"
             )
+        if type(module).__name__ == "Linear4bit" and _is_misread(module):
+            width, block = module.in_features, module.weight.quant_state.blocksize
+            raise ModelError(
+                f"{path}: bitsandbytes misreads 4-bit layers on this CPU whose width is no multiple of {block}, such "
+                f"as {name} ({width}): use int8 or no quantisation here, or a GPU"
+            )
+
+
+def _is_misread(layer: nn.Module) -> bool:
+    """Returns whether a 4-bit layer's numbers come out otherwise than the same codes in one row: the kernel for AVX-512
+    takes each row for the start of a block."""
+    from bitsandbytes import functional
+
+    codes, state = layer.weight.data, layer.weight.quant_state
+    if codes.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+        return False
+    one_row = copy.copy(state)
+    one_row.shape = torch.Size([state.shape.numel()])
+    read = functional.dequantize_4bit(codes, state).flatten()
+    return not torch.equal(read.nan_to_num(), functional.dequantize_4bit(codes, one_row).flatten().nan_to_num())
 
 
 def _scales(layer: nn.Module) -> torch.Tensor | None:
