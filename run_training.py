@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from mindmerger.training.deepspeed_engine import import_deepspeed_quietly
 
-    if args.deterministic or torch.are_deterministic_algorithms_enabled():  # it imports torch's compiler: half a second
+    if args.deterministic or torch.are_deterministic_algorithms_enabled():  # it imports torch's compiler
         torch.use_deterministic_algorithms(args.deterministic)
     import_deepspeed_quietly()
     if not args.dry_run:

@@ -27,6 +27,7 @@ import json
 import random
 from pathlib import Path
 
+from mindmerger.evaluation.comparison_table import named
 from mindmerger.runtime import command, files
 from mindmerger.runtime.command import CommandParser, at_least, number_where
 from mindmerger.runtime.errors import UserError
@@ -170,13 +171,6 @@ def write_data(data_root: Path, output_dir: Path, names: str, share: float, seed
     log(f"{output_dir}: {len(of_tuning)} English rows tune the LLM, {len(of_stages)} rows of each language train")
 
 
-def named(text: str) -> tuple[str, str]:
-    """Reads LABEL=FOLDER, as a flag's type."""
-    from mindmerger.evaluation.comparison_table import named
-
-    return named(text)
-
-
 def write_random_encoder(path: str, output_dir: Path, seed: int) -> None:
     """Writes a model folder with the shape and tokenizer of the encoder at `path` and random weights.
 
@@ -233,11 +227,13 @@ def main(argv: list[str] | None = None) -> int:
         print_accuracies(evaluate(args.mt_path, *read_both(args.data_root, args.languages, args.limit), args.seed))
     elif args.command == "summary":
         from mindmerger.tasks.languages import LANGUAGES
-        from scripts.small_models_summary import summarise, write_summary
+        from scripts.small_models_summary import summarise
 
         english = read_rows(args.data_root, TEST_FILE, [LANGUAGES["English"]])["English"]
-        premises = [row["sentence1"] for row in english]
-        write_summary(args.output, summarise(args.row, args.against, premises, args.seed))
+        table = summarise(args.row, args.against, [row["sentence1"] for row in english], args.seed)
+        print(table)
+        if args.output is not None:
+            files.write_text_atomic(args.output, table)
     else:
         write_random_encoder(args.mt_path, args.output_dir, args.seed)
     return 0

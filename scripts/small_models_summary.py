@@ -4,8 +4,6 @@ XNLI asks three hypotheses of each premise, in every language. Rows of one premi
 intervals and tests resample premises, each with all its rows in all languages.
 """
 
-from pathlib import Path
-
 from mindmerger.evaluation.comparison import Row, keep_common, read_row
 from mindmerger.evaluation.comparison_table import markdown_table
 from mindmerger.evaluation.statistics import Question, bootstrap_intervals, format_p, mean_difference_test
@@ -33,22 +31,23 @@ def summarise(entries: list[tuple[str, str]], against: list[str], premises: list
     others = [name for name in rows[entries[0][0]].correct if name != ENGLISH]
     if not others:
         raise UserError("the results have no language beside English in common: evaluate some")
-    head = ["method", "English", "mean without English", *(f"minus {label}" for label in against)]
-    lines = [head]
+    lines = [["method", "English", "mean without English", *(f"minus {label}" for label in against)]]
     for label, row in rows.items():
         asked = {name: clusters(row, name, premises) for name in others}
         marks = {name: list(row.correct[name].values()) for name in others}
         low, high = bootstrap_intervals(asked, marks, seed)[1]
-        english = percent(row, [ENGLISH]) if ENGLISH in row.correct else None
-        cells = [label, "" if english is None else f"{english:.1f}"]
+        cells = [label, f"{percent(row, [ENGLISH]):.1f}" if ENGLISH in row.correct else ""]
         cells.append(f"{percent(row, others):.1f} [{low:.1f}, {high:.1f}]")
         for base in against:
             other = rows[base]
+            if row is other:
+                cells.append("")
+                continue
             differences = {
                 name: [mark - other.correct[name][id] for id, mark in row.correct[name].items()] for name in others
             }
-            p = "" if row is other else f" (p {format_p(mean_difference_test(asked, differences, seed))})"
-            cells.append("" if row is other else f"{percent(row, others) - percent(other, others):+.1f}{p}")
+            p = format_p(mean_difference_test(asked, differences, seed))
+            cells.append(f"{percent(row, others) - percent(other, others):+.1f} (p {p})")
         lines.append(cells)
     number = len({question for name in others for question in asked[name]})
     notes.append(f"{number} premises are resampled, each with all its rows in {len(others)} languages.")
@@ -64,12 +63,3 @@ def percent(row: Row, languages: list[str]) -> float:
     """Returns the unweighted mean of the languages' accuracies, in percent."""
     accuracies = [sum(row.correct[name].values()) / len(row.correct[name]) for name in languages]
     return 100 * sum(accuracies) / len(accuracies)
-
-
-def write_summary(path: Path | None, table: str) -> None:
-    """Prints the table, and writes it where a file is given."""
-    from mindmerger.runtime.files import write_text_atomic
-
-    print(table)
-    if path is not None:
-        write_text_atomic(path, table)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from mindmerger.bridges import Mapping
 from mindmerger.data import loader as data_loader
 from mindmerger.data.loader import BatchLoader, TrainingData
+from mindmerger.model.input_plan import plan_input
 from mindmerger.training.trainer import Progress
 
 ROWS, DEV = 23, 5
@@ -108,7 +111,11 @@ def test_a_token_budget_splits_the_dev_split_too(make):
     found = [m for group in loader.dev_groups() for m in group]
     assert sorted(r for m in found for r in m.rows.tolist()) == list(range(ROWS, ROWS + DEV)) and len(found) < DEV
     assert all(len(m.rows) * loader.lengths[m.rows].max() <= 200 for m in found)
-    assert all(len(rows) * loader.lengths[rows].max() <= 200 for rows in loader.heaviest()[1])
+    assert all(len(rows) * loader.lengths[rows].max() <= 200 for rows in loader.heaviest_of_dev())
+    # Of some rows, such as those that have a dev accuracy, the longest come first.
+    some = np.arange(ROWS, ROWS + 3)
+    assert sorted(loader.heaviest_of_dev(some)[0]) == some.tolist()
+    assert make(eval_batch_size=1).heaviest_of_dev(some)[0].tolist() == [some[np.argmax(loader.lengths[some])]]
 
 
 @pytest.mark.parametrize("flags", [{}, {"micro_batch_tokens": 40}, {"train_batch_size": ROWS, "ranks": 2}])
@@ -138,6 +145,23 @@ def test_a_batch_is_laid_out_by_the_thread_that_collates_it(make):
     assert all(name.startswith("collate") for name, _ in seen)
     masks = micro.encoder_attention_mask, micro.prompt_mask, micro.target_mask
     assert [mask.shape for mask in masks] in [shapes for _, shapes in seen]
+
+
+def test_all_of_a_batch_for_a_gpu_waits_in_pinned_memory(make, monkeypatch):
+    """A copy out of other memory waits for the GPU: tensors and layout alike."""
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    loader = make()
+    loader.device, loader.plan = torch.device("cuda"), partial(plan_input, Mapping(2, 2), True)
+    batch = loader._collated(np.arange(4))
+    tensors = [*batch.tensors.values(), batch.plan.token_M]
+    tensors += [one for packing in (batch.plan.encoder, batch.plan.rows) for one in vars(packing).values()]
+    assert len(tensors) == 6 + 1 + 6 and {id(one) for one in tensors} == {id(one) for one in pinned}
 
 
 def test_progress_comes_back_from_its_state_also_with_another_batch_size():

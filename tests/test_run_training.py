@@ -1,5 +1,6 @@
 """The training command: what it computes, what it leaves, what it refuses. Real runs of tiny models on CPU."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from mindmerger.bridges import Mapping
 from mindmerger.data.loader import BatchLoader, TrainingData
+from mindmerger.model import towers
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
-from mindmerger.training import dry_run, guards
+from mindmerger.training import deepspeed_engine, dry_run, guards
 from mindmerger.training import flags as training_flags
 from mindmerger.training import settings as training_settings
 from mindmerger.training import trainer as training_trainer
@@ -639,6 +641,35 @@ def test_the_memory_probe_takes_the_most_targets_and_sources_as_well_as_the_long
         guards.probe_memory(run)
     run.engine.limit = 10**6
     guards.probe_memory(run)
+
+
+@pytest.fixture
+def without_tf32():
+    """The GPU's setting as torch has it by default, and afterwards as it was."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    yield matmul
+    matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_towers_go_straight_onto_the_gpu_and_the_mapping_takes_tf32_beside_bf16(
+    monkeypatch, without_tf32, precision, stage
+):
+    """ZeRO 3 places the weights itself; fp32 towers keep fp32 products."""
+    asked = []
+    monkeypatch.setattr(towers, "load_llm", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(towers, "load_encoder", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(deepspeed_engine, "sharded_loading", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(MindMerger, "from_towers", lambda *_: 1 / 0)  # far enough
+    args = training_settings.parse(["--precision", precision, "--mt_path", "m", "--llm_path", "l"])
+    settings = SimpleNamespace(args=args, config={"zero_optimization": {"stage": stage}}, bridge=Mapping(2, 2))
+    gpu = torch.device("cuda")
+    with pytest.raises(ZeroDivisionError):
+        training_trainer.load_model(settings, gpu)
+    assert asked == [gpu if stage == 0 else None] * 2
+    assert without_tf32.allow_tf32 is (precision == "bf16")
 
 
 def test_without_a_dev_split_the_last_mapping_is_also_the_best(flags, tmp_path):

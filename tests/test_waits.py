@@ -1,4 +1,4 @@
-"""Nothing in training waits for a GPU but the one look at loss and norm: seen without one, by what would wait."""
+"""No micro-batch of training waits for a GPU, an optimizer step as often as it must: seen by what would wait."""
 
 import json
 import subprocess

@@ -115,17 +115,22 @@ class BatchLoader:
         """Returns rows as tensors, ids on the device, at once."""
         return self._collated(rows).to(self.device)
 
-    def heaviest(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns the rows of the micro-batches of training, and of the dev split, that may need most memory: the same
-        on every rank."""
-        args, examples = self.args, self.data.examples
+    def heaviest(self) -> list[np.ndarray]:
+        """Returns the rows of the micro-batches of training that may need most memory: the same on every rank."""
+        args = self.args
+        return self._heaviest(self.data.train, args.train_batch_size, args.train_micro_batch_size_per_gpu)
+
+    def heaviest_of_dev(self, rows: np.ndarray | None = None) -> list[np.ndarray]:
+        """Returns those of the dev split, or of some rows of it; the first has the longest rows."""
+        rows = self.data.dev if rows is None else rows
+        return self._heaviest(rows, len(rows), self.args.eval_batch_size)
+
+    def _heaviest(self, rows: np.ndarray, batch_size: int, micro_batch_size: int) -> list[np.ndarray]:
+        examples, budget = self.data.examples, self.args.micro_batch_tokens
         others = (examples.target_lengths, examples.encoder_lengths)
-        budget = args.micro_batch_tokens
         # By budget a rank's whole share of a batch may be one micro-batch.
-        most = math.ceil(args.train_batch_size / world_size()) if budget else args.train_micro_batch_size_per_gpu
-        training = heaviest_batches(self.data.train, self.lengths, others, most, budget)
-        most = math.ceil(len(self.data.dev) / world_size()) if budget else args.eval_batch_size
-        return training, heaviest_batches(self.data.dev, self.lengths, others, most, budget)
+        most = math.ceil(batch_size / world_size()) if budget else micro_batch_size
+        return heaviest_batches(rows, self.lengths, others, most, budget)
 
     def micro_batches_per_step(self, steps: int = 16) -> int:
         """Returns how many micro-batches an optimizer step has, on average over the first steps of the first epoch,

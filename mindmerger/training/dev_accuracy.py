@@ -149,14 +149,6 @@ def likeliest_labels(run: "Run", batch: "Batch", rows: list[int]) -> "torch.Tens
         return run.engine(**batch.tensors | labels).label_losses.argmin(1)
 
 
-def longest_rows(run: "Run") -> "np.ndarray":
-    """Returns the rows of the micro-batch that needs most memory: the same on every rank."""
-    import numpy as np
-
-    rows = run.loader.data.labels.rows
-    return rows[np.argsort(-run.loader.lengths[rows], kind="stable")][: run.args.eval_batch_size]
-
-
 def eagerly(compiled: bool):
     """Context manager: compiled layers run as they are written; a cache in them would be compiled for every length."""
     import contextlib

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from mindmerger.runtime.errors import ReportedError, UserError
 from mindmerger.runtime.processes import explain_out_of_memory, gather_objects, rank
-from mindmerger.training.dev_accuracy import likeliest_labels, longest_rows
+from mindmerger.training.dev_accuracy import likeliest_labels
 from mindmerger.training.trainer import Run
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ STEP_MEMORY_FLAGS = "lower --train_micro_batch_size_per_gpu, --micro_batch_token
 STEP_MEMORY_FLAGS += "use --gradient_checkpointing"
 UPDATE_MEMORY_FLAGS = "Adam's moments come on top: share or offload them (--deepspeed_config), or "
 UPDATE_MEMORY_FLAGS += STEP_MEMORY_FLAGS
-EVAL_MEMORY_FLAGS = "lower --eval_batch_size, --max_seq_len or --max_gen_len"
+EVAL_MEMORY_FLAGS = "lower --eval_batch_size or --micro_batch_tokens, --max_seq_len or --max_gen_len"
 
 
 def explain_step_out_of_memory(batch: "Batch", advice: str = STEP_MEMORY_FLAGS, where: str = ""):
@@ -36,21 +36,20 @@ def probe_memory(run: Run) -> None:
     """
     import torch
 
-    training, dev = run.loader.heaviest()
-    for rows in training:
+    for rows in run.loader.heaviest():
         batch = run.loader.load(rows)
         run.engine.set_gradient_accumulation_boundary(False)
         with explain_step_out_of_memory(batch):
             # Times 0: the gradients that stay behind are zeros, and the first step adds to them.
             run.engine.backward(run.engine(**batch.arguments).loss_sum * 0.0, scale_wrt_gas=False)
     # Rows of the dev split may be longer than any that are trained on, and their batch size is another flag.
-    for rows in dev:
+    for rows in run.loader.heaviest_of_dev():
         batch = run.loader.load(rows)
         with explain_step_out_of_memory(batch, EVAL_MEMORY_FLAGS), torch.no_grad():
             run.engine(**batch.arguments)
     # Here also an LLM shows whose past cannot be kept while labels are passed behind it.
     if run.loader.data.labels is not None:
-        rows = longest_rows(run)
+        rows = run.loader.heaviest_of_dev(run.loader.data.labels.rows)[0]
         likeliest_labels(run, run.loader.load(rows), rows.tolist())
 
 

@@ -41,7 +41,9 @@ def load_model(settings: Settings, device):
     place = device if device.type == "cuda" and zero_stage(settings.config) != 3 else None
     with explain_placing_out_of_memory(device), sharded_loading(settings.config, bf16):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation, args.quantization, place)
-        encoder = load_encoder(args.mt_path, dtype, args.attn_implementation, place) if args.mt_path else None
+        encoder = None
+        if args.mt_path is not None:
+            encoder = load_encoder(args.mt_path, dtype, args.attn_implementation, place)
     if bf16:
         # Only what is trained multiplies in fp32 then: a GPU's tensor cores do it, on factors rounded to ten bits.
         torch.backends.cuda.matmul.allow_tf32 = True
