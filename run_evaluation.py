@@ -14,8 +14,9 @@ from dataclasses import asdict
 from mindmerger.evaluation.flags import parse
 from mindmerger.evaluation.settings import MAPPING_HASH, Settings, settle
 from mindmerger.evaluation.summary import summarise
-from mindmerger.generation.answers import answer, answer_batches, load_model, split_evaluation, started_engine
+from mindmerger.generation.answers import answer, answer_batches, split_evaluation
 from mindmerger.generation.gold import score_gold
+from mindmerger.generation.loading import load_model, started_engine
 from mindmerger.runtime.command import run_main
 from mindmerger.runtime.processes import (
     agree_on,
@@ -120,7 +121,7 @@ def evaluate(settings: Settings, device, finished: dict[int, dict]) -> dict | No
                 # Speed is that of answering: loading depends on the disk, and on what is in its cache.
                 started = time.perf_counter()
                 # Dealing out batches of falling length one by one gives every rank about the same work.
-                share = split_evaluation(remaining, settings)[rank() :: world_size()]
+                share = split_evaluation(remaining, settings, model)[rank() :: world_size()]
                 answer_share(model, engine, settings, share, shard)
     collect_answers(settings)  # the ranks may come to it far apart
     seconds = time.perf_counter() - started
@@ -155,7 +156,7 @@ def answer_share(model, engine, settings: Settings, batches: list[list[int]], sh
     total, done = sum(map(len, batches)), 0
     with progress_bar(total=total, unit="example", desc=f"rank 0 of {world_size()}") as progress:
         try:
-            for chunk, generations in answer_batches(model, engine, settings, batches):
+            for chunk, generations in answer_batches(model, engine, settings, batches, progress.update):
                 following = iter(generations)
                 for batch in chunk:
                     answers = [next(following) for _ in batch]
@@ -168,7 +169,6 @@ def answer_share(model, engine, settings: Settings, batches: list[list[int]], sh
                     # On disk before the next batch begins: a kill costs one batch at most.
                     append_records(shard, [one | keys for one in records])
                     done += len(batch)
-                    progress.update(len(batch))
         except KeyboardInterrupt:
             log(f"stopped; {done} examples of this run are kept: the same command continues")
             raise

@@ -27,6 +27,7 @@ from mindmerger.data.tokenising import load_tokenizers
 from mindmerger.evaluation import flags as evaluation_flags
 from mindmerger.evaluation import settings as evaluation_settings
 from mindmerger.generation import answers as generation_answers
+from mindmerger.generation import loading
 from mindmerger.generation.answers import answer
 from mindmerger.hub.model_configs import check_quantisation, load_config, takes_embeddings
 from mindmerger.hub.tokenizer_files import load_tokenizer
@@ -494,7 +495,7 @@ def test_merged_embeddings_for_another_engine_are_checked(evaluate, llm, encoder
     flags = ["--llm_path", str(llm), "--mt_path", str(encoder), "--init_checkpoint", mapping, "--data_root", datas]
     settings = evaluation_settings.settle(evaluation_flags.build_parser().parse_args([*flags, *FEW]), on_gpu=False)
     settings.engine = "vllm"
-    model = generation_answers.load_model(settings, torch.device("cpu"))
+    model = loading.load_model(settings, torch.device("cpu"))
     assert "encoder.final_layer_norm.weight" in refusal(generation_answers.merge_batch, model, settings, [0, 1])
 
 

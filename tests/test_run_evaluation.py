@@ -514,6 +514,28 @@ def test_an_interrupted_run_continues_to_the_same_bytes(evaluate, tmp_path, monk
     assert outcome(folder) == outcome(tmp_path / "whole/MindMerger/math_mgsm")
 
 
+def test_rows_that_change_places_continue_after_a_stop_to_the_same_bytes_in_bf16(evaluate, tmp_path, monkeypatch):
+    """Beside other rows bf16 rounds otherwise: what is written at once is generated again at once."""
+    monkeypatch.setattr(answers, "BATCHES_AT_ONCE", 1)
+    flags = [*FEW[:4], "--eval_max_tokens", 400, "--precision", "bf16", "--score_gold"]
+    evaluate(*flags, "--results_dir", "whole")
+    begun, real = [], answers.generate_in_places
+
+    def stopped(*args):
+        begun.append(args[3])
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(answers, "generate_in_places", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*flags, "--results_dir", "parts")
+    _, err = evaluate(*flags, "--results_dir", "parts")
+    assert f"continuing: {len(begun[0]) + len(begun[1])} of" in err and begun[3] == begun[2]
+    folders = [tmp_path / name / "MindMerger/math_mgsm" for name in ("whole", "parts")]
+    assert outcome(folders[0]) == outcome(folders[1])
+
+
 def test_a_run_out_of_memory_continues_with_a_smaller_batch(evaluate, tmp_path, monkeypatch):
     """Finished examples stay finished when --eval_batch_size, which is not part of the result, is lowered."""
     evaluate(*FEW, "--results_dir", "whole")
@@ -927,7 +949,8 @@ def test_gold_answers_change_no_answer_and_nothing_else_in_the_results(evaluate,
 def test_a_gold_loss_that_is_not_a_number_names_the_weight_that_makes_it_so(world):
     tokenizers = answers._cached_tokenizers(world.encoder, world.llm)
     columns = {"encoder_ids": [[5, 6]], "prompt_ids": [[7]], "target_ids": [[8, 2]]}
-    settings = SimpleNamespace(tokenizers=tokenizers, columns=columns, max_new_tokens=1)
+    limits = {"batch_size": 8, "token_budget": None, "max_new_tokens": 1}
+    settings = SimpleNamespace(tokenizers=tokenizers, columns=columns, bridge=None, **limits)
     assert gold.score_gold(world.model, settings, [0])[0]["gold_tokens"] == 2
     broken = deepcopy(world.model)
     with torch.no_grad():

@@ -81,7 +81,7 @@ def count(args: argparse.Namespace) -> int:
     import torch
 
     from mindmerger.evaluation.settings import settle
-    from mindmerger.generation.answers import load_model
+    from mindmerger.generation.loading import load_model
 
     if world_size() > 1:
         raise NeuronError("neurons are counted by one process: start it with python, not with the launcher")

@@ -4,15 +4,16 @@
 the next begins.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from mindmerger.runtime.errors import UserError
-from mindmerger.runtime.processes import explain_out_of_memory, is_main
+from mindmerger.runtime.processes import explain_out_of_memory
 
 # The released evaluation's defaults.
 DEFAULT_BATCH_SIZE = 8
+# By how many batches of its token budget an evaluation proceeds where rows change places.
+BATCHES_AT_ONCE = 4
 DEFAULT_MAX_LEN = 512  # tokens, of the encoder's input and of the prompt
 MEMORY_FLAGS = "lower --eval_max_tokens, --eval_batch_size (it continues where this run stopped), --max_new_tokens or "
 MEMORY_FLAGS += "--max_gen_len"
@@ -121,10 +122,30 @@ def split_batches(
     return batches
 
 
-def split_evaluation(remaining: list[int], settings) -> list[list[int]]:
-    """Returns the examples numbered `remaining` in the batches that an evaluation's settings ask for."""
+def split_evaluation(remaining: list[int], settings, model=None) -> list[list[int]]:
+    """Returns the examples numbered `remaining` in the batches that an evaluation's settings ask for.
+
+    Args:
+        model: whose rows then change places in larger batches, where it can and the settings let them.
+    """
     lengths = input_positions(settings.columns, settings.bridge)
-    return split_batches(remaining, lengths, settings.batch_size, settings.token_budget, settings.max_new_tokens)
+    limits = settings.batch_size, settings.token_budget, settings.max_new_tokens
+    batches = split_batches(remaining, lengths, *limits)
+    if model is None or not rows_change_places(model, settings):
+        return batches
+    # What is on disk at once, and generated as a whole again after a kill: with other rows in the other places bf16
+    # would round differently.
+    parts = [batches[i : i + BATCHES_AT_ONCE] for i in range(0, len(batches), BATCHES_AT_ONCE)]
+    return [[i for batch in part for i in batch] for part in parts]
+
+
+def rows_change_places(model, settings) -> bool:
+    """Tells whether an evaluation decodes by continuous batching: by transformers, with a token budget alone, where
+    answers are generated, and with a model that can."""
+    from mindmerger.generation.continuous import can_run
+
+    by_budget = settings.token_budget is not None and settings.batch_size is None
+    return by_budget and settings.engine == "hf" and settings.label_ids is None and can_run(model)
 
 
 def batch_inputs(model, tokenizers, columns: dict, batch: list[int], with_target: bool = False) -> dict:
@@ -170,6 +191,28 @@ def generate_batch(
     return [to_generation(model, tokenizers, ids) for ids in ids_BT.tolist()]
 
 
+def generate_in_places(
+    model, tokenizers, columns: dict, batch: list[int], lengths: list[int], places, max_new_tokens: int, advance=None
+) -> list[Generation]:
+    """Returns greedy answers to the examples numbered `batch`, longest input first, in that order, by continuous
+    batching.
+
+    Args:
+        lengths, places, advance: as `continuous.generate_rows` takes them.
+
+    Raises:
+        UserError: out of memory, naming what to lower.
+    """
+    from mindmerger.generation.continuous import generate_rows
+
+    read = partial(batch_inputs, model, tokenizers, columns)
+    sizes = {"input": lengths[batch[0]], "answer": max_new_tokens}
+    rows = max(1, min(len(batch), places(lengths[batch[0]])))
+    with explain_out_of_memory(f"on {rows} examples at once", sizes, MEMORY_FLAGS):
+        ids = generate_rows(model, batch, lengths, read, places, max_new_tokens, advance or (lambda ended: None))
+    return [to_generation(model, tokenizers, ids[i]) for i in batch]
+
+
 def merge_batch(model, settings, batch: list[int]) -> list:
     """Returns the merged embeddings (L, D) of each example numbered `batch`, without padding, on the CPU.
 
@@ -189,91 +232,44 @@ def merge_batch(model, settings, batch: list[int]) -> list:
     return rows
 
 
-def answer_batches(model, engine, settings, batches: list[list[int]]):
-    """Yields (batches, answers to all their examples in order): one batch by transformers, a chunk of them by vLLM."""
-    tokenizers, new_tokens = settings.tokenizers, settings.max_new_tokens
-    if settings.label_ids is not None:
-        from mindmerger.generation.likelihood import choose_labels
+def answer_batches(model, engine, settings, batches: list[list[int]], advance=lambda ended: None):
+    """Yields (batches, answers to all their examples in order): one batch by transformers, a chunk of them by vLLM.
 
-        yield from (([batch], choose_labels(model, settings, batch)) for batch in batches)
-        return
+    Args:
+        advance: called with how many answers have ended since, as a rule before they are yielded.
+    """
+    tokenizers, new_tokens = settings.tokenizers, settings.max_new_tokens
     if engine is None:
         for batch in batches:
-            yield [batch], generate_batch(model, tokenizers, settings.columns, batch, new_tokens)
+            yield [batch], answer_batch(model, settings, batch, advance)
         return
     from mindmerger.generation import vllm_engine
 
     for chunk in vllm_engine.chunks(batches):
         rows = [row for batch in chunk for row in merge_batch(model, settings, batch)]
         answers = vllm_engine.decode(engine, rows, model.eos_token_ids, new_tokens, settings.llm_path)
+        advance(len(answers))
         yield chunk, [to_generation(model, tokenizers, ids) for ids in answers]
 
 
-def load_model(settings, device):
-    """Loads both towers and what stands between them on this rank's device; with vLLM without the LLM's layers.
+def answer_batch(model, settings, batch: list[int], advance) -> list:
+    """Returns answers to the examples numbered `batch` by transformers, in order; `advance` as for `answer_batches`."""
+    from mindmerger.generation.likelihood import choose_labels
 
-    Rank 0 alone reads mapping and adapter, since its node alone may have the files: the caller gives them to the other
-    ranks.
+    given = model, settings.tokenizers, settings.columns, batch
+    if rows_change_places(model, settings):
+        lengths = input_positions(settings.columns, settings.bridge)
 
-    Raises:
-        UserError: out of memory, or for a model that cannot be loaded.
-    """
-    import torch
+        def places(longest: int) -> int:
+            return settings.token_budget // (longest + settings.max_new_tokens)
 
-    from mindmerger.generation.vllm_engine import keep_input_side
-    from mindmerger.model.adapters import load_adapter
-    from mindmerger.model.decoding import end_at
-    from mindmerger.model.mindmerger import MindMerger
-
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
-    paths = settings.mt_path, settings.llm_path
-    between = settings.bridge_name, settings.bridge.options if settings.bridge is not None else None
-    advice = "use a larger GPU, --precision bf16 or --quantization nf4"
-    with explain_out_of_memory(f"while placing the models on {device}", {}, advice):
-        model = MindMerger.from_models(
-            *paths, dtype, settings.attn_implementation, *between, quantization=settings.quantization
-        )
-        if settings.tokenizers.chat is not None:  # whose turn may end in a token that no config names
-            end_at(model, settings.tokenizers.eos_id)
-        if settings.mapping_file is not None and is_main():
-            model.load_mapping(settings.mapping_file)
-        if settings.adapter is not None:
-            load_adapter(model, settings.adapter, read=is_main())
-        if settings.engine == "vllm":  # which loads the LLM itself: twice would not fit
-            keep_input_side(model)
-        if settings.probe_prefix is not None and settings.probe_prefix["kind"] == "zero":
-            model.mapping.register_forward_hook(zero_output)
-        return model.to(device).eval()
-
-
-def zero_output(bridge, given, output):
-    """Returns a bridge's output with zeros in the place of all its numbers; its mask stays, and with it all positions.
-
-    As a forward hook it reaches every use of the bridge, and no bridge has to know of it.
-    """
-    import torch
-
-    memory = output.memory
-    if memory is not None:
-        memory = [type(one)(*map(torch.zeros_like, one)) for one in memory]
-    return output._replace(prefix_BKD=torch.zeros_like(output.prefix_BKD), memory=memory)
-
-
-@contextmanager
-def started_engine(settings, device_type: str):
-    """Context manager: what decodes where that is not the model itself, None where it is. Enter it when the model has
-    its place on the device."""
-    if settings.engine == "hf":
-        yield None
-        return
-    from mindmerger.generation import vllm_engine
-
-    longest = max(input_positions(settings.columns, settings.bridge)) + settings.max_new_tokens
-    engine = vllm_engine.start(settings.llm_path, settings.precision, longest, device_type)
-    try:
-        yield engine
-    finally:
-        vllm_engine.stop(engine)
+        return generate_in_places(*given, lengths, places, settings.max_new_tokens, advance)
+    if settings.label_ids is not None:
+        answers = choose_labels(model, settings, batch)
+    else:
+        answers = generate_batch(*given, settings.max_new_tokens)
+    advance(len(answers))
+    return answers
 
 
 def answer(
@@ -304,6 +300,7 @@ def answer(
         UserError: an unknown task or language, lists of different lengths, a model without a usable tokenizer, another
             chat template than the model was trained with, logits that are not numbers.
     """
+    from mindmerger.generation.continuous import can_run
     from mindmerger.tasks import find_task
 
     # A string is a sequence too: it would be answered character by character.
@@ -313,10 +310,18 @@ def answer(
         return []
     task = find_task(task)
     tokenizers, columns = tokenise_texts(model, texts, task, languages, augmentation, chat_template)
+    lengths, new_tokens = input_positions(columns, model.mapping), max_new_tokens or task.max_new_tokens
     # Filled by number: batches come by length, callers expect their own order.
     outputs = [""] * len(texts)
-    for batch in split_batches(list(range(len(texts))), input_positions(columns, model.mapping), batch_size):
-        answers = generate_batch(model, tokenizers, columns, batch, max_new_tokens or task.max_new_tokens)
+    batches = split_batches(list(range(len(texts))), lengths, batch_size)
+    if changing := can_run(model):
+        batches = [[i for batch in batches for i in batch]]
+    for batch in batches:
+        given = model, tokenizers, columns, batch
+        if changing:
+            answers = generate_in_places(*given, lengths, lambda longest: batch_size, new_tokens)
+        else:
+            answers = generate_batch(*given, new_tokens)
         for i, one in zip(batch, answers, strict=True):
             outputs[i] = one.output
     return outputs

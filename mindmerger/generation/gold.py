@@ -1,6 +1,6 @@
 """Gold answers: how likely the LLM finds them. A loss moves where greedy answers only say right or wrong."""
 
-from mindmerger.generation.answers import batch_inputs, explain_batch_out_of_memory
+from mindmerger.generation.answers import batch_inputs, explain_batch_out_of_memory, split_evaluation
 from mindmerger.generation.likelihood import Choice, gold_of_choices
 
 
@@ -21,9 +21,12 @@ def score_gold(model, settings, batch: list[int], answers: list | None = None) -
 
     if answers and isinstance(answers[0], Choice):
         return gold_of_choices(settings, batch, answers)
-    inputs = batch_inputs(model, settings.tokenizers, settings.columns, batch, with_target=True)
-    with explain_batch_out_of_memory(inputs, settings.max_new_tokens), torch.no_grad():
-        losses = row_losses(model, inputs)
+    losses = []
+    # Where rows change places, a batch of answers is several of inputs: it has the longest ones first already.
+    for part in split_evaluation(batch, settings):
+        inputs = batch_inputs(model, settings.tokenizers, settings.columns, part, with_target=True)
+        with explain_batch_out_of_memory(inputs, settings.max_new_tokens), torch.no_grad():
+            losses += row_losses(model, inputs)
     if not all(loss.isfinite() for loss in losses):
         raise model.not_finite_error()
     tokens = [len(settings.columns["target_ids"][i]) for i in batch]

@@ -144,7 +144,7 @@ def load_both(settings: SimpleNamespace, device) -> tuple:
     Raises:
         UserError: out of memory, or for a model that cannot be loaded.
     """
-    from mindmerger.generation.answers import load_model
+    from mindmerger.generation.loading import load_model
     from mindmerger.model.mindmerger import MindMerger
 
     model = load_model(settings, device)

@@ -35,12 +35,12 @@ from mindmerger.generation.answers import (
     batch_inputs,
     check_tokens,
     input_positions,
-    load_model,
     split_batches,
     to_generation,
     tokenise_inputs,
 )
 from mindmerger.generation.likelihood import label_tensors, size_of
+from mindmerger.generation.loading import load_model
 from mindmerger.hub.model_configs import embedding_rows, llm_config, load_config
 from mindmerger.integrations.lm_eval_table import Query, find_query, source_text
 from mindmerger.model.attention_memory import check_attention_function

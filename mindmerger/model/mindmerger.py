@@ -39,7 +39,7 @@ from mindmerger.model.attention_memory import (
     contexts_of_memory,
     normalises_keys,
 )
-from mindmerger.model.decoding import FiniteLogits, contiguous_input, decoding_attention, end_at, growing_cache
+from mindmerger.model.decoding import FiniteLogits, end_at, fast_decoding, growing_cache
 from mindmerger.model.encoding import encoder_states
 from mindmerger.model.input_plan import InputPlan, masks_known, plan_encoder, plan_input
 from mindmerger.model.likelihood import score_labels
@@ -377,7 +377,7 @@ class MindMerger(SharedOnHub, nn.Module):
         embeds_BLD, mask_BL, memory = self._merged(encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask)
         if not generation_kwargs.keys() & {"past_key_values", "cache_implementation", "use_cache"}:
             generation_kwargs |= growing_cache(self.llm)
-        with contiguous_input(self.llm.get_output_embeddings()), decoding_attention(self.llm), memory:
+        with fast_decoding(self.llm), memory:
             ids = self.llm.generate(
                 inputs_embeds=embeds_BLD,
                 attention_mask=mask_BL.to(embeds_BLD.device),

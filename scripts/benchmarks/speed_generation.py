@@ -3,6 +3,7 @@
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from mindmerger.runtime.processes import log, rank, world_size
 from scripts.benchmarks.speed_world import synchronise
@@ -44,14 +45,22 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
     kept = {"with_source": form != "llm_only", "with_prompt": form != "hard"}
     kept["encoder_text"] = stage_of(model.config).encoder_text
     columns = generation_answers.tokenise_inputs(tokenizers, examples, **kept, max_seq_len=512, max_gen_len=512)
-    lengths = generation_answers.input_positions(columns, model.mapping)
+    bridge = model.mapping if form != "llm_only" else None
+    lengths = generation_answers.input_positions(columns, bridge)
     every, new = list(range(len(examples))), args.max_new_tokens
+    # As an evaluation with a token budget has them.
+    settings = SimpleNamespace(tokenizers=tokenizers, columns=columns, bridge=bridge, max_new_tokens=new)
+    settings.token_budget, settings.batch_size = args.eval_max_tokens, None
+    settings.engine, settings.label_ids = "hf", None
     batches = {
-        "ours": generation_answers.split_batches(every, lengths, None, args.eval_max_tokens, new),
+        "ours": generation_answers.split_evaluation(every, settings, model),
         # In file order, as the published code evaluates.
         "plain": [every[i : i + 8] for i in range(0, len(every), 8)],
     }
-    generate = {"ours": generation_answers.generate_batch, "plain": plain_generation}
+    generate = {
+        "ours": lambda batch: generation_answers.answer_batch(model, settings, batch, lambda ended: None),
+        "plain": lambda batch: plain_generation(model, tokenizers, columns, batch, new),
+    }
     found, answers, tokens = {mode: [] for mode in batches}, {}, {}
     for number in range(args.windows + 1):
         for mode in batches:
@@ -60,7 +69,7 @@ def time_generation(args, folder: Path, form: str, model, device) -> dict:
             started, mine = time.perf_counter(), {}
             with torch.no_grad():
                 for batch in batches[mode][rank() :: world_size()]:
-                    mine |= zip(batch, generate[mode](model, tokenizers, columns, batch, new), strict=True)
+                    mine |= zip(batch, generate[mode](batch), strict=True)
             synchronise(device)
             torch.distributed.barrier()
             seconds, shares = time.perf_counter() - started, [None] * world_size()
