@@ -161,9 +161,10 @@ is_on() {
     esac
 }
 
-# refuse_misspelt PROGRAM: stops at a variable for one stage that no flag has the name of.
+# refuse_misspelt PROGRAM: stops at a variable for one stage that no flag has the name of, nor a script's own variable
+# in `own_variables`.
 refuse_misspelt() {
-    local name prefix flag known=" $value_flags $switches config "
+    local name prefix flag known=" $value_flags $switches config ${own_variables-} "
     for name in $other_names; do known+="${name%%=*} "; done
     for name in $(compgen -e); do
         flag=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]')

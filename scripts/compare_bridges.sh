@@ -117,6 +117,7 @@ fi
 owned="bridge bridge_option stage_name lr seed max_steps epoch_num output_dir save_name init_checkpoint augmentation"
 owned+=" dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only"
 adapter_flags="adapter adapter_rank adapter_alpha adapter_dropout adapter_targets"
+own_variables=pairs_share # begins as the variables of the stages on pairs do
 control="LLM + adapter" # as the plan calls it
 
 # stage_flags DATA: puts the flags of a stage that reads it into `command_line`, without the bridge's own.

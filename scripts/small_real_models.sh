@@ -19,7 +19,8 @@
 #   TUNING_STEPS, MAPPING_STEPS, HARD_STEPS, SOFT_STEPS, LIMIT (test rows per language)   defaults below
 #   CONTROLS=1             also a random encoder in the same recipe, a classifier on the encoder without any LLM, and
 #                          the LLM with a LoRA tuned on the same rows
-#   BRIDGES                also compares these (compare_bridges.sh), on the same models and data
+#   BRIDGES                also compares these (compare_bridges.sh), on the same models and data, each from a fresh start
+#                          with TARGET_TOKENS (defaults below), SEEDS ($SEED) and LRS (1e-3)
 #   SEED (0), PRECISION (auto), PYTHON
 set -euo pipefail
 called_from=$PWD
@@ -32,9 +33,11 @@ data_root=${DATA_ROOT:-datas} seed=${SEED:-0} languages=${LANGUAGES:-sw,tr,de,zh
 work=${SMALL_MODELS_DIR:-small_models}
 if [[ -n ${SMALL_MODELS_DIR-} && $work != /* ]]; then work=$called_from/$work; fi
 
-tuning_steps=120 mapping_steps=100 hard_steps=120 soft_steps=60 limit=150
-if is_on FAST "${FAST-}"; then tuning_steps=40 mapping_steps=20 hard_steps=20 soft_steps=10 limit=20; fi
-if is_on LONG "${LONG-}"; then tuning_steps=600 mapping_steps=1000 hard_steps=600 soft_steps=400 limit=1980; fi
+tuning_steps=120 mapping_steps=100 hard_steps=120 soft_steps=60 limit=150 tokens=20000
+if is_on FAST "${FAST-}"; then tuning_steps=40 mapping_steps=20 hard_steps=20 soft_steps=10 limit=20 tokens=2000; fi
+if is_on LONG "${LONG-}"; then
+    tuning_steps=600 mapping_steps=1000 hard_steps=600 soft_steps=400 limit=1980 tokens=200000
+fi
 tuning_steps=${TUNING_STEPS:-$tuning_steps} mapping_steps=${MAPPING_STEPS:-$mapping_steps}
 hard_steps=${HARD_STEPS:-$hard_steps} soft_steps=${SOFT_STEPS:-$soft_steps} limit=${LIMIT:-$limit}
 dev_size=${DEV_SIZE:-300} layer=(--bridge_option "encoder_layer=${ENCODER_LAYER:-10}")
@@ -154,8 +157,12 @@ printf '\n=== Without English, by premises\n'
 python -m scripts.small_models summary --data_root "$work/datas" "${table[@]}" --against "LLM alone" \
     --against "MindMerger-Soft, shuffled prefix" --output "$work/results/summary.md" --seed "$seed"
 if [[ -n ${BRIDGES-} ]]; then
-    LLM_PATH=$work/llm MT_PATH=$encoder DATA_ROOT=$work/datas TASK=xnli BRIDGES=$BRIDGES RESULTS_DIR=$work/bridges \
-        OUTPUT_DIR=$work/outputs LIMIT=$limit LANGUAGES=$languages \
-        bash scripts/compare_bridges.sh
+    # A fresh mapping for each, the same target tokens for all, and the pairs through the LLM as it was here too.
+    LLM_PATH=$work/llm PAIRS_LLM_PATH=$llm MT_PATH=$encoder DATA_ROOT=$work/datas TASK=xnli BRIDGES=$BRIDGES \
+        RESULTS_DIR=$work/bridges OUTPUT_DIR=$work/outputs SEEDS=${SEEDS:-$seed} LRS=${LRS:-1e-3} PAIRS_SHARE=0.8 \
+        TARGET_TOKENS=${TARGET_TOKENS:-$tokens} TRAIN_BATCH_SIZE=32 MICRO_BATCH_TOKENS=2048 EVAL_BATCH_SIZE=32 \
+        DEV_SIZE=$dev_size PRECISION=$precision LR_SCHEDULER=cosine WARMUP_RATIO=0.05 MAX_SEQ_LEN=200 MAX_GEN_LEN=400 \
+        NUM_WORKERS=1 SCORING=likelihood EVAL_MAX_TOKENS=8192 LIMIT=$limit PAIRS_LANGUAGES=$languages \
+        EVALUATION_LANGUAGES=en,$languages bash scripts/compare_bridges.sh
 fi
 printf '=== All steps: %d s\n' "$SECONDS"

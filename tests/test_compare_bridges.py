@@ -142,6 +142,21 @@ def test_costs_come_from_the_training_that_the_results_name_and_from_the_plan(tm
     assert "| other | – | – | – | – | – | – |" in text
 
 
+def test_rows_by_likelihood_keep_their_costs_and_mindmerger_as_what_they_are_tested_against(tmp_path, capsys):
+    """Their labels say how they were scored, and costs and rates are named without that."""
+    rows = [evaluation(tmp_path / name, TWO, scoring="likelihood") for name in ("m", "o")]
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"costs": {"mindmerger": {"flop_per_target_token": 2.5e9}}}))
+    flags = ["--row", f"other={rows[1]}", "--row", f"mindmerger={rows[0]}", "--costs", plan, "--lr", "mindmerger=1e-3"]
+    found = table_of(tmp_path, *flags)
+    row = found["mindmerger (likelihood)", "avg"]
+    assert (row["learning_rate"], float(row["flop_per_target_token"])) == ("1e-3", 2.5e9)
+    assert found["other (likelihood)", "avg"]["against"] == "mindmerger (likelihood)"
+    assert "no row is called" not in capsys.readouterr().err
+    found = table_of(tmp_path, *flags, "--against", "other")
+    assert found["mindmerger (likelihood)", "avg"]["against"] == "other (likelihood)"
+
+
 def test_missing_rows_keep_their_place_and_reason(made, tmp_path):
     found = table_of(tmp_path, *made[:4], "--missing", "st_merge=not reproduced", *made[4:])
     assert found["st_merge", ""]["missing"] == "not reproduced" and found["st_merge", ""]["accuracy"] == ""
@@ -272,6 +287,7 @@ def script(tmp_path, tiny_llm, tiny_encoder, datas):
         "TRAIN_MICRO_BATCH_SIZE_PER_GPU": "2",
         "DEV_SIZE": "1",
         "LANGUAGES": "sw,th",
+        "PAIRS_SHARE": "0.5",  # the script's own, among variables for stages on pairs
     }
     environment |= {"PRECISION": "fp32", "LIMIT": "2", "MAX_NEW_TOKENS": "2", "NUM_WORKERS": "0", "HF_HUB_OFFLINE": "1"}
     environment |= {"RESULTS_DIR": str(tmp_path / "r"), "OUTPUT_DIR": str(tmp_path / "o")}

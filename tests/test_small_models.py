@@ -286,10 +286,12 @@ def test_the_whole_recipe_runs_is_killed_continues_and_writes_its_tables(tmp_pat
     output = again.communicate(timeout=240)[0]
     assert again.returncode == 0 and output.count("finished before") == len(list((work / "finished").iterdir()))
     # More rows: the evaluations alone are extended.
-    wider = start(environment | {"LIMIT": "9", "CONTROLS": "0"})
-    output = wider.communicate(timeout=240)[0]
+    bridges = {"BRIDGES": "mindmerger", "TARGET_TOKENS": "300", "ADAPTER": "none"}
+    wider = start(environment | {"LIMIT": "9", "CONTROLS": "0"} | bridges)
+    output = wider.communicate(timeout=400)[0]
     assert wider.returncode == 0, output
     assert "real: mapping: finished before" in output
     results = json.loads((work / "results/llm/xnli-llm_only-likelihood/results.json").read_text())
     assert {name: one["n"] for name, one in results["languages"].items()} == dict.fromkeys(NAMES.values(), 9)
     assert len(results["earlier_runs"]) == 1
+    assert "| mindmerger (likelihood) | 1 | " in (work / "bridges/bridges.md").read_text()

@@ -283,21 +283,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_entries(entries: list[tuple]) -> tuple[dict[str, list[Row]], list[str], dict[str, str]]:
+def read_entries(entries: list[tuple]) -> tuple[dict[str, list[Row]], list[str], dict[str, str], dict[str, str]]:
     """Reads the rows of the command line.
 
     Returns:
-        the seeds of each label, all labels in the order asked, and the reason of each missing one.
+        the seeds of each label, all labels in the order asked, the reason of each missing one, and the label that each
+        name on the command line became.
 
     Raises:
         ResultsError: for a folder without a finished evaluation, one that is given twice, and a label that is both
             there and missing.
     """
-    methods, order, missing, folders = {}, [], {}, set()
+    methods, order, missing, labels, folders = {}, [], {}, {}, set()
     for kind, label, value in entries:
         if kind == "row":
             row = read_row(label, model_path(value))
-            label = row.label
+            labels[label] = label = row.label
             # One folder twice would pass for two seeds that agree to the last item.
             if Path(row.folder).resolve() in folders:
                 raise ResultsError(f"{row.folder} is given twice: each seed has a folder of its own")
@@ -308,7 +309,7 @@ def read_entries(entries: list[tuple]) -> tuple[dict[str, list[Row]], list[str],
         if label in methods and label in missing:
             raise ResultsError(f"{label!r} is given as a row and as missing: call the missing one otherwise")
         order.append(label)
-    return methods, list(dict.fromkeys(order)), missing
+    return methods, list(dict.fromkeys(order)), missing, labels
 
 
 def read_plan(file: Path | None) -> dict:
@@ -328,8 +329,8 @@ def read_plan(file: Path | None) -> dict:
         ) from error
 
 
-def find_base(methods: list[Method], wanted: str | None) -> Method:
-    """Returns the method that the others are tested against.
+def find_base(methods: list[Method], wanted: str | None, reference: str = REFERENCE) -> Method:
+    """Returns the method that the others are tested against: the reference where none is wanted.
 
     Raises:
         ResultsError: when no row is called so.
@@ -338,9 +339,9 @@ def find_base(methods: list[Method], wanted: str | None) -> Method:
     if not by_label:
         raise ResultsError("all rows have another question's prefix: give one with its own")
     if wanted is None:
-        if REFERENCE not in by_label:
-            warn(f"no row is called {REFERENCE}: the others are tested against {next(iter(by_label))}")
-        wanted = REFERENCE if REFERENCE in by_label else next(iter(by_label))
+        if reference not in by_label:
+            warn(f"no row is called {reference}: the others are tested against {next(iter(by_label))}")
+        wanted = reference if reference in by_label else next(iter(by_label))
     if wanted not in by_label:
         raise ResultsError(f"--against {wanted!r} is none of the rows: {', '.join(by_label)}")
     return by_label[wanted]
@@ -353,19 +354,21 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_seed(args.seed)
     check_save_name(args.name, "--name")
-    planned = read_plan(args.costs)
-    by_label, order, missing = read_entries(args.entries)
+    by_label, order, missing, labels = read_entries(args.entries)
     rows = [row for seeds in by_label.values() for row in seeds]
     notes = keep_common(rows)
     warn_of_scorers([row.folder for row in rows], [row.results for row in rows])
     notes.append(f"Interval of avg: {resampling_note(describe_questions(rows[0].questions))}.")
+    # Costs and rates are named as the rows were asked for, before their labels said how they were scored.
+    given = read_plan(args.costs), dict(args.lr)
+    planned, rates = ({labels.get(name, name): one for name, one in named.items()} for named in given)
     methods = [measure(label, seeds, planned.get(label), args.seed) for label, seeds in by_label.items()]
-    base = find_base(methods, args.against)
+    base = find_base(methods, labels.get(args.against, args.against), labels.get(REFERENCE, REFERENCE))
     compare(methods, base, args.seed)
     # An interval over questions says nothing of another training; unsaid, a reader would take it for that.
     if min(len(method.rows) for method in methods) == 1:
         notes.append("Where there is one seed, nothing tells how far another training would move the number.")
-    task, texts = rows[0].results["task"], {"missing": missing, "rates": dict(args.lr), "notes": notes}
+    task, texts = rows[0].results["task"], {"missing": missing, "rates": rates, "notes": notes}
     text = format_markdown(task, methods, order, base, texts)
     write_text_atomic(args.output_dir / f"{args.name}.md", text)
     write_text_atomic(args.output_dir / f"{args.name}.csv", format_csv(methods, texts))
