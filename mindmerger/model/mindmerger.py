@@ -296,15 +296,14 @@ class MindMerger(SharedOnHub, nn.Module):
             with torch.no_grad():
                 losses_BC, greedy_BC = score_labels(self.llm, *self._merged(*inputs), target_ids, target_mask)
             return MindMergerOutput(label_losses=losses_BC, label_greedy=greedy_BC)
-        plan = plan or self.plan_input(encoder_attention_mask, prompt_mask, target_mask)
-        plan = plan.to(target_ids.device)
+        plan = (plan or self.plan_input(encoder_attention_mask, prompt_mask, target_mask)).to(target_ids.device)
         embeds, memory = self._segments(plan, encoder_input_ids, prompt_ids)
         embeds.append(self.llm.get_input_embeddings()(target_ids))
         embeds_BLD = self._rows(embeds, plan)
         labels_M = target_ids.flatten().index_select(0, plan.token_M)
-        with memory, masks_known(), head_on_positions(self.llm.get_output_embeddings(), plan.rows.predictor_M):
+        with memory, masks_known(plan.pack), head_on_positions(self.llm.get_output_embeddings(), plan.rows.predictor_M):
             # Causal attention on right-padded rows never looks at padding: no mask, so the fused kernels apply.
-            logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False).logits[0]
+            logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False, **plan.llm_arguments).logits[0]
         # A sum, for the mean depends on how a batch is split: training divides by the whole batch's tokens.
         loss_sum = ChunkedCrossEntropy.apply(logits_MV, labels_M)
         tokens = loss_sum.new_full((), labels_M.numel())
@@ -411,10 +410,11 @@ class MindMerger(SharedOnHub, nn.Module):
         encoder_attention_mask: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
+        packed: bool = False,  # all rows end to end in one, for LLMs that `training/packing.py` knows
     ) -> InputPlan:
         """Plans how `forward` lays out a batch with these masks, (B, n) each, or `generate` without a target."""
-        has_bos = self.bos_token_id is not None
-        return plan_input(self.mapping, has_bos, encoder_attention_mask, prompt_mask, target_mask)
+        masks = encoder_attention_mask, prompt_mask, target_mask
+        return plan_input(self.mapping, self.bos_token_id is not None, *masks, packed)
 
     def _merged(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
         """Returns left-padded embeddings (B, L, D) of all before the answer, their mask on the masks' device, and the

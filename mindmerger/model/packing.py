@@ -1,7 +1,7 @@
-"""Packing: segments padded on any side become rows whose real tokens are contiguous.
+"""Packing: segments padded on any side become rows whose real tokens are contiguous, or one row of all of them.
 
-Dimension letters: B batch, L merged length, N all segments of a row side by side, M target tokens of the whole batch,
-D LLM width.
+Dimension letters: B batch, L merged length (of the one row, the sum of all), N all segments of a row side by side,
+M target tokens of the whole batch, D LLM width.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,31 @@ class Packing:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Packing":
         """Returns the same plan with each tensor changed."""
         return Packing(change(self.source_BL), change(self.mask_BL), change(self.predictor_M))
+
+
+@dataclass
+class Pack:
+    """What keeps rows apart that stand end to end in one: every tensor lives on the masks' device.
+
+    position_1L: of each position in its own row, from 0; sequence_1L: which row it belongs to, None where there is one
+    alone; start_B1: (B + 1,) int32, where each row starts, and the last one ends; longest: positions of the longest.
+    """
+
+    position_1L: torch.Tensor
+    sequence_1L: torch.Tensor | None
+    start_B1: torch.Tensor
+    longest: int  # a number of the CPU: read off a GPU, it would be waited for in every layer
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Pack":
+        """Returns the same pack with each tensor changed."""
+        sequence_1L = change(self.sequence_1L) if self.sequence_1L is not None else None
+        return Pack(change(self.position_1L), sequence_1L, change(self.start_B1), self.longest)
+
+    @property
+    def arguments(self) -> dict:
+        """Arguments of the LLM's forward; flash attention reads the lengths, the others the positions alone."""
+        lengths = {f"cu_seq_lens_{side}": self.start_B1 for side in "qk"}
+        return {"position_ids": self.position_1L, **lengths} | {f"max_length_{side}": self.longest for side in "qk"}
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
@@ -53,20 +78,43 @@ def plan_packing(masks: list[torch.Tensor], padding_side: str, target_segment: i
     mask_BL = mask_BN.gather(1, source_BL)
     predictor_M = torch.empty(0, dtype=torch.long, device=mask_BN.device)
     if target_segment is not None:
-        is_target_BN = torch.cat(
-            [
-                mask.bool() if i == target_segment else torch.zeros_like(mask, dtype=torch.bool)
-                for i, mask in enumerate(masks)
-            ],
-            dim=1,
-        )
+        is_target_BN = _segment(masks, target_segment)
         # A target token at position p is predicted at p - 1; there always is one before it (the boundary at least).
         predictor_M = torch.nonzero(is_target_BN.gather(1, source_BL).flatten()).squeeze(1) - 1
     return Packing(source_BL, mask_BL.long(), predictor_M)
 
 
+def _segment(masks: list[torch.Tensor], number: int) -> torch.Tensor:
+    """Returns where the real positions of one segment are, (B, N)."""
+    kept = [mask.bool() if i == number else torch.zeros_like(mask, dtype=torch.bool) for i, mask in enumerate(masks)]
+    return torch.cat(kept, dim=1)
+
+
+def plan_pack(masks: list[torch.Tensor], target_segment: int) -> tuple[Packing, Pack]:
+    """Plans how segments, each padded on any side, become one row (1, L) of all real positions, row after row.
+
+    Args: as for `plan_packing`.
+
+    Returns:
+        the plan, whose `source_BL` (1, L) indexes the B*N unpacked positions, and what keeps the rows apart.
+    """
+    mask_BN = torch.cat([mask.bool() for mask in masks], dim=1)
+    source_L = torch.nonzero(mask_BN.flatten()).squeeze(1)
+    length_B = mask_BN.sum(1)
+    start_B1 = torch.nn.functional.pad(length_B.cumsum(0), (1, 0))
+    row_L = torch.arange(len(length_B), device=mask_BN.device).repeat_interleave(length_B)
+    position_L = torch.arange(len(source_L), device=mask_BN.device) - start_B1[row_L]
+    predictor_M = torch.nonzero(_segment(masks, target_segment).flatten()[source_L]).squeeze(1) - 1
+    # One row alone needs no mask: the kernels for plain causal attention apply.
+    sequence_1L = row_L[None] if len(length_B) > 1 else None
+    pack = Pack(position_L[None], sequence_1L, start_B1.int(), int(length_B.max()))
+    return Packing(source_L[None], torch.ones_like(source_L)[None], predictor_M), pack
+
+
 def take_rows(values_BND: torch.Tensor, source_BL: torch.Tensor) -> torch.Tensor:
-    """Gathers (B, L, D) from (B, N, D) along the second dimension."""
+    """Gathers (B, L, D) from (B, N, D) along the second dimension, or (1, L, D) of all rows by `plan_pack`'s index."""
+    if len(source_BL) != len(values_BND):
+        values_BND = values_BND.flatten(0, 1).unsqueeze(0)
     rows, wide = values_BND.shape[:2]
     start_B1 = torch.arange(rows, device=source_BL.device).unsqueeze(1) * wide
     # Flat rows: `gather` would need an index as wide as the values.
