@@ -39,7 +39,8 @@ def make(monkeypatch):
         monkeypatch.setattr(data_loader, "rank", lambda: rank)
         monkeypatch.setattr(data_loader, "world_size", lambda: ranks)
         sizes = {"train_batch_size": 6, "train_micro_batch_size_per_gpu": 2, "eval_batch_size": 2}
-        args = SimpleNamespace(**{**sizes, "micro_batch_tokens": None, "seed": 1, "num_workers": 2, **flags})
+        sizes |= {"micro_batch_tokens": None, "packing": False}
+        args = SimpleNamespace(**{**sizes, "seed": 1, "num_workers": 2, **flags})
         data = TrainingData(examples, pads, np.arange(ROWS, ROWS + DEV), np.arange(ROWS))
         return BatchLoader(args, data, lambda tokens: tokens + 1, torch.device("cpu"))
 

@@ -107,7 +107,12 @@ class MicroBatch:
 
 
 def split_global_batch(
-    indices: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int, token_budget: int | None = None
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    world_size: int,
+    micro_batch_size: int,
+    token_budget: int | None = None,
+    packed: bool = False,
 ) -> list[list[MicroBatch]]:
     """Splits a global batch into micro-batches of rows of similar length: `[rank][i]`, equally many for every rank.
 
@@ -116,6 +121,7 @@ def split_global_batch(
         lengths: merged length of every row of the data set, indexed by row (from `TrainingSet.merged_lengths`).
         micro_batch_size: most rows of a micro-batch, unless there is a budget.
         token_budget: most positions of a micro-batch, padding included; a longer row stands alone.
+        packed: whether rows are passed without padding.
 
     Every row is in exactly one micro-batch of weight 1. Rows are dealt to the ranks in turn, by falling length: all
     ranks work on rows of similar length at the same time, the longest first, so that a lack of memory shows at once. A
@@ -132,7 +138,7 @@ def split_global_batch(
         rounds = math.ceil(len(longest) / micro_batch_size)
         starts = [part[0] for part in np.array_split(np.arange(len(longest)), rounds)]
     else:
-        starts = _starts_by_budget(longest, token_budget)
+        starts = _starts_by_budget(longest, token_budget, packed)
     return [
         [
             MicroBatch(part, 1.0) if len(part) else MicroBatch(order[-1:], 0.0)
@@ -148,6 +154,7 @@ def heaviest_batches(
     others: Sequence[np.ndarray],
     most_rows: int,
     token_budget: int | None = None,
+    packed: bool = False,
 ) -> list[np.ndarray]:
     """Returns the rows of the micro-batches that may need most memory: the longest merged rows, and those with most
     tokens of another kind (targets make logits, sources the encoder's states).
@@ -158,13 +165,17 @@ def heaviest_batches(
         others: lengths of the other kinds, indexed alike.
         most_rows: of a micro-batch.
         token_budget: most positions of a micro-batch, padding included; a longer row stands alone.
+        packed: whether rows are passed without padding: then a batch of the longest ones is filled up by shorter ones.
     """
     # By budget many short rows that are nearly all target have more targets than a few long ones.
     shares = [other / lengths for other in others] if token_budget else []
     found = {}
     for key in (lengths, *others, *shares):
-        rows = indices[np.argsort(-key[indices], kind="stable")][:most_rows]
-        if token_budget:
+        order = indices[np.argsort(-key[indices], kind="stable")]
+        rows = order[:most_rows]
+        if token_budget and packed:
+            rows = order[_fill(lengths[order], token_budget, most_rows)]
+        elif token_budget:
             positions = np.arange(1, len(rows) + 1) * np.maximum.accumulate(lengths[rows])
             rows = rows[: max(1, int((positions <= token_budget).sum()))]
         if len(rows):
@@ -172,20 +183,35 @@ def heaviest_batches(
     return list(found.values())
 
 
-def _starts_by_budget(longest: np.ndarray, token_budget: int) -> list[int]:
+def _fill(lengths: np.ndarray, token_budget: int, most_rows: int) -> list[int]:
+    """Returns which rows a budget holds without padding when each is taken, in order, that still fits; the first is."""
+    taken, left, first = [], max(token_budget, int(lengths[0])) if len(lengths) else 0, 0
+    while len(taken) < most_rows and (fits := lengths[first:] <= left).any():
+        taken.append(first + int(fits.argmax()))
+        left, first = left - int(lengths[taken[-1]]), taken[-1] + 1
+    return taken
+
+
+def _starts_by_budget(longest: np.ndarray, token_budget: int, packed: bool = False) -> list[int]:
     """Finds where to split rows of falling length so that padding and the number of micro-batches together cost least.
 
     Every micro-batch costs its rows times its longest row, and a fixed `MICRO_BATCH_COST` of the budget besides:
     filling each one up would pad short rows to the length of long ones only to save a pass. The best split of the
-    first n rows follows from the best splits of fewer.
+    first n rows follows from the best splits of fewer. Packed, a micro-batch costs the sum of its rows: then the fewest
+    are best.
     """
     fixed, rows = MICRO_BATCH_COST * token_budget, len(longest)
+    before = np.concatenate([[0], np.cumsum(longest)])  # positions of the rows before each
     cost, start = np.full(rows + 1, np.inf), np.zeros(rows + 1, dtype=np.int64)
     cost[0] = 0.0
     for first in range(rows):
-        most = max(1, int(token_budget // max(1, longest[first])))
-        ends = np.arange(first + 1, min(first + most, rows) + 1)
-        candidate = cost[first] + fixed + (ends - first) * longest[first]
+        if packed:
+            most = int(np.searchsorted(before, before[first] + token_budget, side="right")) - 1 - first
+        else:
+            most = int(token_budget // max(1, longest[first]))
+        ends = np.arange(first + 1, min(first + max(1, most), rows) + 1)
+        positions = before[ends] - before[first] if packed else (ends - first) * longest[first]
+        candidate = cost[first] + fixed + positions
         better = ends[candidate < cost[ends]]
         cost[better], start[better] = candidate[better - first - 1], first
     starts, end = [], rows

@@ -130,7 +130,12 @@ class BatchLoader:
         others = (examples.target_lengths, examples.encoder_lengths)
         # By budget a rank's whole share of a batch may be one micro-batch.
         most = math.ceil(batch_size / world_size()) if budget else micro_batch_size
-        return heaviest_batches(rows, self.lengths, others, most, budget)
+        return heaviest_batches(rows, self.lengths, others, most, budget, self.args.packing)
+
+    def positions(self, rows: np.ndarray) -> int:
+        """Returns how many positions the LLM computes for a micro-batch of these rows, padding included."""
+        lengths = self.lengths[rows]
+        return int(lengths.sum() if self.args.packing else len(rows) * lengths.max())
 
     def micro_batches_per_step(self, steps: int = 16) -> int:
         """Returns how many micro-batches an optimizer step has, on average over the first steps of the first epoch,
@@ -144,7 +149,8 @@ class BatchLoader:
         return self._split(indices, self.args.train_micro_batch_size_per_gpu, self.args.micro_batch_tokens)
 
     def _split(self, indices, micro_batch_size: int, token_budget: int | None = None) -> list[MicroBatch]:
-        return split_global_batch(indices, self.lengths, world_size(), micro_batch_size, token_budget)[rank()]
+        sizes = (micro_batch_size, token_budget, self.args.packing)
+        return split_global_batch(indices, self.lengths, world_size(), *sizes)[rank()]
 
     def _global_batches(self, epoch: int, first: int) -> Iterator[GlobalBatch]:
         args, targets = self.args, self.data.examples.target_lengths
