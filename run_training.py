@@ -50,6 +50,7 @@ from mindmerger.training.outputs import (
     save_mapping,
     write_settings,
 )
+from mindmerger.training.packing import check_rows_apart
 from mindmerger.training.record import draw_loss, peak_memory_gb, perplexity, recording
 from mindmerger.training.settings import (
     FAULTS_FILE,
@@ -257,7 +258,7 @@ def apply_gradient(run: Run, step: int, batch: "GlobalBatch", losses: list) -> t
 def throughput(run: Run, batch: "GlobalBatch", seconds: float) -> dict:
     """Returns what a step's line says of its speed, of all ranks but for the shares and the memory."""
     lengths, mine = run.loader.lengths, batch.micro_batches
-    processed = sum(len(micro.rows) * int(lengths[micro.rows].max()) for micro in mine)
+    processed = sum(run.loader.positions(micro.rows) for micro in mine)
     return {
         "target_tokens": batch.target_tokens,
         "samples_per_s": len(batch.indices) / seconds,
@@ -354,6 +355,7 @@ def run_stage(settings: Settings, data: "TrainingData", device) -> int:
             on_all_ranks(write_settings, settings, data.examples, len(data.dev))
             on_all_ranks(run.record.rewind, progress.step, progress.evaluation_due)
             run.engine.train()
+            on_all_ranks(check_rows_apart, run)
             on_all_ranks(probe_memory, run)
             run.signals = Signals()
             run.clock = TimeLimit(run.args.max_minutes, progress.minutes)

@@ -98,6 +98,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
         "many positions instead of rows (0: by rows)")  # fmt: skip
     add("--eval_batch_size", "--per_device_eval_batch_size", type=at_least(1), default=2, help="examples of one "
         "forward pass on the dev split, unless --micro_batch_tokens splits it too")  # fmt: skip
+    add("--packing", action="store_true", help="pass the rows of a micro-batch to the LLM end to end, without padding")
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more arithmetic")
     add("--compile", "--torch_compile", action="store_true", help="compile the frozen models' layers with "
         "torch.compile (not at ZeRO 3)")  # fmt: skip

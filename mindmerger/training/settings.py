@@ -211,7 +211,7 @@ def settle_batch(args) -> dict:
 
 
 def settle_models(args, config: dict) -> tuple[str, str | None]:
-    """Checks both model folders, and what `--compile` and `--liger` need, before weights load.
+    """Checks both model folders, and what `--packing`, `--compile` and `--liger` need, before weights load.
 
     Args:
         config: DeepSpeed's.
@@ -224,11 +224,13 @@ def settle_models(args, config: dict) -> tuple[str, str | None]:
     """
     from mindmerger.model.towers import check_models, check_roles, model_fingerprint
     from mindmerger.training.deepspeed_config import zero_stage
+    from mindmerger.training.packing import check_packing
     from mindmerger.training.speedups import check_speed_options
 
     check_roles(args.llm_path, args.mt_path)
     check_models(args.mt_path, args.llm_path, True, not args.dry_run, args.quantization)
     check_quantised(args, zero_stage(config))
+    check_packing(args)
     check_speed_options(args, zero_stage(config))
     return model_fingerprint(args.llm_path), model_fingerprint(args.mt_path) if args.mt_path else None
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mindmerger.runtime.processes import (
@@ -197,7 +198,8 @@ def build(settings: Settings, data: "TrainingData", device, checkpoint: tuple) -
         model.load_trained({name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)})
     with explain_placing_out_of_memory(device):
         engine = make_engine(model, settings.config, args.lr, args.head_lr)
-    loader = BatchLoader(args, data, settings.bridge.prefix_length, device, model.plan_input)
+    plan = partial(model.plan_input, packed=args.packing)
+    loader = BatchLoader(args, data, settings.bridge.prefix_length, device, plan)
     progress = Progress()
     if folder is not None:
         load_optimizer_state(engine, tensors, state["step"], loader.load(data.train[:1]).arguments)
