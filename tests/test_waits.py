@@ -10,13 +10,14 @@ from conftest import ROOT, clean_environment
 STEPS, EVALUATIONS = 3, 1
 AGREE = "cpu in run_training.py apply_gradient > signals.py agree"
 NORM = "aten::_local_scalar_dense in run_training.py train_step > run_training.py apply_gradient"
+PACKED = ["--packing", "--train_micro_batch_size_per_gpu", "4", "--eval_batch_size", "4"]
 # DeepSpeed's own, in its `step`: by where it looks at the norm, how often.
 OF_ZERO = {0: 0, 1: 2, 2: 2, 3: 1}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, tiny_encoder, tiny_llm, datas):
-    """What the driver counted, by ZeRO stage and number of micro-batches of a step."""
+    """What the driver counted, by ZeRO stage and number of micro-batches of a step, or "packed"."""
     folder = tmp_path_factory.mktemp("waits")
     shared = ["--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"]
     shared += ["--stage_name", "mapping", "--train_num", "100", "--max_steps", str(STEPS), "--train_batch_size", "8"]
@@ -27,6 +28,9 @@ def outcomes(tmp_path_factory, tiny_encoder, tiny_llm, datas):
         for stage in OF_ZERO
         for rows in (8, 1)
     }  # fmt: skip
+    for stage in OF_ZERO:
+        config = str(ROOT / f"scripts/ds_zero{stage}.json")
+        runs[stage, "packed"] = [*PACKED, "--deepspeed_config", config, "--output_dir", str(folder / f"{stage}-packed")]
     (folder / "runs.json").write_text(json.dumps([shared + more for more in runs.values()]))
     command = [sys.executable, ROOT / "tests/drivers/waits.py", folder / "runs.json", folder / "outcomes.json"]
     done = subprocess.run(
@@ -38,13 +42,13 @@ def outcomes(tmp_path_factory, tiny_encoder, tiny_llm, datas):
 
 @pytest.mark.parametrize("stage", OF_ZERO)
 def test_a_micro_batch_waits_for_nothing(outcomes, stage):
-    for parts in (1, 8):
+    for parts in (1, 8, "packed"):
         assert outcomes[stage, parts]["passes"] == {"times": STEPS}
 
 
 @pytest.mark.parametrize("stage", OF_ZERO)
 def test_an_optimizer_step_waits_once_for_loss_norm_and_signals_and_where_deepspeed_does(outcomes, stage):
-    for parts in (1, 8):
+    for parts in (1, 8, "packed"):
         found = outcomes[stage, parts]["update"]
         own = {AGREE: STEPS} | ({NORM: STEPS} if stage else {})
         assert {place: found[place] for place in own} == own
@@ -62,3 +66,5 @@ def test_an_evaluation_waits_once_a_group_of_micro_batches_and_for_its_result(ou
         "cpu in run_training.py dev_loss > signals.py agree": 3 + 1,
         "aten::_local_scalar_dense in run_training.py evaluate_and_save > run_training.py dev_loss": 1,
     }
+    packed = outcomes[stage, "packed"]["dev loss"]  # of four rows each the same 40 are one group
+    assert packed == found | {"cpu in run_training.py dev_loss > signals.py agree": 1 + 1}
