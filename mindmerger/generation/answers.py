@@ -343,14 +343,14 @@ def tokenise_texts(
     from mindmerger.model.mapping_files import form_of, stage_of
 
     tokenizers = tokenizers_of(model)
-    with_prompt = model.encoder is None or form_of(model.config, augmentation) == "soft"
+    with_prompt = model.mapping is None or form_of(model.config, augmentation) == "soft"
     examples = build_examples(task, texts, name_languages(model, tokenizers, languages, len(texts)))
     if with_prompt:
         tokenizers = put_in_template(model, tokenizers, chat_template)
     columns = tokenise_inputs(
         tokenizers,
         examples,
-        with_source=model.encoder is not None,
+        with_source=model.mapping is not None,
         with_prompt=with_prompt,
         max_seq_len=DEFAULT_MAX_LEN,
         max_gen_len=DEFAULT_MAX_LEN,
@@ -375,7 +375,7 @@ def put_in_template(model, tokenizers, given: str | None):
     if given not in (AUTO, NONE, None):
         raise UserError(f"chat_template must be {AUTO!r}, {NONE!r} or None, not {given!r}")
     config = model.config
-    trained = "the model" if config.augmentation and (model.encoder is not None or model.adapter is not None) else None
+    trained = "the model" if config.augmentation and (model.mapping is not None or model.adapter is not None) else None
     template = keep_template(given, config.llm_path, config.chat_template, trained)
     tokenizers = tokenizers.within(template, config.llm_path)
     if template is not None:
@@ -414,7 +414,7 @@ def build_examples(task, texts: list[str], languages: list[str]) -> list:
 
 def tokenizers_of(model):
     """Returns the tokenizers of a model's towers, which are kept: one text may be asked for after another."""
-    return _cached_tokenizers(model.config.mt_path if model.encoder is not None else None, model.config.llm_path)
+    return _cached_tokenizers(model.config.mt_path if model.mapping is not None else None, model.config.llm_path)
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ W head width.
 
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindmerger.bridges import LayerMemory
 from mindmerger.hub.model_files import ModelError
@@ -162,6 +164,19 @@ def _project(attention: nn.Module, memory: LayerMemory, mask_B11S: torch.Tensor)
     # taken in the gate's fp32. No rotation: a memory has no position.
     value_BHSW = (in_heads(attention.v_proj(memory.value_BSD.to(dtype))) * memory.gate_1).to(dtype)
     return Kept(key_BHSW.contiguous(), value_BHSW.contiguous(), mask_B11S)
+
+
+def checkpoint_layers(llm: nn.Module, remembers: bool) -> None:
+    """Has the backward pass compute the LLM's layers again.
+
+    Args:
+        remembers: whether they may have a memory, which they then need again.
+    """
+    for layer in llm.modules():
+        # Not transformers' own switch, which acts in train mode only: frozen towers are never in it.
+        if isinstance(layer, GradientCheckpointingLayer):
+            more = {"context_fn": partial(contexts_of_memory, layer)} if remembers else {}
+            layer.forward = partial(checkpointed, layer.forward, more)
 
 
 def checkpointed(forward, more: dict, *args, **kwargs):

@@ -8,20 +8,26 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from mindmerger.hub.model_files import ModelError
 from mindmerger.model.input_plan import masks_known
 from mindmerger.model.packing import Packing, take_rows
 from mindmerger.model.towers import _is_decoder_only
 
 
-def encoder_states(
-    encoder: nn.Module, layers: Iterable[int], ids_BS: torch.Tensor, packing: Packing, padded: bool
+def run_encoder(
+    encoder: nn.Module | None, layers: Iterable[int], ids_BS: torch.Tensor, packing: Packing, padded: bool
 ) -> list[torch.Tensor]:
     """Returns the states (B, S, E) of each of `layers`, -1 for the encoder's final output, without a gradient.
 
     Args:
         ids_BS: as they come, with padding on any side.
         packing: `plan_encoder`'s, on the ids' device; padded: what it says of padding.
+
+    Raises:
+        ModelError: where the model was built without its encoder.
     """
+    if encoder is None:
+        raise ModelError("this model was built without its encoder: give it encoder_states beside the ids")
     packed_BS = take_rows(ids_BS, packing.source_BL)
     pad = encoder.config.pad_token_id
     # M2M100 and RoBERTa count positions by what is not their pad id, whatever the mask says.

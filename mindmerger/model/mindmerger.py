@@ -8,15 +8,14 @@ M target tokens of the whole batch, E encoder width, D LLM width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import nn
 from transformers import GenerationConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindmerger.bridges import Towers
 from mindmerger.hub.chat_template import read_template
@@ -35,12 +34,11 @@ from mindmerger.model.attention_memory import (
     attention_memory,
     check_attention_function,
     check_attention_memory,
-    checkpointed,
-    contexts_of_memory,
+    checkpoint_layers,
     normalises_keys,
 )
 from mindmerger.model.decoding import FiniteLogits, end_at, fast_decoding, growing_cache
-from mindmerger.model.encoding import encoder_states
+from mindmerger.model.encoding import run_encoder
 from mindmerger.model.input_plan import InputPlan, masks_known, plan_encoder, plan_input
 from mindmerger.model.likelihood import score_labels
 from mindmerger.model.loss import ChunkedCrossEntropy, MindMergerOutput, head_on_positions
@@ -65,7 +63,7 @@ class MindMerger(SharedOnHub, nn.Module):
 
     Build it with `from_models` (fresh mapping) or `from_pretrained` (saved one). The towers are always frozen and in
     eval mode, so `train()` changes nothing in them; only `mapping` has trainable parameters, in fp32, until
-    `add_adapter` freezes it too.
+    `add_adapter` freezes it too. With a bridge and without an encoder it reads the states that `forward` is given.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class MindMerger(SharedOnHub, nn.Module):
             if tower is not None:
                 tower.requires_grad_(False)
         assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen part is trainable"
-        self.mapping = build_bridge(config) if encoder is not None else None
+        self.mapping = build_bridge(config) if config.mt_path is not None else None
         if self.mapping is not None:
             config.encoder_layers = list(self.mapping.encoder_layers)
             if self.mapping.uses_memory:
@@ -146,10 +144,15 @@ class MindMerger(SharedOnHub, nn.Module):
         llm_path: str,
         bridge: str = "mindmerger",
         bridge_options: dict | None = None,
+        towers: Towers | None = None,
     ) -> "MindMerger":
-        """Puts a fresh bridge between two loaded towers; paths and bridge are what `config.json` will record."""
+        """Puts a fresh bridge between two loaded towers; paths and bridge are what `config.json` will record.
+
+        Args:
+            towers: the shapes of both, for a bridge whose encoder is not loaded; None reads them off the models.
+        """
         text, head = llm.config.get_text_config(), llm.get_output_embeddings()
-        towers = Towers(
+        towers = towers or Towers(
             encoder.config.hidden_size if encoder is not None else None,
             llm.get_input_embeddings().embedding_dim,
             encoder.config.num_hidden_layers if encoder is not None else None,
@@ -263,12 +266,7 @@ class MindMerger(SharedOnHub, nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recomputes the LLM's layers in the backward pass: less memory, about a third more arithmetic."""
-        remembers = self.mapping is not None and self.mapping.uses_memory
-        for layer in self.llm.modules():
-            # Not transformers' own switch, which acts in train mode only: frozen towers are never in it.
-            if isinstance(layer, GradientCheckpointingLayer):
-                more = {"context_fn": partial(contexts_of_memory, layer)} if remembers else {}
-                layer.forward = partial(checkpointed, layer.forward, more)
+        checkpoint_layers(self.llm, self.mapping is not None and self.mapping.uses_memory)
 
     def forward(
         self,
@@ -279,6 +277,7 @@ class MindMerger(SharedOnHub, nn.Module):
         prompt_ids: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
         plan: InputPlan | None = None,
+        encoder_states: Sequence[torch.Tensor] | None = None,
     ) -> MindMergerOutput:
         """Computes the next-token loss on the target of `<bos> mapped-source boundary [prompt] target` (paper, 3.2).
 
@@ -288,16 +287,17 @@ class MindMerger(SharedOnHub, nn.Module):
                 whose `label_losses` and `label_greedy` are then the only output, without gradient.
             prompt_ids, prompt_mask: (B, P), or None for the form without a prompt.
             plan: what `plan_input` returns for these masks, which may have been moved; None makes it here.
+            encoder_states: (B, S, E) for each layer that the bridge reads, right-padded; None runs the encoder.
             Masks may stay on the CPU while ids are on the model's device: packing is planned where they are.
         """
-        inputs = encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask
+        inputs = encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask, encoder_states
         # Here, though nothing is trained on it: ZeRO 3 gathers weights within the engine's own call alone.
         if target_ids.dim() == 3:
             with torch.no_grad():
                 losses_BC, greedy_BC = score_labels(self.llm, *self._merged(*inputs), target_ids, target_mask)
             return MindMergerOutput(label_losses=losses_BC, label_greedy=greedy_BC)
         plan = (plan or self.plan_input(encoder_attention_mask, prompt_mask, target_mask)).to(target_ids.device)
-        embeds, memory = self._segments(plan, encoder_input_ids, prompt_ids)
+        embeds, memory = self._segments(plan, encoder_input_ids, prompt_ids, encoder_states)
         embeds.append(self.llm.get_input_embeddings()(target_ids))
         embeds_BLD = self._rows(embeds, plan)
         labels_M = target_ids.flatten().index_select(0, plan.token_M)
@@ -416,18 +416,18 @@ class MindMerger(SharedOnHub, nn.Module):
         masks = encoder_attention_mask, prompt_mask, target_mask
         return plan_input(self.mapping, self.bos_token_id is not None, *masks, packed)
 
-    def _merged(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask):
+    def _merged(self, encoder_input_ids, encoder_attention_mask, prompt_ids, prompt_mask, encoder_states=None):
         """Returns left-padded embeddings (B, L, D) of all before the answer, their mask on the masks' device, and the
         memory beside them."""
         if encoder_input_ids is None and prompt_ids is None:
             raise ModelError("generation needs encoder_input_ids, prompt_ids, or both")
         plan = self.plan_input(encoder_attention_mask, prompt_mask)
         moved = plan.to((encoder_input_ids if encoder_input_ids is not None else prompt_ids).device)
-        embeds, memory = self._segments(moved, encoder_input_ids, prompt_ids)
+        embeds, memory = self._segments(moved, encoder_input_ids, prompt_ids, encoder_states)
         return self._rows(embeds, moved), plan.rows.mask_BL, memory
 
     def _segments(
-        self, plan: InputPlan, encoder_input_ids: torch.Tensor | None, prompt_ids: torch.Tensor | None
+        self, plan: InputPlan, encoder_input_ids: torch.Tensor | None, prompt_ids: torch.Tensor | None, given=None
     ) -> tuple[list[torch.Tensor], AbstractContextManager]:
         """Returns embeddings (B, n, D) of everything before the target, in merged order, and a context manager within
         which the LLM attends to the bridge's memory. The plan is on the ids' device."""
@@ -437,8 +437,8 @@ class MindMerger(SharedOnHub, nn.Module):
         if self.bos_token_id is not None:
             embeds.append(embed(some_ids.new_full((some_ids.shape[0], 1), self.bos_token_id)))
         if encoder_input_ids is not None:
-            layers = self.mapping.encoder_layers
-            states_BSE = encoder_states(self.encoder, layers, encoder_input_ids, plan.encoder, plan.padded)
+            needed = self.mapping.encoder_layers, encoder_input_ids, plan.encoder, plan.padded
+            states_BSE = run_encoder(self.encoder, *needed) if given is None else [*given]
             self.mapping.llm_dtype = embed.weight.dtype  # other parameters may be codes of quantised layers
             prefix = self.mapping(states_BSE, plan.encoder.mask_BL)
             memory = attention_memory(self.llm, prefix.memory, plan.encoder.mask_BL)
@@ -457,4 +457,4 @@ class MindMerger(SharedOnHub, nn.Module):
         """Returns the frozen encoder's states (B, S', E) that the bridge reads and their mask (B, S'), right-padded."""
         packing, padded = plan_encoder(mask_BS)
         moved = packing.map(lambda tensor: to_device(tensor, ids_BS.device))
-        return encoder_states(self.encoder, self.mapping.encoder_layers, ids_BS, moved, padded), packing.mask_BL
+        return run_encoder(self.encoder, self.mapping.encoder_layers, ids_BS, moved, padded), packing.mask_BL
