@@ -126,16 +126,28 @@ def check_weights(path: str, config, must_exist: bool = True) -> None:
     Raises:
         ModelError: naming the file and what is wrong with it.
     """
+    if is_folder(model_path(path)):
+        for file in weight_files(path, config, must_exist):
+            _check_weight_file(file)
+
+
+def weight_files(path: str, config, must_exist: bool = True) -> list[Path]:
+    """Finds the files of a model folder that its weights are read from, of a sharded one all shards.
+
+    Args:
+        config: the folder's, which may name a weight file of its own.
+
+    Raises:
+        ModelError: naming what is missing.
+    """
     folder = Path(model_path(path))
-    if not is_folder(folder):
-        return
     own = getattr(config, "transformers_weights", None)
     names = (own,) if own else WEIGHT_FILES
     source = next((folder / name for name in names if os.path.lexists(folder / name)), None)
     if source is None:
         if must_exist:
             raise ModelError(f"{folder} holds no weights: expected one of {', '.join(names)}")
-        return
+        return []
     files = [source]
     if source.suffix == ".json":
         weight_map = read_json_object(source).get("weight_map")
@@ -148,8 +160,7 @@ def check_weights(path: str, config, must_exist: bool = True) -> None:
                 f"{folder} lacks {len(absent)} of the {len(files)} weight files that {source.name} names (first: "
                 f"{absent[0]}): fetch the folder again"
             )
-    for file in files:
-        _check_weight_file(file)
+    return files
 
 
 def _check_weight_file(file: Path) -> None:
