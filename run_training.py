@@ -36,6 +36,7 @@ from mindmerger.training.deepspeed_config import zero_stage
 from mindmerger.training.dev_accuracy import check_selection, dev_accuracy, has_accuracy, is_best, read_labels
 from mindmerger.training.dev_split import GROUPS, describe_dev_split, settle_dev_split
 from mindmerger.training.dry_run import print_estimate
+from mindmerger.training.encoder_cache import cached_states
 from mindmerger.training.guards import (
     EVAL_MEMORY_FLAGS,
     UPDATE_MEMORY_FLAGS,
@@ -161,7 +162,7 @@ def train(run: Run, progress: Progress) -> int:
             progress.advance(run.loader.steps_per_epoch)
             bar.update()
             if progress.step % STEPS_PER_RELEASE == 0:
-                run.data.release_pages()
+                run.loader.release_pages()
             last = progress.step == run.total_steps or run.clock.is_over()
             if len(run.loader.data.dev) == 0:
                 if last:  # without a dev split the last mapping is the best known
@@ -350,6 +351,8 @@ def run_stage(settings: Settings, data: "TrainingData", device) -> int:
     """Trains the stage in its locked output folder; returns the exit code."""
     with locked(settings.output_dir, start_over=settings.args.overwrite_output_dir):
         checkpoint = on_rank_0(find_checkpoint_to_resume, settings, data.examples)
+        if settings.args.cache_encoder_states:
+            data = data._replace(states=cached_states(settings, data, device))
         run, progress = build(settings, data, device, checkpoint)
         with recording(settings.args, settings.output_dir) as run.record:
             on_all_ranks(write_settings, settings, data.examples, len(data.dev))

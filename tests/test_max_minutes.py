@@ -34,8 +34,8 @@ class Clock:
 def a_run(args, total_steps, minutes, clock, used=0.0, eval_steps=5, dev=4):
     """A run whose parts are stand-ins, but for its clock."""
     engine = SimpleNamespace(basic_optimizer=SimpleNamespace(param_groups=[{"lr": None, "share_of_lr": 1.0}]))
-    data = SimpleNamespace(dev=np.arange(dev), examples=SimpleNamespace(release_pages=lambda: None))
-    loader = SimpleNamespace(data=data, lengths=np.full(10, 50), steps_per_epoch=10**6)
+    data = SimpleNamespace(dev=np.arange(dev))
+    loader = SimpleNamespace(data=data, lengths=np.full(10, 50), steps_per_epoch=10**6, release_pages=lambda: None)
     loader.starting_at = lambda epoch, batch: itertools.repeat(SimpleNamespace(epoch=0))
     settings = SimpleNamespace(args=args, output_dir=None)
     run = Run(settings, engine, loader, total_steps, eval_steps, eval_steps, clock=TimeLimit(minutes, used, now=clock))

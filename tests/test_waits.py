@@ -17,7 +17,8 @@ OF_ZERO = {0: 0, 1: 2, 2: 2, 3: 1}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, tiny_encoder, tiny_llm, datas):
-    """What the driver counted, by ZeRO stage and number of micro-batches of a step, or "packed"."""
+    """What the driver counted, by ZeRO stage and number of micro-batches of a step, or "packed"; of one also with states
+    of the encoder from disk."""
     folder = tmp_path_factory.mktemp("waits")
     shared = ["--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"]
     shared += ["--stage_name", "mapping", "--train_num", "100", "--max_steps", str(STEPS), "--train_batch_size", "8"]
@@ -31,11 +32,11 @@ def outcomes(tmp_path_factory, tiny_encoder, tiny_llm, datas):
     for stage in OF_ZERO:
         config = str(ROOT / f"scripts/ds_zero{stage}.json")
         runs[stage, "packed"] = [*PACKED, "--deepspeed_config", config, "--output_dir", str(folder / f"{stage}-packed")]
+    runs["states"] = [*runs[2, 8], "--cache_encoder_states", "--output_dir", str(folder / "states")]
     (folder / "runs.json").write_text(json.dumps([shared + more for more in runs.values()]))
     command = [sys.executable, ROOT / "tests/drivers/waits.py", folder / "runs.json", folder / "outcomes.json"]
-    done = subprocess.run(
-        command, cwd=folder, env=clean_environment(folder), capture_output=True, text=True, timeout=240
-    )
+    env = clean_environment(folder) | {"HF_DATASETS_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(runs, json.loads((folder / "outcomes.json").read_text()), strict=True))
 
@@ -68,3 +69,7 @@ def test_an_evaluation_waits_once_a_group_of_micro_batches_and_for_its_result(ou
     }
     packed = outcomes[stage, "packed"]["dev loss"]  # of four rows each the same 40 are one group
     assert packed == found | {"cpu in run_training.py dev_loss > signals.py agree": 1 + 1}
+
+
+def test_states_of_the_encoder_from_disk_add_no_wait(outcomes):
+    assert outcomes["states"] == outcomes[2, 8] and outcomes["states"]["code"] == 0

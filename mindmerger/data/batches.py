@@ -226,6 +226,7 @@ class Batch:
     """Rows as int64 tensors, padded on the right; both of a pair are None where no row has that segment.
 
     plan: how the model lays them out (`MindMerger.plan_input`), where that was settled beforehand.
+    encoder_states: those of a frozen encoder that is not run, zeros behind each row's end.
     """
 
     encoder_input_ids: "torch.Tensor | None"  # (B, S)
@@ -235,6 +236,7 @@ class Batch:
     target_ids: "torch.Tensor | None"  # (B, T)
     target_mask: "torch.Tensor | None"
     plan: object | None = None
+    encoder_states: "torch.Tensor | None" = None  # (layers, B, S, E), in the encoder's dtype
 
     @property
     def arguments(self) -> dict:
@@ -256,9 +258,9 @@ class Batch:
         return len(next(iter(self.tensors.values())))
 
     def to(self, device) -> "Batch":
-        """Moves ids and plan to the device. Masks stay on the CPU: packing is planned there, and reading a mask back
-        from the GPU would wait for it."""
-        names = ("encoder_input_ids", "prompt_ids", "target_ids")
+        """Moves ids, states and plan to the device. Masks stay on the CPU: packing is planned there, and reading a mask
+        back from the GPU would wait for it."""
+        names = ("encoder_input_ids", "prompt_ids", "target_ids", "encoder_states")
         moved = {name: self.tensors[name].to(device, non_blocking=True) for name in names if name in self.tensors}
         return replace(self, plan=self.plan and self.plan.to(device), **moved)
 

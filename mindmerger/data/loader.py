@@ -28,7 +28,7 @@ class TrainingData(NamedTuple):
     """A run's tokenised examples and their split.
 
     examples: a `TrainingSet`. tokenizers: a `Tokenizers`. dev, train: row numbers, int64. labels: a `DevLabels`, None
-    where the dev split has no accuracy.
+    where the dev split has no accuracy. states: an `EncoderStates`, None where the encoder runs in every step.
     """
 
     examples: object
@@ -36,6 +36,7 @@ class TrainingData(NamedTuple):
     dev: np.ndarray
     train: np.ndarray
     labels: object | None = None
+    states: object | None = None
 
 
 @dataclass
@@ -111,6 +112,12 @@ class BatchLoader:
         """Returns the number of target tokens of the whole dev split."""
         return int(self.data.examples.target_lengths[self.data.dev].sum())
 
+    def release_pages(self) -> None:
+        """Gives back the pages that rows were read from, as `TrainingSet.release_pages` does."""
+        self.data.examples.release_pages()
+        if self.data.states is not None:
+            self.data.states.release_pages()
+
     def load(self, rows: np.ndarray) -> Batch:
         """Returns rows as tensors, ids on the device, at once."""
         return self._collated(rows).to(self.device)
@@ -164,7 +171,8 @@ class BatchLoader:
         """Yields the batches with their micro-batches being loaded; the next one is begun before one is handed out."""
         threads = self.args.num_workers
         with ThreadPoolExecutor(threads, thread_name_prefix="collate") if threads else nullcontext() as pool:
-            # A whole global batch ahead costs little memory: ids and masks of 128 rows of 1,000 tokens are 2 MB.
+            # A whole global batch ahead costs little memory: ids and masks of 128 rows of 1,000 tokens are 2 MB. States
+            # of the encoder are more: in bf16 and of width 2048, 4 kB for each token and layer.
             begun = None
             for batch in batches:
                 following = replace(batch, micro_batches=[self._begin(pool, micro) for micro in batch.micro_batches])
@@ -183,6 +191,8 @@ class BatchLoader:
         columns, tokenizers = self.data.examples.dataset[rows.tolist()], self.data.tokenizers
         by_row = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         batch = collate(by_row, tokenizers.encoder_pad_id, tokenizers.llm_pad_id)
+        if self.data.states is not None and batch.encoder_input_ids is not None:
+            batch.encoder_states = self.data.states.padded(rows)
         if self.plan is not None:
             batch.plan = self.plan(batch.encoder_attention_mask, batch.prompt_mask, batch.target_mask)
         return batch.pin() if self.device.type == "cuda" else batch

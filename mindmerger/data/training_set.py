@@ -76,10 +76,11 @@ class TrainingSet:
         They stay in the system's page cache, for all processes of the node. Without this a process that reads rows
         at random soon counts the whole file as its own.
         """
-        _release_pages({file["filename"] for file in self.dataset.cache_files})
+        release_pages_of({file["filename"] for file in self.dataset.cache_files})
 
 
-def _release_pages(files: set[str]) -> None:
+def release_pages_of(files: set[str]) -> None:
+    """Takes the pages of memory-mapped files out of this process's resident memory, as `TrainingSet.release_pages`."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
@@ -132,7 +133,7 @@ def open_or_build(
     # Arguments and files are checked here, before the files are hashed.
     examples = keys.noting(stage.examples(faults, empty))
     hashes = {path.relative_to(stage.root).as_posix(): _hash_readable(path) for path in stage.files()}
-    folder = _cache_root(cache_dir) / cache_key(stage, hashes, tokenizers, limits)
+    folder = cache_root(cache_dir) / cache_key(stage, hashes, tokenizers, limits)
     if not is_utf8(folder):
         raise DataError(f"the cache folder {folder.parent} is not UTF-8: set HF_DATASETS_CACHE to another folder")
     try:
@@ -187,7 +188,8 @@ def cache_key(stage: StageData, hashes: dict[str, str], tokenizers: Tokenizers, 
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _cache_root(cache_dir) -> Path:
+def cache_root(cache_dir=None) -> Path:
+    """Returns the folder that tokenised data lie in: the given one, by default in that of `datasets`."""
     if cache_dir is not None:
         return Path(cache_dir)
     import datasets
@@ -362,7 +364,7 @@ def _open_cache(folder: Path, manifest: dict, hashes: dict[str, str], data_root)
     shards = []
     for file in (str(folder / name) for name in sorted(manifest["shards"])):
         shards.append(datasets.Dataset.from_file(file))
-        _release_pages({file})
+        release_pages_of({file})
     # The rows are read without them: what was truncated counts once, in the manifest.
     dataset = datasets.concatenate_datasets(shards).remove_columns(list(_TRUNCATED_COLUMNS))
 

@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mindmerger.runtime.processes import is_main, world_size
+from mindmerger.training.encoder_cache import readable, size_of
 from mindmerger.training.settings import ASSUMED_GPU, ASSUMED_SHARE, Settings
 
 if TYPE_CHECKING:
@@ -33,14 +34,11 @@ def training_flop(args, data, merged, rows, llm, encoder, bridge=None, adapter: 
     head = llm.get_output_embeddings().weight
     tables = {id(table): table.numel() for table in (llm.get_input_embeddings().weight, head)}
     layers = sum(p.numel() for p in llm.parameters()) - sum(tables.values())
-    encoding = 0
-    if encoder is not None:
-        encoding = sum(p.numel() for p in encoder.parameters()) - encoder.get_input_embeddings().weight.numel()
     positions, targets, sources = (
         int(lengths[rows].sum(dtype="int64")) for lengths in (merged, data.target_lengths, data.encoder_lengths)
     )
     passes = 6 if args.gradient_checkpointing else 4
-    total = passes * layers * positions + 4 * head.numel() * targets + 2 * encoding * sources
+    total = passes * layers * positions + 4 * head.numel() * targets + encoding_flop(encoder, sources)
     total += 6 * adapter * positions
     if bridge is None or encoder is None:
         return float(total)
@@ -54,6 +52,13 @@ def training_flop(args, data, merged, rows, llm, encoder, bridge=None, adapter: 
     if hasattr(bridge, "lm_head") and not adapter:
         total += 2 * head.numel() * targets
     return float(total)
+
+
+def encoding_flop(encoder, tokens: int) -> float:
+    """Estimates the arithmetic of an encoder, which may be without storage, over source tokens; none without one."""
+    if encoder is None:
+        return 0
+    return 2 * (sum(p.numel() for p in encoder.parameters()) - encoder.get_input_embeddings().weight.numel()) * tokens
 
 
 def bridge_flop(bridge, tokens: int, trained: bool) -> int:
@@ -71,6 +76,18 @@ def bridge_flop(bridge, tokens: int, trained: bool) -> int:
             outputs = [made.prefix_BKD, *(part for layer in made.memory or () for part in layer)]
             torch.autograd.grad([one.float().sum() for one in outputs], list(bridge.parameters()), allow_unused=True)
     return counter.get_total_flops()
+
+
+def describe_states(settings: Settings, examples, dtype) -> str:
+    """Returns what the states of the encoder will take on the disk, in a line."""
+    from mindmerger.data.training_set import cache_root
+
+    tokens, layers = int(examples.encoder_lengths.sum(dtype="int64")), len(settings.bridge.encoder_layers)
+    size = size_of(tokens, layers, settings.bridge.towers.encoder_width, dtype)
+    return (
+        f"encoder states of {len(examples.encoder_lengths):,} rows, {tokens:,} tokens: {readable(size)} in "
+        f"{cache_root()}, computed before training by the encoder alone, which is then not kept in memory"
+    )
 
 
 def print_estimate(settings: Settings, data: "TrainingData") -> None:
@@ -95,7 +112,8 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
             encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
     trained = sum(math.prod(shape) for shape in settings.shapes.values())
     bridge = settings.bridge if settings.adapter is not None else None  # frozen under an adapter
-    frozen = sum(p.numel() for model in (llm, encoder, bridge) if model is not None for p in model.parameters())
+    loaded = None if args.cache_encoder_states else encoder
+    frozen = sum(p.numel() for model in (llm, loaded, bridge) if model is not None for p in model.parameters())
     if hasattr(settings.bridge, "lm_head"):  # in the place of the LLM's own, which is let go
         frozen -= settings.bridge.lm_head.weight.numel()
     stage, size = zero_stage(settings.config), world_size()
@@ -133,10 +151,15 @@ def print_estimate(settings: Settings, data: "TrainingData") -> None:
     adapter = trained if settings.adapter is not None else 0
     models = (llm, encoder, settings.bridge, adapter)
     flop = training_flop(args, data.examples, lengths, data.train, *models) * total / steps
+    if args.cache_encoder_states:  # over all rows once, in the place of the training rows in each epoch
+        sources = data.examples.encoder_lengths.astype("int64")
+        flop += encoding_flop(encoder, sources.sum() - sources[data.train].sum() * total / steps)
     rate = PEAK_FLOPS[args.precision]
     print(
         f"arithmetic: {flop:.3g} FLOP in all; at an assumed {ASSUMED_SHARE:.0%} of the {rate / 1e12:g} TFLOP/s in "
         f"{args.precision} of an {ASSUMED_GPU}, {flop / (size * rate * ASSUMED_SHARE) / 3600:.3g} h on {size} of them "
         "(an estimate, not measured; loading, evaluations and checkpoints come on top)"
     )
+    if args.cache_encoder_states:
+        print(describe_states(settings, data.examples, dtype))
     print("dry run: nothing was written")

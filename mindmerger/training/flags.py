@@ -6,7 +6,7 @@ from mindmerger.runtime import chat_template, config_file, precision
 from mindmerger.runtime.command import CommandParser, DefaultsShown, at_least, parse_bool, positive, share
 from mindmerger.runtime.files import model_path
 from mindmerger.tasks.languages import add_language_flags
-from mindmerger.training import adapter_stage, dev_accuracy, dev_split, sharing, time_limit
+from mindmerger.training import adapter_stage, dev_accuracy, dev_split, encoder_cache, sharing, time_limit
 
 # Flags a continued run may change when --allow_changed says so; anything else that differs makes it another run.
 CHANGEABLE_ON_RESUME = {
@@ -100,6 +100,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
         "forward pass on the dev split, unless --micro_batch_tokens splits it too")  # fmt: skip
     add("--packing", action="store_true", help="pass the rows of a micro-batch to the LLM end to end, without padding")
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more arithmetic")
+    encoder_cache.add_arguments(add)
     add("--compile", "--torch_compile", action="store_true", help="compile the frozen models' layers with "
         "torch.compile (not at ZeRO 3)")  # fmt: skip
     add("--liger", "--use_liger_kernel", action="store_true", help="Liger's kernels in the LLM (NVIDIA GPU, package "

@@ -8,7 +8,7 @@ from mindmerger.runtime import chat_template, precision
 from mindmerger.runtime.command import check_save_name, check_seed
 from mindmerger.runtime.errors import UserError
 from mindmerger.runtime.processes import is_main, log, warn, world_size
-from mindmerger.training import adapter_stage, dev_accuracy, sharing
+from mindmerger.training import adapter_stage, dev_accuracy, encoder_cache, sharing
 from mindmerger.training.flags import build_parser
 from mindmerger.training.initial_mapping import settle_start
 
@@ -94,6 +94,7 @@ def settle(args) -> Settings:
         task.check_augmentation(otherwise=advise_pairs(args.bridge, options))
     dev_accuracy.check_selection(args, task, stage)
     sharing.check_sharing(args)
+    encoder_cache.check_flags(args)
     languages = settle_languages(args, stage)
     if stage.data == "question_pairs":
         check_questions(task, languages)

@@ -26,7 +26,7 @@ DEFAULT_EVAL_MICRO_BATCHES = 2000
 
 def load_model(settings: Settings, device):
     """Loads the frozen towers in the run's dtype and puts the bridge between them, in fp32 with its first weights, and
-    in its stage an adapter on the LLM."""
+    in its stage an adapter on the LLM. An encoder whose states are on disk is left out."""
     import torch
 
     from mindmerger.model.adapters import add_adapter
@@ -43,13 +43,14 @@ def load_model(settings: Settings, device):
     with explain_placing_out_of_memory(device), sharded_loading(settings.config, bf16):
         llm = load_llm(args.llm_path, dtype, args.attn_implementation, args.quantization, place)
         encoder = None
-        if args.mt_path is not None:
+        if args.mt_path is not None and not args.cache_encoder_states:
             encoder = load_encoder(args.mt_path, dtype, args.attn_implementation, place)
     if bf16:
         # Only what is trained multiplies in fp32 then: a GPU's tensor cores do it, on factors rounded to ten bits.
         torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(args.seed)  # the fresh mapping is the same on every rank and for every world size
-    model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, settings.bridge.options)
+    bridge, towers = settings.bridge, settings.bridge.towers if args.cache_encoder_states else None
+    model = MindMerger.from_towers(encoder, llm, args.mt_path, args.llm_path, args.bridge, bridge.options, towers)
     model.config.stage, model.config.task = args.stage_name, settings.task.training_name
     model.config.augmentation, model.config.precision = settings.with_prompt, args.precision
     model.config.chat_template = settings.chat.record() if settings.chat is not None else None
