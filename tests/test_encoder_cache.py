@@ -24,6 +24,8 @@ from mindmerger.data.encoder_states import EncoderStates, bits
 from mindmerger.data.loader import BatchLoader, TrainingData
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
+from mindmerger.runtime.signals import half_written
+from mindmerger.runtime.watch import clear_away
 from mindmerger.training import encoder_cache
 from mindmerger.training import settings as training_settings
 
@@ -426,6 +428,20 @@ def test_a_signal_in_the_pass_ends_the_run_and_nothing_stays(named, tmp_path, na
     assert codes == [code] and "Traceback" not in printed[0] and left_over(tmp_path / "cache") == [], printed
     (again,) = launch(tmp_path, [entry])
     assert (again["code"], again["encoders"]) == (0, 1), again
+
+
+def test_what_is_half_written_goes_with_a_rank_that_is_ended_at_once(tmp_path):
+    """One whose launcher is gone left gigabytes behind: it is ended without any clean-up of Python's."""
+    kept, lost = tmp_path / "kept", tmp_path / "lost"
+    for folder in (kept, lost):
+        folder.mkdir()
+    with half_written(kept):
+        pass
+    before = signal.getsignal(signal.SIGTERM)
+    with half_written(lost):
+        assert signal.getsignal(signal.SIGTERM) is not before
+        clear_away()
+    assert list(tmp_path.iterdir()) == [kept] and signal.getsignal(signal.SIGTERM) is before
 
 
 # -- several ranks

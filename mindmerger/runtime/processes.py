@@ -14,7 +14,7 @@ from mindmerger.runtime.errors import ReportedError, StartError, UserError, one_
 from mindmerger.runtime.files import FolderLock
 from mindmerger.runtime.messages import _Lines, say, say_error
 from mindmerger.runtime.place import LAUNCHER_VARIABLES, Place, _place_or_alone, find_place
-from mindmerger.runtime.watch import LEAVING_WAIT_S, _Watch, kill_children
+from mindmerger.runtime.watch import LEAVING_WAIT_S, _Watch, clear_away
 
 # Ranks wait for one another as long as it takes to tokenise, to download, to read a slow disk: the libraries' ten
 # minutes would end such a run. A rank that has died is noticed otherwise.
@@ -413,5 +413,5 @@ def leave_at_once(message: str):
         time.sleep(LEAVING_WAIT_S)
     say_error(message)
     # Not sys.exit: NCCL's clean-up would wait for the rank that is gone.
-    kill_children()
+    clear_away()
     os._exit(1)

@@ -7,6 +7,7 @@ the end of each optimizer step on what any of them has heard.
 import contextlib
 import os
 import select
+import shutil
 import signal
 import socket
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from mindmerger.runtime.messages import say
 from mindmerger.runtime.processes import is_ending, world_size
-from mindmerger.runtime.watch import kill_children
+from mindmerger.runtime.watch import HALF_WRITTEN, clear_away
 
 # Seconds without a sign of life from the training thread, after a signal, before the rank gives up: it then waits in a
 # collective for a rank that is gone. Launchers kill after 30.
@@ -66,11 +67,33 @@ class LauncherWatch:
         while not self._handed_over.wait(POLL_S):
             if self.is_gone():
                 _say("the launcher is gone, stopping; run the same command to resume")
-                kill_children()
+                clear_away()
                 os._exit(143)
 
 
 _launcher_watch = None
+
+
+@contextlib.contextmanager
+def half_written(folder: Path):
+    """Context manager: a folder is removed by whatever ends this rank in here: an error, its own or another rank's,
+    Ctrl-C or SIGTERM, which raises `SystemExit` here, and the end of the launcher."""
+
+    def leave(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send more than one
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    HALF_WRITTEN.add(folder)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        HALF_WRITTEN.discard(folder)
+        if signal.getsignal(signal.SIGTERM) is leave:
+            signal.signal(signal.SIGTERM, before)
 
 
 def watch_launcher() -> None:

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 import threading
 import time
+from pathlib import Path
 
 from mindmerger.runtime.messages import say_error
 from mindmerger.runtime.place import Place
@@ -21,6 +23,7 @@ POLL_S, BEAT_S = 0.25, 15.0
 GRACE_S = 10.0
 # Seconds without a sign of life after which a rank counts as dead.
 LOST_S = 600.0
+HALF_WRITTEN: set[Path] = set()  # folders that go with this process, unless it ends as it should
 
 
 class _Watch:
@@ -134,7 +137,7 @@ class _Watch:
 
     def _end(self, messages: list[str], code: int) -> None:
         self.ending = True
-        kill_children()
+        clear_away()
         # All at the same time: the first to leave breaks the others' collective calls, and a launcher then sends them
         # signals. They would speak of both below the line that says what has happened.
         self.count_out("ended", 5.0)
@@ -154,9 +157,11 @@ class _Watch:
         os._exit(code)
 
 
-def kill_children() -> None:
-    """Ends the processes that tokenise: os._exit skips what otherwise ends them."""
+def clear_away() -> None:
+    """Ends the processes that tokenise and removes what is half-written: os._exit skips what otherwise does so."""
     for name in ("multiprocessing", "multiprocess"):  # datasets has a multiprocessing of its own
         if (module := sys.modules.get(name)) is not None:
             for child in module.active_children():
                 child.kill()
+    for folder in list(HALF_WRITTEN):
+        shutil.rmtree(folder, ignore_errors=True)

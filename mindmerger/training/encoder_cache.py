@@ -5,14 +5,12 @@ Dimension letters: B batch, S encoder tokens, n layers that the bridge reads, E 
 """
 
 import argparse
-import contextlib
 import errno
 import gc
 import hashlib
 import json
 import os
 import shutil
-import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +26,7 @@ from mindmerger.runtime.processes import (
     progress_bar,
     rank,
 )
+from mindmerger.runtime.signals import half_written
 
 if TYPE_CHECKING:  # numpy and torch are imported where they are used: --help answers at once
     import numpy as np
@@ -103,12 +102,11 @@ def cached_states(settings: "Settings", data: "TrainingData", device) -> "Encode
     from mindmerger.data.encoder_states import EncoderStates
 
     plan = plan_states(settings, data.examples, device)
-    with _stoppable():
-        # Nodes may share a disk, and other runs may be at work on it. Nobody waits for a lock while its holder may wait
-        # for this rank in a collective call: in each round whoever gets a lock computes, and the others look again.
-        has_them, waits = False, True
-        while waits:
-            has_them, waits = _round(plan, has_them, settings, data, device)
+    # Nodes may share a disk, and other runs may be at work on it. Nobody waits for a lock while its holder may wait for
+    # this rank in a collective call: in each round whoever gets a lock computes, and the others look again.
+    has_them, waits = False, True
+    while waits:
+        has_them, waits = _round(plan, has_them, settings, data, device)
     return EncoderStates(plan.folder / FILE, data.examples.encoder_lengths, len(plan.layers), plan.width, plan.dtype)
 
 
@@ -123,14 +121,18 @@ def _round(plan: Plan, has_them: bool, settings, data, device) -> tuple[bool, bo
         found = places[first][1]  # on the node's first process
         if found in (WHOLE, BUSY):
             on_all_ranks(lambda: None)
+            on_all_ranks(lambda: None)
         else:
             behind = min((number for number in leaders if number > first), default=len(places))
             share = rank() - first, behind - first
-            on_all_ranks(_compute_or_remove, plan, Path(found), share, settings, data, device)
-        on_all_ranks(_finish if lock is not None else lambda *_: None, plan, found)
+            with half_written(Path(found)):
+                on_all_ranks(_compute, plan, Path(found), share, settings, data, device)
+                on_all_ranks(_finish if lock is not None else lambda *_: None, plan, Path(found))
+    except (KeyboardInterrupt, SystemExit):
+        log("stopped while the encoder's states were computed: none are kept, the same command computes them again")
+        raise
     finally:
         if lock is not None:
-            shutil.rmtree(found, ignore_errors=True)  # after an error; else it has another name by now
             lock.release()
     waits = any(places[number][1] == BUSY for number in leaders)
     if waits:
@@ -273,38 +275,6 @@ def _unwritable(plan: Plan, error: OSError) -> UserError:
     )
 
 
-def _compute_or_remove(plan: Plan, temporary: Path, share: tuple[int, int], settings, data, device) -> None:
-    """Writes this rank's share of the states; whoever cannot removes all of it."""
-    try:
-        _compute(plan, temporary / FILE, share, settings, data, device)
-    except BaseException as error:
-        if isinstance(error, FileNotFoundError) and not temporary.exists():
-            return  # another rank's error, which that rank reports
-        # Not left to the rank that holds the lock: that one may be ended while it still computes its share.
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _unwritable(plan, error) from error
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            log("stopped while the encoder's states were computed: none are kept, the same command computes them again")
-        raise
-
-
-@contextlib.contextmanager
-def _stoppable():
-    """Context manager: SIGTERM ends this process by an exception, as Ctrl-C does, so that nothing is left behind."""
-
-    def leave(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send more than one
-        raise SystemExit(143)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is leave:
-            signal.signal(signal.SIGTERM, before)
-
-
 def batches_by_length(lengths: "np.ndarray", tokens: int) -> list["np.ndarray"]:
     """Returns the row numbers of batches that have at most so many positions, padding included, the longest rows first;
     a longer row stands alone, and a row without tokens nowhere."""
@@ -320,31 +290,45 @@ def batches_by_length(lengths: "np.ndarray", tokens: int) -> list["np.ndarray"]:
     return batches
 
 
-def _compute(plan: Plan, file: Path, share: tuple[int, int], settings: "Settings", data: "TrainingData", device):
-    """Runs the encoder over every n-th batch and writes each row's states where they belong.
+def _compute(plan: Plan, folder: Path, share: tuple[int, int], settings: "Settings", data: "TrainingData", device):
+    """Loads the encoder, writes the states of this rank's share of the batches, and lets the encoder go.
 
     Args:
-        share: which of the batches are this rank's: every `share[1]`-th from `share[0]` on.
+        share: every `share[1]`-th batch from `share[0]` on.
 
     Raises:
-        UserError: where memory runs out, and for states that are not finite or of another dtype than the run's.
+        UserError: where memory runs out or the disk refuses, and as `_states` does.
     """
     import torch
 
-    from mindmerger.data.encoder_states import bits, starts_of
     from mindmerger.model.towers import load_encoder
     from mindmerger.training.trainer import explain_placing_out_of_memory
 
-    args, lengths = settings.args, data.examples.encoder_lengths
+    args = settings.args
     with explain_placing_out_of_memory(device):
         # Whole and alone on this device, at ZeRO 3 too: the LLM comes after it.
         place = device if device.type == "cuda" else None
         encoder = load_encoder(args.mt_path, plan.dtype, args.attn_implementation, place).to(device)
+    mine = batches_by_length(data.examples.encoder_lengths, TOKENS_PER_PASS)[share[0] :: share[1]]
+    try:
+        _write(plan, folder / FILE, mine, encoder, data, device)
+    except OSError as error:
+        raise _unwritable(plan, error) from error
+    del encoder
+    gc.collect()  # a model refers to itself, and its memory is the LLM's from here on
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _write(plan: Plan, file: Path, batches: list["np.ndarray"], encoder, data: "TrainingData", device) -> None:
+    """Writes each row's states where they belong in the file."""
+    from mindmerger.data.encoder_states import bits, starts_of
+
+    lengths = data.examples.encoder_lengths
     starts, per_token = starts_of(lengths), len(plan.layers) * plan.width
     column = data.examples.dataset.select_columns("encoder_ids")
-    mine = batches_by_length(lengths, TOKENS_PER_PASS)[share[0] :: share[1]]
     # The bar is closed after an error too, whose line would else begin behind it.
-    with open(file, "r+b") as out, progress_bar(mine, desc="encoding", unit="batch", delay=2) as bar:
+    with open(file, "r+b") as out, progress_bar(batches, desc="encoding", unit="batch", delay=2) as bar:
         for number, rows in enumerate(bar):
             ids = column[rows.tolist()]["encoder_ids"]
             what = f"on rank {rank()} while the encoder computes the states of {len(rows)} rows"
@@ -357,14 +341,14 @@ def _compute(plan: Plan, file: Path, share: tuple[int, int], settings: "Settings
                 data.examples.release_pages()
         out.flush()
         os.fsync(out.fileno())
-    del encoder
-    gc.collect()  # a model refers to itself, and its memory is the LLM's from here on
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _states(encoder, plan: Plan, ids: list, pad_id: int, device) -> "torch.Tensor":
-    """Returns the states (B, S, n, E) of rows of ids on the host."""
+    """Returns the states (B, S, n, E) of rows of ids on the host.
+
+    Raises:
+        UserError: for states that are not finite, or of another dtype than the run's.
+    """
     import torch
 
     from mindmerger.data.batches import collate
@@ -394,13 +378,12 @@ def _states(encoder, plan: Plan, ids: list, pad_id: int, device) -> "torch.Tenso
     return states_BSnE.cpu()
 
 
-def _finish(plan: Plan, temporary: str) -> None:
+def _finish(plan: Plan, temporary: Path) -> None:
     """Gives a folder whose states all ranks have written its name.
 
     Raises:
         UserError: when the disk refuses.
     """
-    temporary = Path(temporary)
     try:
         manifest = {"bytes": plan.bytes, "rows": plan.rows, "tokens": plan.tokens, "layers": plan.layers}
         manifest |= {"width": plan.width, "dtype": str(plan.dtype).removeprefix("torch.")}
@@ -411,7 +394,6 @@ def _finish(plan: Plan, temporary: str) -> None:
         os.rename(temporary, plan.folder)
         sync_folder(plan.folder.parent)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise _unwritable(plan, error) from error
 
 
