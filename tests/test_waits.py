@@ -17,8 +17,8 @@ OF_ZERO = {0: 0, 1: 2, 2: 2, 3: 1}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, tiny_encoder, tiny_llm, datas):
-    """What the driver counted, by ZeRO stage and number of micro-batches of a step, or "packed"; of one also with states
-    of the encoder from disk."""
+    """What the driver counted, by ZeRO stage and number of micro-batches of a step, or "packed"; of one also with the
+    encoder's states from disk."""
     folder = tmp_path_factory.mktemp("waits")
     shared = ["--llm_path", tiny_llm, "--mt_path", tiny_encoder, "--data_root", datas, "--task", "math"]
     shared += ["--stage_name", "mapping", "--train_num", "100", "--max_steps", str(STEPS), "--train_batch_size", "8"]
