@@ -73,20 +73,22 @@ def named(flags):
 def test_states_from_disk_train_as_the_encoder_does_in_both_epochs(named, tmp_path):
     """To the bit where the encoder sees the same rows at once, here one; else their company shows in the last bits."""
     alone = ["--train_micro_batch_size_per_gpu", "1", "--eval_batch_size", "1"]
-    off, on, off_alone, on_alone = launch(
+    off, on, packed, off_alone, on_alone = launch(
         tmp_path,
         [
             named("off"),
             named("on", FLAG),
+            named("packed", FLAG, "--packing"),
             named("off_alone", *alone),
             {"argv": named("on_alone", *alone, FLAG), "tokens": 1, "cache": str(tmp_path / "alone")},
         ],
     )
-    assert [one["code"] for one in (off, on, off_alone, on_alone)] == [0] * 4, on
+    assert [one["code"] for one in (off, on, packed, off_alone, on_alone)] == [0] * 5, on
     assert_same_run(output(tmp_path, "off_alone"), output(tmp_path, "on_alone"))
     for key in ("loss", "dev_loss", "grad_norm"):
-        expected, found = (read_log(output(tmp_path, name), key) for name in ("off", "on"))
+        expected, found, without_padding = (read_log(output(tmp_path, name), key) for name in ("off", "on", "packed"))
         assert found == pytest.approx(expected, rel=ROUNDING) and len(found) == (4 if key == "dev_loss" else 18)
+        assert without_padding == pytest.approx(expected, rel=ROUNDING)
     # With and without, a run leaves the same files, and the same configuration beside its mapping.
     ends = [output(tmp_path, name) for name in ("off", "on")]
     assert [sorted(p.name for p in end.iterdir()) for end in ends][0] == sorted(p.name for p in ends[1].iterdir())
