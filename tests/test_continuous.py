@@ -84,6 +84,20 @@ def test_a_waiting_row_takes_the_place_of_an_ended_one_while_others_run_on(tmp_p
     assert sum(steps) < sum(6 * (max(len(lengths[i]) for i in batch) - 1) for batch in batches)
 
 
+def test_inputs_are_read_only_when_an_eighth_of_the_places_is_free(tmp_path, monkeypatch):
+    """One row at a time would read all weights for it."""
+    model, questions = with_ends(make_pair(tmp_path, "mt5", "llama")), Questions(number=80)
+    admitted, admit = [], continuous.Rows.admit
+
+    def noted(rows, numbers, inputs):
+        admitted.append(rows.free)
+        admit(rows, numbers, inputs)
+
+    monkeypatch.setattr(continuous.Rows, "admit", noted)
+    continuous.generate_rows(model, questions.order, questions.lengths, questions.read, lambda longest: 32, 20)
+    assert len(admitted) > 2 and min(admitted) >= 4
+
+
 def test_places_follow_the_inputs_left_and_are_closed_up_at_the_end(tmp_path, monkeypatch):
     """No answer ends early: all rows end together, and of the shorter inputs that follow more fit."""
     model, questions = make_pair(tmp_path, "mt5", "llama"), Questions()

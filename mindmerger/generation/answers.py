@@ -192,13 +192,13 @@ def generate_batch(
 
 
 def generate_in_places(
-    model, tokenizers, columns: dict, batch: list[int], lengths: list[int], places, max_new_tokens: int, advance=None
+    model, tokenizers, columns: dict, batch: list[int], lengths: list[int], places, max_new_tokens: int, *advance
 ) -> list[Generation]:
     """Returns greedy answers to the examples numbered `batch`, longest input first, in that order, by continuous
     batching.
 
     Args:
-        lengths, places, advance: as `continuous.generate_rows` takes them.
+        lengths, places, advance: as `continuous.generate_rows` takes them; the last may be left out.
 
     Raises:
         UserError: out of memory, naming what to lower.
@@ -209,7 +209,7 @@ def generate_in_places(
     sizes = {"input": lengths[batch[0]], "answer": max_new_tokens}
     rows = max(1, min(len(batch), places(lengths[batch[0]])))
     with explain_out_of_memory(f"on {rows} examples at once", sizes, MEMORY_FLAGS):
-        ids = generate_rows(model, batch, lengths, read, places, max_new_tokens, advance or (lambda ended: None))
+        ids = generate_rows(model, batch, lengths, read, places, max_new_tokens, *advance)
     return [to_generation(model, tokenizers, ids[i]) for i in batch]
 
 

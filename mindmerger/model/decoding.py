@@ -120,8 +120,8 @@ MOST_PACKED = 4 * 2**30
 def packed_weights(llm: nn.Module):
     """Context manager: the linear layers of an LLM in bf16 on a CPU multiply by copies that are laid out for oneDNN.
 
-    torch lays them out anew at every call, which takes a third of the time or more where a batch has few rows. The
-    copies take 0.1 s and the weights' memory once more.
+    torch lays them out anew at every call, which took a third of the time of products on up to 96 rows. The copies of
+    134 million weights take 0.1 s to make, and memory as the weights do.
     """
     layers = [layer for layer in llm.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
     layers = [layer for layer in layers if layer.weight.dtype == torch.bfloat16]

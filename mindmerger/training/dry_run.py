@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mindmerger.runtime.processes import is_main, world_size
-from mindmerger.training.encoder_cache import readable, size_of
+from mindmerger.training.encoder_cache import describe, size_of
 from mindmerger.training.settings import ASSUMED_GPU, ASSUMED_SHARE, Settings
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def describe_states(settings: Settings, examples, dtype) -> str:
     tokens, layers = int(examples.encoder_lengths.sum(dtype="int64")), len(settings.bridge.encoder_layers)
     size = size_of(tokens, layers, settings.bridge.towers.encoder_width, dtype)
     return (
-        f"encoder states of {len(examples.encoder_lengths):,} rows, {tokens:,} tokens: {readable(size)} in "
-        f"{cache_root()}, computed before training by the encoder alone, which is then not kept in memory"
+        f"{describe(len(examples.encoder_lengths), tokens, size)} in {cache_root()}, computed before training by the "
+        "encoder alone, which is then not kept in memory"
     )
 
 

@@ -79,12 +79,17 @@ class Plan(NamedTuple):
         return size_of(self.tokens, len(self.layers), self.width, self.dtype)
 
     def __str__(self) -> str:
-        return f"encoder states of {self.rows:,} rows, {self.tokens:,} tokens: {readable(self.bytes)}"
+        return describe(self.rows, self.tokens, self.bytes)
 
 
 def size_of(tokens: int, layers: int, width: int, dtype: "torch.dtype") -> int:
     """Returns how many bytes states take."""
     return tokens * layers * width * dtype.itemsize
+
+
+def describe(rows: int, tokens: int, size: int) -> str:
+    """Returns what states are of, and how large they are."""
+    return f"encoder states of {rows:,} rows, {tokens:,} tokens: {readable(size)}"
 
 
 def readable(size: int) -> str:

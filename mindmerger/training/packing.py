@@ -6,8 +6,6 @@ model that asks for neither silently attends across rows, and only its losses wo
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mindmerger.runtime.errors import UserError
 from mindmerger.training.deepspeed_config import zero_stage
 
@@ -67,6 +65,7 @@ def check_rows_apart(run: "Run") -> None:
     """
     if not run.args.packing:
         return
+    import numpy as np
     import torch
 
     train, seen = run.loader.data.train, []
