@@ -78,7 +78,7 @@ evaluate_scored() {
         train_micro_batch_size_per_gpu
     # The rows differ in these, so no variable may set them for all.
     add_variables "" results_dir save_name llm_path mt_path init_checkpoint augmentation llm_only parallel_input \
-        translations parallel_languages order translate_test scoring
+        translations parallel_languages order translate_test scoring probe_prefix
     if [[ -n $scoring ]]; then command_line+=(--scoring "$scoring"); fi
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py)

@@ -435,8 +435,10 @@ def fake_command(path: Path, body: str) -> None:
 
 
 def fake_python(calls: Path) -> str:
-    """A python that lacks no package, knows the task's name and notes every other call down."""
-    return f'[[ $* == *safetensors* ]] && exit; [[ $1 == -c ]] && echo math_mgsm && exit; echo "$*" >>{calls}'
+    """A python that lacks no package, knows the task's name and some flags, and notes every other call down."""
+    flags = "[[ $* == *build_parser* ]] && echo limit probe_prefix scoring && echo llm_only && echo && exit"
+    task = "[[ $1 == -c ]] && echo math_mgsm && exit"
+    return f'[[ $* == *safetensors* ]] && exit; {flags}; {task}; echo "$*" >>{calls}'
 
 
 def test_comparison_makes_experts_once_and_hands_over_every_model(tmp_path):
@@ -519,11 +521,14 @@ def test_the_row_of_a_probe_stands_behind_soft_when_it_is_asked_for(tmp_path):
     fake_command(tmp_path / "bin" / "python", fake_python(tmp_path / "calls"))
     environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "MT_PATH": "mt5"}
     environment |= {"SOFT_CHECKPOINT": "soft", "RESULTS_DIR": str(tmp_path / "r"), "PROBE_PREFIX": "shuffled"}
+    environment |= {"LIMIT": "7"}  # for all rows
     command = ["bash", str(ROOT / "scripts" / "compare_all.sh")]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *evaluations, table = (tmp_path / "calls").read_text().splitlines()
     plain, probe = [line for line in evaluations if "--init_checkpoint soft" in line]
+    assert all("--limit 7" in line for line in evaluations)
+    assert [line for line in evaluations if "--probe_prefix" in line] == [probe]
     assert "--probe_prefix" not in plain and probe.endswith("--augmentation True --probe_prefix shuffled")
     folders = f"{tmp_path}/r/compare/mindmerger-soft"
     expected = f"--row MindMerger-Soft={folders}/math_mgsm --row MindMerger-Soft, shuffled prefix={folders}-shuffled"
