@@ -46,10 +46,9 @@ export HF_DATASETS_CACHE=$PWD/$folder/cache
 [[ $folder != /* ]] || export HF_DATASETS_CACHE=$folder/cache
 
 models=(--llm_path "$folder/llm" --mt_path "$folder/mt5" --data_root "$folder/datas" --precision fp32)
-# The dev split by rows, as the README's numbers were measured.
 training=(deepspeed --num_gpus 1 --log_level critical run_training.py --deepspeed "${models[@]}" --output_dir "$folder/outputs" --task math
     --train_batch_size 64 --train_micro_batch_size_per_gpu 32 --eval_batch_size 64 --dev_size 256 --max_seq_len 200
-    --dev_split rows --max_gen_len 400 --epoch_num 1 --lr_scheduler cosine --warmup_ratio 0.05 --num_workers 0 --seed "$seed")
+    --max_gen_len 400 --epoch_num 1 --lr_scheduler cosine --warmup_ratio 0.05 --num_workers 0 --seed "$seed")
 evaluation=(python run_evaluation.py "${models[@]}" --results_dir "$folder/results" --save_name quickstart --task math
     --languages English,Swahili,German,Spanish,Russian,Chinese --eval_batch_size 50 --max_new_tokens 40)
 mapping=$folder/outputs/quickstart/math/mapping
