@@ -155,6 +155,45 @@ def test_garbage_in_the_place_of_an_ended_row_harms_nobody(tmp_path):
     assert rows.positions_B.tolist() == [before[0] + 5, before[1]]
 
 
+@pytest.mark.parametrize("llm", ["llama", "qwen3", "gpt2", "opt"])
+def test_what_all_inputs_of_the_llm_alone_begin_with_is_read_once(tmp_path, llm, monkeypatch):
+    """The shared part lies before a row's padding while the row is read, and behind it while it is decoded."""
+    model, questions = with_ends(make_pair(tmp_path, "mt5", llm)), Questions()
+    start = [30, 40, 50, 60, 70, 80, 90]
+    for i, row in enumerate(questions.rows):
+        questions.rows[i] = {"prompt_ids": start + row["prompt_ids"] + row["encoder_ids"]}
+    questions.lengths = [1 + len(row["prompt_ids"]) for row in questions.rows]
+    questions.order = sorted(range(23), key=lambda i: (-questions.lengths[i], i))
+    shared = answers.shared_positions(model, {"prompt_ids": [row["prompt_ids"] for row in questions.rows]})
+    assert shared == (model.bos_token_id is not None) + len(start)
+    expected = questions.alone(model, 20)
+    widths, forward = [], type(model.llm).forward
+
+    def noted(llm, *args, **inputs):
+        if inputs.get("inputs_embeds") is not None:
+            widths.append(inputs["inputs_embeds"].shape[1])
+        return forward(llm, *args, **inputs)
+
+    for places in (3, 40):
+        widths.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.llm), "forward", noted)
+            given = questions.order, questions.lengths, questions.read, lambda longest, n=places: n, 20
+            assert continuous.generate_rows(model, *given, shared=shared) == expected
+        longest = max(questions.lengths) - (model.bos_token_id is None)
+        assert widths[0] == shared and widths[1] == longest - shared and max(widths[2:], default=0) <= widths[1]
+
+
+def test_what_is_shared_leaves_each_input_something_and_no_sliding_window_a_gap(tmp_path):
+    model = make_pair(tmp_path / "llama", "mt5", "llama")
+    bos = int(model.bos_token_id is not None)
+    for prompts, alike in (([[5, 6, 7], [5, 6]], 1), ([[5], [6]], 0), ([[5, 6, 7, 8], [5, 6, 9, 8], [5, 6, 7, 9]], 2)):
+        assert answers.shared_positions(model, {"prompt_ids": prompts}) == bos + alike
+    assert answers.shared_positions(model, {"prompt_ids": [[5, 6], [5, 7]], "encoder_ids": [[1], [2]]}) == 0
+    sliding = make_pair(tmp_path / "mistral", "mt5", "mistral")
+    assert answers.shared_positions(sliding, {"prompt_ids": [[5, 6], [5, 7]]}) == 0
+
+
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "memory"])
 def test_llms_whose_rows_cannot_change_places_are_left_to_generate(tmp_path, kind, tiny_encoder, tiny_llm):
     """BLOOM counts its positions itself, Mamba keeps a state that is no list of tokens, a bridge's memory is made for
@@ -190,12 +229,12 @@ def test_answer_gives_the_same_with_places_and_with_batches(tiny_encoder, tiny_l
 def test_running_out_of_memory_names_sizes_and_flags(tiny_encoder, tiny_llm, monkeypatch):
     from mindmerger.runtime.errors import UserError
 
-    def full(*args):
+    def full(*args, **more):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(continuous, "generate_rows", full)
     with pytest.raises(UserError, match=r"on 2 examples at once, longest input 9, answer 7 tokens: lower --eval_max"):
-        generate_in_places(None, None, {}, [0, 1, 2], [9, 5, 4], lambda longest: 2, 7)
+        generate_in_places(None, None, {"encoder_ids": []}, [0, 1, 2], [9, 5, 4], lambda longest: 2, 7)
 
 
 @pytest.mark.parametrize(

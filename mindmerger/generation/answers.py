@@ -4,6 +4,7 @@
 the next begins.
 """
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -191,14 +192,26 @@ def generate_batch(
     return [to_generation(model, tokenizers, ids) for ids in ids_BT.tolist()]
 
 
+def shared_positions(model, columns: dict) -> int:
+    """Returns how many positions all inputs of these columns begin with, BOS and the words before the question, where
+    the LLM alone reads them and can keep them; each input has more. Behind a mapped question no two are alike."""
+    from mindmerger.generation.continuous import can_share
+
+    if "encoder_ids" in columns or not can_share(model.llm):
+        return 0
+    # Of lists too: what the first and the last of them in order begin with, all do.
+    alike = len(os.path.commonprefix(columns["prompt_ids"]))
+    return (model.bos_token_id is not None) + min(alike, min(len(ids) for ids in columns["prompt_ids"]) - 1)
+
+
 def generate_in_places(
-    model, tokenizers, columns: dict, batch: list[int], lengths: list[int], places, max_new_tokens: int, *advance
+    model, tokenizers, columns: dict, batch: list[int], lengths: list[int], places, max_new_tokens: int, advance=None
 ) -> list[Generation]:
     """Returns greedy answers to the examples numbered `batch`, longest input first, in that order, by continuous
     batching.
 
     Args:
-        lengths, places, advance: as `continuous.generate_rows` takes them; the last may be left out.
+        lengths, places, advance: as `continuous.generate_rows` takes them.
 
     Raises:
         UserError: out of memory, naming what to lower.
@@ -208,8 +221,9 @@ def generate_in_places(
     read = partial(batch_inputs, model, tokenizers, columns)
     sizes = {"input": lengths[batch[0]], "answer": max_new_tokens}
     rows = max(1, min(len(batch), places(lengths[batch[0]])))
+    more = {"shared": shared_positions(model, columns)} | ({} if advance is None else {"advance": advance})
     with explain_out_of_memory(f"on {rows} examples at once", sizes, MEMORY_FLAGS):
-        ids = generate_rows(model, batch, lengths, read, places, max_new_tokens, *advance)
+        ids = generate_rows(model, batch, lengths, read, places, max_new_tokens, **more)
     return [to_generation(model, tokenizers, ids[i]) for i in batch]
 
 

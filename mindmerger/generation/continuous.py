@@ -4,8 +4,8 @@ Answers end after very different numbers of tokens. A batch that runs until its 
 rows that nobody waits for; here their places are filled, and inputs are read in batches of their own, of similar
 length.
 
-Dimension letters: B rows decoded at once, H key-value heads, C columns of the cache, L positions of an input, D head
-width, V vocabulary.
+Dimension letters: B rows decoded at once, H key-value heads, C columns of the cache, L positions of an input, P of them
+that all inputs begin with, D head width, V vocabulary.
 """
 
 import inspect
@@ -43,6 +43,12 @@ def can_run(model) -> bool:
     return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
+def can_share(llm: nn.Module) -> bool:
+    """Tells whether what all inputs begin with can be read once: where rows are shorter, a gap then follows it while
+    they are read, which a sliding window would count."""
+    return {type(layer) for layer in DynamicCache(config=llm.config).layers} == {DynamicLayer}
+
+
 class PlaceLayer(DynamicLayer):
     """Keys and values of the rows being decoded: a buffer (B, H, C, D) each, rows aligned at column `end`.
 
@@ -72,10 +78,13 @@ class PlaceLayer(DynamicLayer):
         """Returns how many columns attention gets, and that the first is number 0."""
         return self.keys.shape[2], 0
 
-    def put(self, places: list[int], end: int, layer: DynamicLayer) -> None:
-        """Copies rows that were read into places, aligned at column `end`."""
+    def put(self, places: list[int], end: int, layer: DynamicLayer, from_BL: torch.Tensor | None) -> None:
+        """Copies rows that were read into places, aligned at column `end`; `from_BL` says from which column each of
+        theirs is, None from the same."""
         self.end = end
         for own, new in ((self.keys, layer.keys), (self.values, layer.values)):
+            if from_BL is not None:
+                new = new.take_along_dim(from_BL[:, None, :, None], dim=2)
             own[places, :, end - new.shape[2] : end] = new
 
     def lay_out(self, places: list[int], longest: int, columns: int) -> None:
@@ -107,7 +116,9 @@ class Rows:
     The state is always that of an ordinary left-padded batch, only that rows differ in how many tokens they have made.
     """
 
-    def __init__(self, model, places: int, max_new_tokens: int):
+    def __init__(self, model, places: int, max_new_tokens: int, start: DynamicCache | None = None):
+        """Makes a number of places, all of them free; `start` is what `read_start` returns."""
+        self.start = start
         self.model, self.llm, self.max_new_tokens = model, model.llm, max_new_tokens
         self.numbers: list[int | None] = [None] * places  # of the example in each place, None where it has ended
         self.cached = [0] * places  # columns of each row
@@ -135,15 +146,7 @@ class Rows:
         names = ("encoder_input_ids", "encoder_attention_mask", "prompt_ids", "prompt_mask")
         embeds_BLD, mask_BL, _ = self.model._merged(*(inputs.get(name) for name in names))
         mask_BL = mask_BL.to(embeds_BLD.device)
-        read = full_cache(self.llm, lambda i: GrowingLayer())
-        output = self.llm(
-            inputs_embeds=embeds_BLD,
-            attention_mask=mask_BL,
-            position_ids=(mask_BL.cumsum(1) - 1).clamp(min=0),
-            past_key_values=read,
-            use_cache=True,
-            **self.last_logits,
-        )
+        read, logits_BV, from_BL = self._read(embeds_BLD, mask_BL)
         free = [place for place, number in enumerate(self.numbers) if number is None]
         places, width = free[: len(numbers)], mask_BL.shape[1]
         if self.cache is None:
@@ -152,14 +155,39 @@ class Rows:
             raise RuntimeError(f"an input of {width} positions follows shorter ones ({self.end})")
         for own, new in zip(self.cache.layers, read.layers, strict=True):
             if isinstance(own, PlaceLayer):
-                own.put(places, self.end, new)
+                own.put(places, self.end, new, from_BL)
         self.mask_BC[places] = 0
         self.mask_BC[places, self.end - width : self.end] = mask_BL
         lengths = mask_BL.sum(1)
         self.positions_B[places] = lengths
         for place, number, length in zip(places, numbers, lengths.tolist(), strict=True):
             self.numbers[place], self.cached[place], self.answers[number] = number, length, []
-        self._append(places, output.logits[:, -1])
+        self._append(places, logits_BV)
+
+    def _read(self, embeds_BLD: torch.Tensor, mask_BL: torch.Tensor) -> tuple:
+        """Passes left-padded inputs; returns their cache, the logits behind them, and which of the cache's columns each
+        column of theirs is, None where it is the same."""
+        read = full_cache(self.llm, lambda i: GrowingLayer())
+        length, shared, from_BL = embeds_BLD.shape[1], 0, None
+        seen_BL, positions_BL = mask_BL, (mask_BL.cumsum(1) - 1).clamp(min=0)
+        if self.start is not None:
+            shared = self.start.get_seq_length()
+            for layer, known in zip(read.layers, self.start.layers, strict=True):
+                if known.is_initialized:
+                    layer.update(*(one.expand(len(embeds_BLD), -1, -1, -1) for one in (known.keys, known.values)))
+            # The cache has the start in its first columns, before the padding instead of behind it.
+            column_L, padding_B1 = torch.arange(length, device=mask_BL.device), length - mask_BL.sum(1, keepdim=True)
+            from_BL = torch.where(column_L < padding_B1 + shared, (column_L - padding_B1).clamp(min=0), column_L)
+            seen_BL = torch.cat([mask_BL.new_ones(len(mask_BL), shared), mask_BL[:, : length - shared]], dim=1)
+        output = self.llm(
+            inputs_embeds=embeds_BLD[:, shared:],
+            attention_mask=seen_BL,
+            position_ids=positions_BL[:, shared:],
+            past_key_values=read,
+            use_cache=True,
+            **self.last_logits,
+        )
+        return read, output.logits[:, -1], from_BL
 
     def _make_room(self, read: DynamicCache, mask_BL: torch.Tensor) -> None:
         rows, self.end = len(self.numbers), mask_BL.shape[1]
@@ -231,6 +259,15 @@ class Rows:
         self.numbers, self.cached = ([one[place] for place in kept] for one in (self.numbers, self.cached))
 
 
+def read_start(model, inputs: dict, shared: int) -> DynamicCache:
+    """Returns the cache (1, H, P, D) of the first positions of one example's input, as `MindMerger.generate` takes it,
+    which all other inputs begin with too."""
+    cache = full_cache(model.llm, lambda i: GrowingLayer())
+    embeds_BLD, *_ = model._merged(None, None, inputs["prompt_ids"], inputs["prompt_mask"])
+    model.llm(inputs_embeds=embeds_BLD[:, :shared], past_key_values=cache, use_cache=True)
+    return cache
+
+
 @torch.no_grad()
 def generate_rows(
     model,
@@ -240,6 +277,7 @@ def generate_rows(
     places: Callable[[int], int],
     max_new_tokens: int,
     advance: Callable[[int], object] = lambda ended: None,
+    shared: int = 0,
 ) -> dict[int, list[int]]:
     """Decodes greedily, as `MindMerger.generate` does, with rows that change places.
 
@@ -249,6 +287,7 @@ def generate_rows(
         read: gives the arguments of `MindMerger.generate` for some examples.
         places: gives how many rows are decoded at once where the longest input has that many positions.
         advance: called with how many rows have ended since.
+        shared: positions that all inputs begin with; they are read once.
 
     Returns:
         the new ids of each example, up to and with its end token.
@@ -266,9 +305,11 @@ def generate_rows(
             rows.admit(part, read(part))
 
     with fast_decoding(model.llm):
+        start = read_start(model, read(order[:1]), shared) if shared else None
         # Anew where all have ended: of shorter inputs more rows fit.
         while waiting:
-            rows, told = Rows(model, min(len(waiting), max(1, places(lengths[waiting[0]]))), max_new_tokens), 0
+            number, told = min(len(waiting), max(1, places(lengths[waiting[0]]))), 0
+            rows = Rows(model, number, max_new_tokens, start)
             fill(rows)
             while rows.running:
                 rows.step()
