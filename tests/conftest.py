@@ -211,10 +211,10 @@ def run_prepared(*command, cwd, ranks=1, timeout=240, env=None) -> tuple[list[in
     return codes, [Path(path).read_bytes().decode(errors="replace") for path in outputs]
 
 
-def run_many(tmp_path, runs, ranks=1):
-    """Returns the outcomes of several argument lists in one launch."""
+def run_many(tmp_path, runs, ranks=1, driver="many_runs.py"):
+    """Returns the outcomes of several argument lists in one launch of a program of `drivers/`."""
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    driver = ROOT / "tests/drivers/many_runs.py"
+    driver = ROOT / "tests/drivers" / driver
     codes, printed = run_prepared(driver, tmp_path / "runs.json", tmp_path / "outcomes.json", cwd=tmp_path, ranks=ranks)
     assert codes == [0] * ranks, "\n".join(printed)[-3000:]
     return json.loads((tmp_path / "outcomes.json").read_text())

@@ -1,27 +1,37 @@
-"""--compile and --liger: what they leave as it is, and what they refuse. Compiling needs a compiler, Liger a GPU."""
+"""--compile and --liger: what they leave as it is, and what they refuse. Compiling needs a compiler, Liger a GPU.
+
+Liger's loss runs on a CPU too, in triton's interpreter; the other kernels do not:
+
+    pip install liger-kernel triton && TRITON_INTERPRET=1 python -m pytest tests/test_speedups.py -k ligers_loss
+"""
 
 import inspect
+import json
 import os
 import sys
 from argparse import Namespace
 from importlib import metadata
 from importlib.util import find_spec
 from shutil import which
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_tiny_llm, read_log
-from transformers import LlamaForCausalLM
+from conftest import ROOT, make_tiny_llm, read_log, run_many
+from transformers import GraniteConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from mindmerger.model.adapters import adapter_values, add_adapter
+from mindmerger.model.loss import next_token_loss
 from mindmerger.model.mindmerger import MindMerger
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import speedups
 
-LIGER = pytest.mark.skipif(
-    find_spec("liger_kernel") is None or not torch.cuda.is_available(), reason="needs Liger and a GPU"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LIGER = pytest.mark.skipif(find_spec("liger_kernel") is None or DEVICE == "cpu", reason="needs Liger and a GPU")
+LIGERS_LOSS = pytest.mark.skipif(
+    find_spec("liger_kernel") is None or (DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"),
+    reason="needs Liger, and a GPU or TRITON_INTERPRET=1",
 )
 
 
@@ -159,6 +169,7 @@ def test_compile_is_refused_at_zero_3_and_with_liger(monkeypatch):
 @pytest.fixture
 def stand_in(monkeypatch):
     """A Liger with the real one's table and signatures for three model types, on a machine that seems to have a GPU."""
+    pytest.importorskip("bitsandbytes")  # PEFT imports it, which must not happen while a GPU only seems to be there
     calls = []
 
     def llama(
@@ -174,8 +185,14 @@ def stand_in(monkeypatch):
         assert kwargs.keys() <= inspect.signature(table[model.config.model_type]).parameters.keys()
         calls.append(kwargs)
 
-    names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch")
+    def loss(hidden, weight, labels, bias, reduction):
+        calls.append(hidden.shape)
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
+
+    names = ["liger_kernel", *(f"liger_kernel.transformers{part}" for part in ("", ".monkey_patch", ".functional"))]
     modules = {name: ModuleType(name) for name in names}
+    modules[names[3]].liger_fused_linear_cross_entropy = loss
     modules[names[1]]._apply_liger_kernel_to_instance = apply
     modules[names[2]].MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": llama, "gemma": gemma}
     for name, module in modules.items():
@@ -186,12 +203,69 @@ def stand_in(monkeypatch):
     return calls
 
 
-def test_liger_gets_no_cross_entropy(stand_in, tiny_llm):
+def test_liger_puts_no_cross_entropy_into_the_llm_and_takes_the_loss_on_target_positions(
+    stand_in, tiny_llm, tiny_encoder
+):
     speedups.check_speed_options(options(liger=True, llm_path=tiny_llm), zero_stage=3)
     assert stand_in == []
-    speedups.apply_liger(LlamaForCausalLM.from_pretrained(tiny_llm))
-    off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    assert stand_in == [{"rope": True, "rms_norm": True, "swiglu": True, **off}]
+    found = []
+    for with_liger in (False, True):
+        torch.manual_seed(0)
+        model = MindMerger.from_models(tiny_encoder, tiny_llm, torch.float32)
+        if with_liger:
+            speedups.apply_liger(model)
+            off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+            assert stand_in == [{"rope": True, "rms_norm": True, "swiglu": True, **off}]
+        ids = torch.arange(24).view(2, 12) + 5
+        mask = torch.ones(2, 12, dtype=torch.long)
+        mask[1, 7:] = 0
+        batch = {"encoder_input_ids": ids, "encoder_attention_mask": mask, "target_ids": ids, "target_mask": mask}
+        output = model(**batch)
+        output.loss.backward()
+        found.append((output.loss.item(), model.mapping.mlp.linear1.weight.grad.norm().item()))
+        assert output.target_tokens.item() == 19
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert stand_in[1:] == [(19, model.llm.config.hidden_size)]
+    # The head is as it was, and rows without a target have no loss rather than an error.
+    assert model.llm(ids).logits.shape == (2, 12, model.llm.config.vocab_size)
+    assert model(**{**batch, "target_mask": torch.zeros_like(mask)}).loss_sum.item() == 0
+
+
+def test_liger_takes_no_loss_of_logits_that_the_llm_changes_nor_through_a_head_that_is_adapted(stand_in, tmp_path):
+    head, llama = torch.nn.Linear(4, 9), LlamaConfig(hidden_act="silu")
+    adapted = torch.nn.Sequential(torch.nn.Linear(4, 9)).requires_grad_(False)
+    cases = [
+        (llama, head.requires_grad_(False), True),
+        (LlamaConfig(final_logit_softcapping=30.0), head, False),
+        (GraniteConfig(logits_scaling=8.0), head, False),
+        (llama, adapted, False),
+        (llama, torch.nn.Linear(4, 9), False),
+    ]
+    table = sys.modules["liger_kernel.transformers.monkey_patch"].MODEL_TYPE_TO_APPLY_LIGER_FN
+    table["granite"] = table["llama"]
+    for config, output, expected in cases:
+        llm = SimpleNamespace(config=config, get_output_embeddings=lambda output=output: output)
+        model = SimpleNamespace(llm=llm, linear_loss=None)
+        speedups.apply_liger(model)
+        assert (model.linear_loss is speedups.liger_loss) == expected
+
+
+@pytest.mark.parametrize("scale", [lambda logits: logits / 2, lambda logits: logits.div_(2)])
+def test_a_loss_that_stands_for_logits_which_the_llm_then_changes_is_an_error(tiny_llm, scale):
+    class Scaled(LlamaForCausalLM):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = scale(output.logits)
+            return output
+
+    llm = Scaled.from_pretrained(tiny_llm)
+    places = torch.tensor([0, 2]), torch.tensor([5, 6])
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with pytest.raises(RuntimeError, match="Scaled changes its logits"):
+        next_token_loss(llm, *places, lambda hidden, weight, labels, bias: hidden.sum(), **inputs)
+    logits = llm(**inputs).logits[0, [0, 2]]
+    expected = torch.nn.functional.cross_entropy(logits, places[1], reduction="sum")
+    assert next_token_loss(llm, *places, **inputs).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]])
@@ -216,7 +290,7 @@ def test_liger_finds_the_layers_that_it_replaces_under_an_adapter_and_calls_what
         model = with_adapter(tiny_encoder, tiny_llm, "lora", targets)
         if with_liger:
             monkeypatch.setattr(sys.modules["liger_kernel.transformers"], "_apply_liger_kernel_to_instance", bind)
-            speedups.apply_liger(model.llm)
+            speedups.apply_liger(model)
         model(**batch).loss.backward()
         found.append({name: p.grad.norm().item() for name, p in model.trained_parameters().items()})
     assert found[1] == pytest.approx(found[0], rel=1e-5)
@@ -249,6 +323,22 @@ def test_liger_needs_a_gpu_and_its_package(monkeypatch, tiny_llm):
         speedups.check_liger(tiny_llm)
 
 
+def test_a_loss_in_the_heads_place_trains_alike_at_zero_3(tmp_path, flags):
+    """Without a threshold below which parameters stay whole: the head's weight is there within its own call alone."""
+    sharded = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (tmp_path / "sharded.json").write_text(json.dumps(sharded))
+    short = [*flags, "--stage_name", "mapping", "--max_steps", "3"]
+    ways = {"logits": [], "liger": ["--liger"], "zero3": ["--liger", "--deepspeed_config", "sharded.json"]}
+    runs = [[*short, *more, "--save_name", name] for name, more in ways.items()]
+    outcomes = run_many(tmp_path, runs, ranks=2, driver="liger_runs.py")
+    assert [one["code"] for one in outcomes] == [0] * 3, [one["printed"][-800:] for one in outcomes]
+    vocabulary = LlamaConfig.from_pretrained(flags[2]).vocab_size
+    whole = f"linear loss of ({vocabulary}, 32)"
+    assert [whole in one["printed"] for one in outcomes] == [False, True, True]
+    losses = [read_log(tmp_path / "outputs" / name / "math/mapping") for name in ways]
+    assert losses[1:] == [pytest.approx(losses[0], rel=1e-5)] * 2
+
+
 @LIGER
 def test_liger_changes_losses_and_gradients_by_rounding_only(tiny_encoder, tmp_path, monkeypatch):
     """The real kernels on a tiny model; the rotary embedding of transformers is put back afterwards."""
@@ -270,9 +360,34 @@ def test_liger_changes_losses_and_gradients_by_rounding_only(tiny_encoder, tmp_p
         model = MindMerger.from_models(tiny_encoder, llm, torch.float32)
         if with_liger:
             speedups.check_liger(llm)
-            speedups.apply_liger(model.llm)
+            speedups.apply_liger(model)
+            assert model.linear_loss is speedups.liger_loss
         model.cuda()
         loss = model(**batch).loss
         loss.backward()
         found.append((loss.item(), model.mapping.mlp.linear1.weight.grad.norm().item()))
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@LIGERS_LOSS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ligers_loss_and_its_gradient_are_those_of_the_logits(tiny_llm, dtype):
+    """Over several of Liger's chunks of rows, and scaled by a factor, as a micro-batch's share of a batch is."""
+    llm = LlamaForCausalLM.from_pretrained(tiny_llm, dtype=dtype).to(DEVICE).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 50, (4, 30), generator=generator).to(DEVICE)
+    embeds = torch.randn(4, 30, llm.config.hidden_size, generator=generator).to(DEVICE, dtype)
+    predictor = torch.randperm(120, generator=generator)[:101].to(DEVICE)
+    labels = ids.flatten()[predictor]
+    found = []
+    for linear_loss in (None, speedups.liger_loss):
+        inputs = embeds.clone().requires_grad_()
+        loss = next_token_loss(llm, predictor, labels, linear_loss, inputs_embeds=inputs)
+        (loss / 7).backward()
+        with torch.no_grad():
+            alone = next_token_loss(llm, predictor, labels, linear_loss, inputs_embeds=inputs)
+        assert alone.item() == pytest.approx(loss.item(), rel=1e-6) and loss.dtype == torch.float32
+        found.append((loss.item(), inputs.grad.float()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5 if dtype == torch.float32 else 1e-2)
+    close = 1e-5 if dtype == torch.float32 else 3e-2
+    assert (found[1][1] - found[0][1]).norm() < close * found[0][1].norm()

@@ -3,6 +3,7 @@
 Dimension letters: B batch, L merged length, M target tokens of the whole batch, D LLM width, V vocabulary.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,6 +47,39 @@ def head_on_positions(head: nn.Module, flat_M: torch.Tensor):
     # A head that is called by parts would get wrong positions, and only the loss would show it.
     if len(calls) != 1:
         raise RuntimeError(f"the LLM's output head was called {len(calls)} times in one forward pass, expected once")
+
+
+def next_token_loss(
+    llm: nn.Module, predictor_M: torch.Tensor, labels_M: torch.Tensor, linear_loss: Callable | None = None, **inputs
+) -> torch.Tensor:
+    """Returns the summed cross-entropy of labels (M,) by the logits at flat positions (M,) of B*L, a scalar in fp32.
+
+    Args:
+        linear_loss: computes it from hidden states (M, D), the head's weight (V, D), the labels and the head's bias,
+            so that the logits (M, V) are never whole; None computes them.
+        inputs: of the LLM.
+    """
+    head = llm.get_output_embeddings()
+    if linear_loss is None or len(labels_M) == 0:
+        with head_on_positions(head, predictor_M):
+            return ChunkedCrossEntropy.apply(llm(**inputs, use_cache=False).logits[0], labels_M)
+    losses = []
+
+    def loss_of(hidden_1MD):
+        losses.append(linear_loss(hidden_1MD[0], head.weight, labels_M, head.bias).reshape(1, 1, 1))
+        return losses[0]
+
+    # Within the head's own call, where ZeRO 3 gathers its weight.
+    usual, head.forward = head.forward, loss_of
+    try:
+        with head_on_positions(head, predictor_M):
+            logits = llm(**inputs, use_cache=False).logits
+    finally:
+        head.forward = usual
+    # ZeRO 3 hands on the same memory as another tensor.
+    if logits.data_ptr() != losses[0].data_ptr() or losses[0]._version:
+        raise RuntimeError(f"{type(llm).__name__} changes its logits: its loss cannot be taken before they are made")
+    return logits[0, 0, 0]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -41,7 +41,7 @@ from mindmerger.model.decoding import FiniteLogits, end_at, fast_decoding, growi
 from mindmerger.model.encoding import run_encoder
 from mindmerger.model.input_plan import InputPlan, masks_known, plan_encoder, plan_input
 from mindmerger.model.likelihood import score_labels
-from mindmerger.model.loss import ChunkedCrossEntropy, MindMergerOutput, head_on_positions
+from mindmerger.model.loss import MindMergerOutput, next_token_loss
 from mindmerger.model.mapping_files import (
     CONFIG_FILE,
     MAPPING_FILE,
@@ -77,6 +77,7 @@ class MindMerger(SharedOnHub, nn.Module):
         super().__init__()
         self.config = config
         self.adapter: dict | None = None  # what PEFT knows of it
+        self.linear_loss = None  # for `next_token_loss`
         self.encoder = encoder
         self.llm = llm
         for tower in (encoder, llm):
@@ -298,14 +299,13 @@ class MindMerger(SharedOnHub, nn.Module):
             return MindMergerOutput(label_losses=losses_BC, label_greedy=greedy_BC)
         plan = (plan or self.plan_input(encoder_attention_mask, prompt_mask, target_mask)).to(target_ids.device)
         embeds, memory = self._segments(plan, encoder_input_ids, prompt_ids, encoder_states)
-        embeds.append(self.llm.get_input_embeddings()(target_ids))
-        embeds_BLD = self._rows(embeds, plan)
+        embeds_BLD = self._rows([*embeds, self.llm.get_input_embeddings()(target_ids)], plan)
         labels_M = target_ids.flatten().index_select(0, plan.token_M)
-        with memory, masks_known(plan.pack), head_on_positions(self.llm.get_output_embeddings(), plan.rows.predictor_M):
+        with memory, masks_known(plan.pack):
             # Causal attention on right-padded rows never looks at padding: no mask, so the fused kernels apply.
-            logits_MV = self.llm(inputs_embeds=embeds_BLD, use_cache=False, **plan.llm_arguments).logits[0]
+            inputs = {"inputs_embeds": embeds_BLD, **plan.llm_arguments}
+            loss_sum = next_token_loss(self.llm, plan.rows.predictor_M, labels_M, self.linear_loss, **inputs)
         # A sum, for the mean depends on how a batch is split: training divides by the whole batch's tokens.
-        loss_sum = ChunkedCrossEntropy.apply(logits_MV, labels_M)
         tokens = loss_sum.new_full((), labels_M.numel())
         return MindMergerOutput(loss=loss_sum / tokens, loss_sum=loss_sum, target_tokens=tokens)
 

@@ -10,8 +10,7 @@ from importlib import metadata
 from mindmerger.runtime.errors import UserError, one_line
 
 LIGER_WRITTEN_FOR = "0.8.5"
-# What of Liger is taken. Its cross entropies stay out: our output head sees target positions only, through a hook that
-# the fused one would go round, and the loss is summed outside the LLM.
+# What of Liger is put into the LLM. Its fused loss is called by `next_token_loss`, on target positions alone.
 LIGER_KERNELS = {
     "rope": True,
     "rms_norm": True,
@@ -19,6 +18,7 @@ LIGER_KERNELS = {
     "cross_entropy": False,
     "fused_linear_cross_entropy": False,
 }
+SCALED_LOGITS = ("logits_scaling", "lm_head_multiplier", "final_logit_softcapping")  # as configs name it
 
 
 def check_speed_options(args, zero_stage: int) -> None:
@@ -97,15 +97,31 @@ def check_liger(llm_path: str) -> None:
     _refuse_unknown_to_liger(llm_config(llm_path)[0], llm_path)
 
 
-def apply_liger(llm) -> None:
-    """Puts Liger's rotary embedding, RMSNorm and SwiGLU into a loaded LLM.
+def apply_liger(model) -> None:
+    """Puts Liger's rotary embedding, RMSNorm and SwiGLU into a model's LLM, and takes its loss by Liger where the LLM
+    gives on what its output head returns as it is.
 
     The norms and MLPs are replaced in this instance, the rotary embedding in transformers' module of its model type.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from torch import nn
 
+    llm = model.llm
     _refuse_unknown_to_liger(llm.config, llm.config.name_or_path)
     _apply_liger_kernel_to_instance(model=llm, **LIGER_KERNELS)
+    head, text = llm.get_output_embeddings(), llm.config.get_text_config()
+    # An adapter on the head is no weight that multiplies alone; one that is trained needs a gradient of its own size.
+    plain = type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters())
+    if plain and not any(getattr(text, name, None) for name in SCALED_LOGITS):
+        model.linear_loss = liger_loss
+
+
+def liger_loss(hidden_MD, weight_VD, labels_M, bias_V):
+    """Returns the summed cross-entropy of labels, by Liger's kernel that makes the logits of some rows at a time and
+    their gradient with them. It looks at the device twice for each call."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden_MD, weight_VD, labels_M, bias_V, reduction="sum")
 
 
 def _refuse_unknown_to_liger(config, path: str) -> None:

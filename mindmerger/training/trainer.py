@@ -69,7 +69,7 @@ def load_model(settings: Settings, device):
     if args.compile:
         compile_layers(model)
     if args.liger:
-        apply_liger(llm)
+        apply_liger(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"trainable parameters: {trainable:,} ({settings.trains} only)")
     with explain_placing_out_of_memory(device):
