@@ -1224,15 +1224,18 @@ def test_the_speed_benchmark_measures_every_part_with_the_programs_own_functions
     done = run(
         *(sys.executable, "-m", "scripts.benchmarks.speed", "--preset", "tiny", "--data_root", datas),
         *("--train_num", 20, "--global_batch", 8, "--micro_batch", 2, "--windows", 1, "--plain_micro_batches", 1),
-        *("--questions", 3, "--max_new_tokens", 2, "--parts", "mapping,mapping_memory,hard", "--modes", "rows,plain"),
-        *("--output", tmp_path / "report.json"),
+        *("--questions", 3, "--max_new_tokens", 2, "--parts", "mapping,mapping_memory,hard"),
+        *("--modes", "rows,states,plain", "--output", tmp_path / "report.json"),
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     figures = report["mapping"]["ours, micro-batch 2"]
     assert figures["samples_per_s"] > 0 and 0 < figures["real_position_share"] <= 1 and figures["times_plain"] > 0
-    assert set(report["mapping_memory"]) == {"rows", "plain"} and report["hard"]["ours"]["questions_per_s"] > 0
+    assert report["mapping"]["ours, 2048 tokens, states kept"]["useful_tokens_per_s"] > 0
+    assert (
+        set(report["mapping_memory"]) == {"rows", "states", "plain"} and report["hard"]["ours"]["questions_per_s"] > 0
+    )
     assert "| mapping | samples/s |" in done.stdout
     assert f"torch {report['versions']['torch']}" in done.stdout and report["machine"]["processor"] in done.stdout
 

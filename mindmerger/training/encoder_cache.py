@@ -316,7 +316,7 @@ def _compute(plan: Plan, folder: Path, share: tuple[int, int], settings: "Settin
         encoder = load_encoder(args.mt_path, plan.dtype, args.attn_implementation, place).to(device)
     mine = batches_by_length(data.examples.encoder_lengths, TOKENS_PER_PASS)[share[0] :: share[1]]
     try:
-        _write(plan, folder / FILE, mine, encoder, data, device)
+        write_states(plan, folder / FILE, mine, encoder, data, device)
     except OSError as error:
         raise _unwritable(plan, error) from error
     del encoder
@@ -325,7 +325,7 @@ def _compute(plan: Plan, folder: Path, share: tuple[int, int], settings: "Settin
         torch.cuda.empty_cache()
 
 
-def _write(plan: Plan, file: Path, batches: list["np.ndarray"], encoder, data: "TrainingData", device) -> None:
+def write_states(plan: Plan, file: Path, batches: list["np.ndarray"], encoder, data: "TrainingData", device) -> None:
     """Writes each row's states where they belong in the file."""
     from mindmerger.data.encoder_states import bits, starts_of
 

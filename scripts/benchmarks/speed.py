@@ -63,7 +63,9 @@ def build_parser():
         metavar="NAME",
         help="training with this bridge relative to mindmerger, by target tokens; several times, or with commas",
     )
-    add("--modes", default="rows,tokens,plain", help="rows, tokens: ours by micro-batch and by token budget; plain")
+    # states: the encoder's are on disk, as in a second epoch.
+    add("--modes", default="rows,tokens,plain", help="rows, tokens, states: ours by micro-batch, by token budget, and "
+        "by it with kept encoder states; plain")  # fmt: skip
     add("--global_batch", type=int, default=128, help="examples of one optimizer step")
     add("--micro_batch", type=int, default=8, help="rows of a micro-batch in both modes")
     add("--micro_batch_tokens", type=int, help="ours also by this token budget (default: 2048 mapping, 4096 else)")
@@ -72,8 +74,7 @@ def build_parser():
     add("--steps", type=int, default=1, help="optimizer steps of ours in a window")
     add("--plain_micro_batches", type=int, default=8, help="micro-batches of plain in a window")
     add("--questions", type=int, default=480, help="questions to generate answers for, over three languages")
-    # Measured on two cores: with 32768 the inputs' activations outgrow the caches, 8192 gains nothing.
-    add("--eval_max_tokens", type=int, default=16384, help="token budget of a batch of ours in generation")
+    add("--eval_max_tokens", type=int, default=32768, help="token budget of a batch of ours in generation")
     add("--max_new_tokens", type=int, default=64, help="length limit of generation")
     add("--gradient_checkpointing", action="store_true", help="in both modes")
     add("--models", help="folder that keeps the preset's tokenizers and configs for a next run (default: a new one)")

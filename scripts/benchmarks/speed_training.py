@@ -26,8 +26,18 @@ OF_LAUNCHER = {
 }
 
 
-def make_run(args, folder: Path, stage: str, model, device, token_budget: int | None, bridge: str = "mindmerger"):
-    """Puts the project's own training run around the given model, ready to step."""
+def make_run(
+    args,
+    folder: Path,
+    stage: str,
+    model,
+    device,
+    token_budget: int | None,
+    bridge: str = "mindmerger",
+    keeps_states: bool = False,
+):
+    """Puts the project's own training run around the given model, ready to step; one that keeps states has those of the
+    encoder on disk already, as in a second epoch."""
     import run_training
     from mindmerger.data.loader import BatchLoader
     from mindmerger.training import settings as training_settings
@@ -42,9 +52,25 @@ def make_run(args, folder: Path, stage: str, model, device, token_budget: int | 
     if token_budget:
         flags += ["--micro_batch_tokens", str(token_budget)]
     settings, data = run_training.prepare(training_settings.parse(flags), folder / "cache")
+    if keeps_states:
+        data = data._replace(states=keep_states(folder / f"states-{stage}-{rank()}", data, model, device))
     engine = make_engine(model, settings.config, settings.args.lr)
     loader = BatchLoader(settings.args, data, settings.bridge.prefix_length, device, model.plan_input)
     return Run(settings, engine, loader, total_steps=1, eval_steps=1, save_steps=1, signals=NoSignals())
+
+
+def keep_states(folder: Path, data, model, device):
+    """Writes what the model's encoder makes of all rows, as --cache_encoder_states does, and opens it."""
+    from mindmerger.data.encoder_states import EncoderStates
+    from mindmerger.training.encoder_cache import FILE, TOKENS_PER_PASS, Plan, batches_by_length, write_states
+
+    encoder, lengths = model.encoder, data.examples.encoder_lengths
+    layers, tokens = tuple(model.mapping.encoder_layers), int(lengths.sum(dtype="int64"))
+    plan = Plan(folder, len(lengths), tokens, layers, encoder.config.hidden_size, encoder.dtype)
+    folder.mkdir(exist_ok=True)
+    (folder / FILE).touch()
+    write_states(plan, folder / FILE, batches_by_length(lengths, TOKENS_PER_PASS), encoder, data, device)
+    return EncoderStates(folder / FILE, lengths, len(layers), plan.width, plan.dtype)
 
 
 class NoSignals:
@@ -207,28 +233,44 @@ class Plain:
         total["processed"] += len(rows) * length
 
 
-def flop(model, window: dict, head_on_all: bool) -> float:
+def flop(model, window: dict, head_on_all: bool, runs_encoder: bool) -> float:
     """Returns the useful FLOP of a window, the output head's on all useful positions or on target tokens alone."""
     # Looking an embedding up is not arithmetic.
     llm = sum(p.numel() for name, p in model.llm.named_parameters() if "embed_tokens" not in name)
     head = model.llm.get_output_embeddings().weight.numel()
-    encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "shared" not in name)
+    encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "shared" not in name) * runs_encoder
     mapping = sum(p.numel() for p in model.mapping.parameters())
     with_head = window["useful"] if head_on_all else window["targets"]
     # 4 N, not 6 N: no weight of the LLM gets a gradient.
     return 4 * ((llm - head) * window["useful"] + head * with_head) + (2 * encoder + 6 * mapping) * window["encoder"]
 
 
-def figures(model, windows: list[dict], rate: float) -> dict:
+def timed_windows(args, runners: dict, told) -> dict[str, list[dict]]:
+    """Runs windows of all runners in turn, the first of each to warm up; returns those that count.
+
+    Args:
+        told: called with every window's number, runner's name and counts.
+    """
+    windows = {name: [] for name in runners}
+    for number in range(args.windows + 1):
+        for name, runner in runners.items():
+            window = runner.window()
+            if number or not args.windows:
+                windows[name].append(window)
+            told(number, name, window)
+    return windows
+
+
+def figures(model, windows: list[dict], rate: float, runs_encoder: bool = True) -> dict:
     """Returns medians over windows."""
     per = {
         "samples_per_s": [w["samples"] / w["seconds"] for w in windows],
         "useful_tokens_per_s": [w["useful"] / w["seconds"] for w in windows],
         "real_position_share": [w["useful"] / w["processed"] for w in windows],
-        "flop_utilisation": [flop(model, w, True) / w["seconds"] / rate for w in windows],
-        "flop_utilisation_head_on_targets": [flop(model, w, False) / w["seconds"] / rate for w in windows],
         "data_wait_share": [w["waited"] / w["seconds"] for w in windows],
     }
+    for name, head_on_all in (("flop_utilisation", True), ("flop_utilisation_head_on_targets", False)):
+        per[name] = [flop(model, w, head_on_all, runs_encoder) / w["seconds"] / rate for w in windows]
     return {name: statistics.median(values) for name, values in per.items()}
 
 
@@ -239,26 +281,26 @@ def time_stage(args, folder: Path, stage: str, model, device, rate: float) -> di
 
     budget = args.micro_batch_tokens or (2048 if stage == "mapping" else 4096)
     names = {"rows": f"ours, micro-batch {args.micro_batch}", "tokens": f"ours, {budget} tokens", "plain": "plain"}
+    names["states"] = f"{names['tokens']}, states kept"
     modes, first_step = {}, {}
     for mode in args.modes.split(","):
         started = time.perf_counter()
-        run = make_run(args, folder, stage, model, device, budget if mode == "tokens" else None)
+        kept, by_tokens = mode == "states", budget if mode in ("tokens", "states") else None
+        run = make_run(args, folder, stage, model, device, by_tokens, keeps_states=kept)
         if mode == "plain":
             examples = list(StageData(find_task("math"), stage, args.data_root, None, args.train_num).examples())
             modes[mode] = Plain(run, examples, args.plain_micro_batches, args.micro_batch)
         else:
             modes[mode] = Ours(run, args.steps)
         first_step[mode] = time.perf_counter() - started
-    windows = {mode: [] for mode in modes}
-    for number in range(args.windows + 1):
-        for mode, runner in modes.items():
-            window = runner.window()
-            if number or not args.windows:
-                windows[mode].append(window)
-            if not number:
-                first_step[mode] += window["seconds"]
-            log(f"{stage} window {number} {names[mode]}: {window['useful'] / window['seconds']:.0f} useful tokens/s")
-    result = {names[mode]: figures(model, found, rate) for mode, found in windows.items()}
+
+    def told(number: int, mode: str, window: dict) -> None:
+        if not number:
+            first_step[mode] += window["seconds"]
+        log(f"{stage} window {number} {names[mode]}: {window['useful'] / window['seconds']:.0f} useful tokens/s")
+
+    windows = timed_windows(args, modes, told)
+    result = {names[mode]: figures(model, found, rate, mode != "states") for mode, found in windows.items()}
     for mode in modes:
         result[names[mode]]["time_to_first_step_s"] = first_step[mode]
         if "plain" in result:
@@ -278,13 +320,11 @@ def time_bridges(args, folder: Path, model, device, rate: float) -> dict:
         # The same towers for all: a copy of a 7B model per bridge would not fit.
         one = MindMerger.from_towers(model.encoder, model.llm, *paths, name).to(device)
         runners[name] = Ours(make_run(args, folder, stage, one, device, None, name), args.steps)
-    windows = {name: [] for name in runners}
-    for number in range(args.windows + 1):
-        for name, runner in runners.items():
-            window = runner.window()
-            if number or not args.windows:
-                windows[name].append(window)
-            log(f"{name} window {number}: {window['targets'] / window['seconds']:.0f} target tokens/s")
+
+    def told(number: int, name: str, window: dict) -> None:
+        log(f"{name} window {number}: {window['targets'] / window['seconds']:.0f} target tokens/s")
+
+    windows = timed_windows(args, runners, told)
     result = {}
     for name, runner in runners.items():
         trained = sum(parameter.numel() for parameter in runner.run.engine.module.trained_parameters().values())
