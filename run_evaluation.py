@@ -17,7 +17,7 @@ from mindmerger.evaluation.summary import summarise
 from mindmerger.generation.answers import answer, answer_batches, split_evaluation
 from mindmerger.generation.gold import score_gold
 from mindmerger.generation.loading import load_model, started_engine
-from mindmerger.runtime.command import run_main
+from mindmerger.runtime.command import collect_as_usual, run_main
 from mindmerger.runtime.processes import (
     agree_on,
     broadcast_object,
@@ -117,6 +117,7 @@ def evaluate(settings: Settings, device, finished: dict[int, dict]) -> dict | No
         log(f"{task}, {form}: {what} {len(remaining)} answers in {dtype} on {where}")
         with on_all_ranks(open_shard, settings.folder, rank()) as shard:
             model = load(settings, device)
+            collect_as_usual()
             with started_engine(settings, device.type) as engine:
                 # Speed is that of answering: loading depends on the disk, and on what is in its cache.
                 started = time.perf_counter()

@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
-from mindmerger.runtime.command import run_main
+from mindmerger.runtime.command import collect_as_usual, run_main
 from mindmerger.runtime.errors import ReportedError
 from mindmerger.runtime.processes import (
     agree_on,
@@ -362,6 +362,7 @@ def run_stage(settings: Settings, data: "TrainingData", device) -> int:
             on_all_ranks(probe_memory, run)
             run.signals = Signals()
             run.clock = TimeLimit(run.args.max_minutes, progress.minutes)
+            collect_as_usual()
             code = train(run, progress)
             with run.signals.saving():
                 on_all_ranks(run.record.flush)

@@ -1,5 +1,6 @@
 """The adapter stage: LoRA and DoRA on the LLM over any frozen bridge, or over none."""
 
+import gc
 import json
 import shutil
 
@@ -17,6 +18,7 @@ from mindmerger.generation.answers import answer
 from mindmerger.model.adapters import adapter_shapes, adapter_values, add_adapter, check_adapter
 from mindmerger.model.mapping_files import read_config
 from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime import command
 from mindmerger.runtime.errors import UserError
 from mindmerger.training.checkpoints import remove_leftovers
 from mindmerger.training.outputs import clear_outputs
@@ -144,7 +146,9 @@ def test_the_llm_alone_trains_an_adapter_on_the_same_rows_without_an_encoder(run
 
 def evaluate(results, datas, *flags):
     """Evaluates six questions and returns the results."""
+    command.collect_rarely()  # as `run_main` does
     assert run_evaluation.main([*FEW, "--data_root", datas, "--results_dir", str(results), *flags]) == 0
+    assert gc.get_threshold() == command.USUAL_THRESHOLDS
     return {path.parent.name: json.loads(path.read_text()) for path in results.glob("MindMerger/*/results.json")}
 
 

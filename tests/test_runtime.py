@@ -436,6 +436,29 @@ def test_threads_spin_for_as_long_as_we_or_the_user_say(given, shown):
     assert set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)) == {shown}
 
 
+COLLECTING = """
+import atexit, gc
+from mindmerger.runtime import command
+
+def main():
+    atexit.register(lambda: print(gc.get_freeze_count() > 1000))
+    print(gc.get_threshold()[2])
+    command.collect_as_usual()
+    print(gc.get_threshold() == usual)
+
+usual = gc.get_threshold()
+command.run_main(main)
+"""
+
+
+def test_garbage_is_hardly_looked_for_at_the_start_as_usual_afterwards_and_not_at_the_end():
+    """Of a program that has loaded torch and transformers Python's last look took more than a second."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COLLECTING]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout.split() == ["1000", "True", "True"], done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where output goes: encodings that lack a character, readers that go away, full disks, closed streams
 

@@ -4,6 +4,7 @@ Heavy libraries are imported inside functions only, so that `--help` stays quick
 """
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -330,6 +331,7 @@ def progress_bar(iterable=None, **options):
 def _exit_watched(code) -> None:
     if _watch is not None:
         _watch.stop()
+    gc.freeze()  # else Python would look for garbage among all that the libraries have made, for a second
     sys.exit(code)
 
 

@@ -11,6 +11,7 @@ Importing torch and DeepSpeed costs seconds; this pays it once for many short ru
 """
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -90,7 +91,8 @@ def outcome(argv, fault):
             print(f"error: {error}", file=sys.stderr)  # as run_main does, while the run's frames are still there
         except SystemExit as caught:
             code = caught.code
-    return {"argv": argv, "code": code, "error": error, "printed": printed.getvalue()}
+    thresholds = gc.get_threshold()
+    return {"argv": argv, "code": code, "error": error, "printed": printed.getvalue(), "thresholds": thresholds}
 
 
 def main():
