@@ -146,9 +146,7 @@ def test_the_llm_alone_trains_an_adapter_on_the_same_rows_without_an_encoder(run
 
 def evaluate(results, datas, *flags):
     """Evaluates six questions and returns the results."""
-    command.collect_rarely()  # as `run_main` does
     assert run_evaluation.main([*FEW, "--data_root", datas, "--results_dir", str(results), *flags]) == 0
-    assert gc.get_threshold() == command.USUAL_THRESHOLDS
     return {path.parent.name: json.loads(path.read_text()) for path in results.glob("MindMerger/*/results.json")}
 
 
@@ -184,7 +182,9 @@ def test_two_ranks_evaluate_with_the_adapter_that_rank_0_has_read(runs, datas, t
 @pytest.mark.slow
 def test_an_adapter_of_the_llm_alone_evaluates_without_an_encoder(runs, datas, tiny_llm, tmp_path, capsys):
     trained = str(runs[0] / "outputs/MindMerger/math/llm_adapter")
+    command.collect_rarely()  # as `run_main` does
     first = evaluate(tmp_path, datas, "--llm_only", "--init_checkpoint", trained)
+    assert gc.get_threshold() == command.USUAL_THRESHOLDS
     said = capsys.readouterr()
     assert "LLM alone (prompt only), LoRA adapter on the LLM" in said.out and "no use of" not in said.err
     again = evaluate(tmp_path, datas, "--llm_only", "--llm_path", tiny_llm, "--adapter_path", f"{trained}/adapter")

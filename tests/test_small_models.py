@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -234,6 +235,71 @@ def test_other_languages_and_what_a_kill_left_make_the_folders_anew(tmp_path):
     assert made("sw,de") == []
     data, alone = made("sw,zh")
     assert "--languages sw,zh " in data and "--languages en,sw,zh " in alone
+
+
+def test_what_is_made_from_something_new_is_made_anew_and_more_rows_extend_the_evaluations(tmp_path):
+    """A table of a tuning that is gone and of one that is there would look like any other."""
+    calls, work = tmp_path / "calls", tmp_path / "small"
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    # Notes the call down, and leaves the folder that it would.
+    python.write_text(
+        f"""#!/bin/bash
+        [[ $1 == -c ]] && exit
+        echo "$*" >>{calls}
+        name= folder= stage= results= form=
+        while [[ $# -gt 0 ]]; do
+            case $1 in
+                --save_name) name=$2 ;;
+                --output_dir) folder=$2 ;;
+                --stage_name) stage=$2 ;;
+                --results_dir) results=$2 ;;
+                --llm_only) form=-llm_only ;;
+            esac
+            shift
+        done
+        if [[ -n $stage ]]; then folder+=/$name/xnli/$stage; fi
+        if [[ -n $results ]]; then folder=$results/$name/xnli$form-likelihood; fi
+        mkdir -p "$folder" && date +%N >>"$folder/made"
+        exit $(cat {tmp_path}/code)
+        """
+    )
+    python.chmod(0o755)
+    environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "SMALL_MODELS_DIR": str(work), "LLM_PATH": "smollm"}
+    (tmp_path / "code").write_text("0")
+
+    def made(**changed):
+        """The programs that were called but for the tables, by what they train or evaluate."""
+        calls.unlink(missing_ok=True)
+        started = start(environment | changed)
+        output = started.communicate(timeout=60)[0]
+        assert (started.returncode == 0) == ((tmp_path / "code").read_text() == "0"), output
+        lines = [line for line in calls.read_text().splitlines() if "table" not in line and " summary " not in line]
+        return [(re.search(r"--save_name (\S+)", line) or re.search(r"scripts\.(\S+)", line))[1] for line in lines]
+
+    def times(folder):
+        return len((work / folder / "made").read_text().split())
+
+    training = ["small_models", "tune_llm", "start_mapping", "real", "real-hard", "real"]
+    evaluations = ["llm", "real", "real-150", "real"]
+    assert made() == training + evaluations and made() == []
+    # Other settings of the tuning: not what came before it, nor the mapping stage, which goes through the other LLM.
+    assert made(TUNING_STEPS="9") == ["tune_llm", "real-hard", "real", *evaluations]
+    llm = "results/llm/xnli-llm_only-likelihood"
+    assert [times(one) for one in ("llm", "outputs/real-hard/xnli/augmentation", llm)] == [1, 1, 1]
+    # More rows: added to what is there.
+    assert made(TUNING_STEPS="9", LIMIT="200") == ["llm", "real", "real-200", "real"] and times(llm) == 2
+    # What was stopped goes on, unless it was begun with other settings.
+    (tmp_path / "code").write_text("1")
+    assert made(TUNING_STEPS="9", LIMIT="200", HARD_STEPS="7") == ["real-hard"]
+    assert made(TUNING_STEPS="9", LIMIT="200", HARD_STEPS="7") == ["real-hard"]
+    assert times("outputs/real-hard/xnli/augmentation") == 2
+    (tmp_path / "code").write_text("0")
+    assert made(TUNING_STEPS="9", LIMIT="200", HARD_STEPS="8") == ["real-hard", "real", "real", "real-200", "real"]
+    assert times("outputs/real-hard/xnli/augmentation") == 1 and times(llm) == 2
+    assert made(TUNING_STEPS="9", LIMIT="200", HARD_STEPS="8", DATA_ROOT="other") == training + [
+        one.replace("150", "200") for one in evaluations
+    ]
 
 
 def test_the_summary_resamples_premises_and_leaves_english_out_of_the_mean(tmp_path, capsys):
