@@ -232,7 +232,8 @@ def make_plan(args) -> dict:
     plan = {"target_tokens": tokens, "pairs_share": share, "search_tokens": args.search_tokens or tokens, "lines": []}
     plan["costs"] = {}
     if args.control:
-        bridges[CONTROL] = [StageRows(CONTROL, ["--llm_only"], "adapter", [*args.task, *args.adapter_word])]
+        words = [word for word in args.task if word != "--cache_encoder_states"]  # it has no encoder
+        bridges[CONTROL] = [StageRows(CONTROL, ["--llm_only"], "adapter", [*words, *args.adapter_word])]
     llm, encoder = towers_without_storage(next(iter(bridges.values()))[0].args)
     for name, stages in bridges.items():
         made, flop = [], 0.0

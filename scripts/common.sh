@@ -162,19 +162,44 @@ is_on() {
 }
 
 # refuse_misspelt PROGRAM: stops at a variable for one stage that no flag has the name of, nor a script's own variable
-# in `own_variables`.
+# in `own_variables`, or one of `closed`, the flags that the script gives itself.
 refuse_misspelt() {
-    local name prefix flag known=" $value_flags $switches config ${own_variables-} "
+    local name prefix flag open known=" $value_flags $switches config ${own_variables-} "
     for name in $other_names; do known+="${name%%=*} "; done
+    open=$known
+    for flag in ${closed-}; do
+        open=${open// $flag / }
+        for name in $other_names; do
+            if [[ ${name#*=} == "$flag" ]]; then open=${open// ${name%%=*} / }; fi
+        done
+    done
     for name in $(compgen -e); do
         flag=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]')
         if [[ $known == *" $flag "* ]]; then continue; fi # ADAPTER_RANK, where a stage is called adapter
         for prefix in $(printf '%s\n' "${stages[@]}" | tr '[:lower:]' '[:upper:]'); do
             if [[ $name != "$prefix"_* ]]; then continue; fi
             flag=$(printf '%s' "${name#"$prefix"_}" | tr '[:upper:]' '[:lower:]')
-            [[ $known == *" $flag "* ]] ||
+            [[ $open == *" $flag "* ]] ||
                 fail "$name is in the environment, but no flag --$flag of $1 is open to variables: correct or unset it"
         done
+    done
+}
+
+# refuse_variable NAME [=INSTEAD]: stops where a variable sets a flag that has no part in what a script does.
+refuse_variable() {
+    local instead=${2-}
+    instead=${instead#=}
+    setting "" "$1"
+    if [[ -z $REPLY || " $switches " == *" $1 "* && $REPLY == [0FfNn]* ]]; then return; fi
+    fail "a variable sets --$1 to '$REPLY', which has no part in this comparison: unset it${instead:+, $instead is for that}"
+}
+
+# refuse_config PREFIX...: stops where CONFIG names a file, or <PREFIX>_CONFIG.
+refuse_config() {
+    local prefix
+    for prefix in "" "$@"; do
+        setting "$prefix" config
+        [[ -z $REPLY ]] || fail "CONFIG is '$REPLY', and this script reads no such file: say its settings as variables"
     done
 }
 

@@ -24,13 +24,28 @@
 #   TRANSLATE_TEST      its translations where they are made already; without both, the file of TRANSLATIONS is tried
 #   TRANSLATOR_ARGS                               more arguments of the translation
 #   LAYER_SWAP_ARGS, MAET_ARGS                    more arguments of those merges
-#   TASK (math_mgsm), AGAINST (task LLM alone), RESULTS_DIR (results), MERGED_DIR (<RESULTS_DIR>/merged), PYTHON
-#   any other flag of run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, EVAL_MAX_TOKENS, PRECISION, ...
+#   TASK (math_mgsm), AGAINST (task LLM alone), RESULTS_DIR (results), MERGED_DIR (<RESULTS_DIR>/merged)
+#   any other flag of run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, EVAL_MAX_TOKENS, PRECISION, ...; no CONFIG
 # With NUM_GPUS, HOSTFILE or DEEPSPEED_ARGS set, evaluations run under the deepspeed launcher.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 use_environment python
+
+# The rows differ in these, so no variable may set them for all, and no argument may.
+of_rows="task results_dir save_name llm_path mt_path init_checkpoint augmentation llm_only adapter_path parallel_input"
+of_rows+=" translations parallel_languages order translate_test scoring probe_prefix"
+extra=("$@")
+read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size train_micro_batch_size_per_gpu
+by_first_names ${extra[@]+"${extra[@]}"}
+for REPLY in ${arguments[@]+"${arguments[@]}"}; do
+    REPLY=${REPLY%%=*}
+    if [[ $REPLY == --* && " $of_rows " == *" ${REPLY#--} "* ]]; then
+        fail "$REPLY among the arguments would be for all rows, which differ in it: see the variables in $0"
+    fi
+done
+refuse_variable adapter_path
+refuse_config
 
 need() {
     setting "" "$1" "${2-}"
@@ -74,11 +89,9 @@ evaluate_scored() {
     shift 4
     if [[ -n $scoring ]]; then label+=", $scoring" form+=-$scoring; fi
     command_line=(--task "$task" --results_dir "$results_dir/compare" --save_name "$slug")
-    read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
-        train_micro_batch_size_per_gpu
-    # The rows differ in these, so no variable may set them for all.
-    add_variables "" results_dir save_name llm_path mt_path init_checkpoint augmentation llm_only parallel_input \
-        translations parallel_languages order translate_test scoring probe_prefix
+    # Names with blanks between them are several words on purpose.
+    # shellcheck disable=SC2086
+    add_variables "" $of_rows
     if [[ -n $scoring ]]; then command_line+=(--scoring "$scoring"); fi
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py)
@@ -118,7 +131,6 @@ merge_row() {
     evaluate_row "$label" "$slug" -llm_only --llm_only --llm_path "$output"
 }
 
-extra=("$@")
 folder=$(python -c 'import sys; from mindmerger.tasks import find_task; print(find_task(sys.argv[1]).name)' "$task" 2>/dev/null) ||
     fail "TASK is '$task', which is not a task with an evaluation set: see python run_evaluation.py --help"
 
@@ -190,7 +202,10 @@ for form in Hard Soft; do
     label=MindMerger-$form
     # Another LLM than the other rows': no table may leave that out.
     if [[ ${mindmerger_llm%/} != "${llm%/}" ]]; then label+=" (with $(basename "$mindmerger_llm"))"; fi
-    prefixes=("")  # empty: its own
+    # Of other rows every row's partner is another: such an evaluation is never extended.
+    setting "" limit
+    last_argument limit "$REPLY" ${extra[@]+"${extra[@]}"}
+    rows=${REPLY:+-$REPLY} prefixes=("") # an empty prefix: its own
     if [[ $form == Soft && -n $probe ]]; then prefixes+=("$probe"); fi
     for prefix in "${prefixes[@]}"; do
         row=$label${prefix:+, $prefix prefix}
@@ -199,7 +214,7 @@ for form in Hard Soft; do
             if [[ -n $checkpoint ]]; then reason="MT_PATH is not given"; fi
             missing "$row" "$reason"
         else
-            evaluate_row "$row" "$slug${prefix:+-$prefix}" "$suffix${prefix:+-prefix_$prefix}" --llm_path "$mindmerger_llm" \
+            evaluate_row "$row" "$slug${prefix:+-$prefix$rows}" "$suffix${prefix:+-prefix_$prefix}" --llm_path "$mindmerger_llm" \
                 --mt_path "$encoder" --init_checkpoint "$checkpoint" --augmentation "$augmentation" \
                 ${prefix:+--probe_prefix "$prefix"}
         fi

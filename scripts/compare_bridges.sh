@@ -33,7 +33,8 @@
 #   RESULTS_DIR (results/bridges), OUTPUT_DIR (outputs), SAVE_NAME (bridges)
 #   QUICKSTART_DIR, QUICKSTART_SEED, QUICKSTART_WORLD_ARGS     of the small world, as in quickstart.sh
 #   any other flag of run_training.py and run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, PRECISION, TRAIN_NUM, ...;
-#   PAIRS_<FLAG>, TASK_<FLAG>, EVALUATION_<FLAG> for stages on sentence pairs, on the task's rows, and for evaluations
+#   PAIRS_<FLAG>, TASK_<FLAG>, EVALUATION_<FLAG> for stages on sentence pairs, on the task's rows, and for evaluations;
+#   no CONFIG
 # With NUM_GPUS, HOSTFILE or DEEPSPEED_ARGS set, everything runs under the deepspeed launcher.
 set -euo pipefail
 called_from=$PWD
@@ -42,6 +43,22 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 use_environment python
 
 [[ ${JOBS:-1} =~ ^[1-9][0-9]*$ ]] || fail "JOBS is '$JOBS': a whole number of at least 1"
+
+# Given to every stage by this script, so that no variable sets them for all.
+owned="bridge bridge_option stage_name lr seed max_steps epoch_num output_dir save_name init_checkpoint augmentation"
+owned+=" dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only"
+read_flags mindmerger.training.flags deepspeed task local_rank gpu
+for REPLY in seed=SEEDS max_steps=TARGET_TOKENS bridge=BRIDGES "bridge_option=<BRIDGE>_OPTIONS" stage_name init_checkpoint \
+    augmentation dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only; do
+    refuse_variable "${REPLY%%=*}" "${REPLY#"${REPLY%%=*}"}"
+done
+refuse_config PAIRS TASK EVALUATION
+
+# usual NAME VALUE: what a flag is in the small world, unless a variable of any of its names says otherwise.
+usual() {
+    setting "" "$1"
+    if [[ -z $REPLY ]]; then printf -v "$(printf '%s' "$1" | tr '[:lower:]' '[:upper:]')" '%s' "$2"; fi
+}
 
 small=""
 setting "" llm_path
@@ -57,17 +74,17 @@ if [[ -z $REPLY ]]; then
     if [[ -z ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} && $cores -gt 1 ]]; then JOBS=${JOBS:-2}; fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ${JOBS:-1} ? cores / ${JOBS:-1} : 1))}
     LLM_PATH=$world/llm MT_PATH=$world/mt5 DATA_ROOT=$world/datas
-    RESULTS_DIR=${RESULTS_DIR:-$world/bridges} OUTPUT_DIR=${OUTPUT_DIR:-$world/outputs}
-    SEEDS=${SEEDS:-0,1} LRS=${LRS:-3e-4 1e-3 3e-3}
-    TARGET_TOKENS=${TARGET_TOKENS:-80000} SEARCH_TOKENS=${SEARCH_TOKENS:-12000}
-    PRECISION=${PRECISION:-fp32} TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-64} MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0}
-    TRAIN_MICRO_BATCH_SIZE_PER_GPU=${TRAIN_MICRO_BATCH_SIZE_PER_GPU:-32} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}
-    DEV_SIZE=${DEV_SIZE:-256} NUM_WORKERS=${NUM_WORKERS:-0}
-    MAX_SEQ_LEN=${MAX_SEQ_LEN:-200} MAX_GEN_LEN=${MAX_GEN_LEN:-400}
-    LR_SCHEDULER=${LR_SCHEDULER:-cosine} WARMUP_RATIO=${WARMUP_RATIO:-0.05} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-40}
-    LIMIT=${LIMIT:-50}
-    PAIRS_LANGUAGES=${PAIRS_LANGUAGES:-Swahili,German,Spanish,Russian,Chinese}
-    EVALUATION_LANGUAGES=${EVALUATION_LANGUAGES:-English,Swahili,German,Spanish,Russian,Chinese}
+    usual results_dir "$world/bridges"
+    usual output_dir "$world/outputs"
+    for REPLY in seeds=0,1 "lrs=3e-4 1e-3 3e-3" target_tokens=80000 search_tokens=12000 precision=fp32 train_batch_size=64 \
+        micro_batch_tokens=0 train_micro_batch_size_per_gpu=32 eval_batch_size=64 dev_size=256 num_workers=0 \
+        max_seq_len=200 max_gen_len=400 lr_scheduler=cosine warmup_ratio=0.05 max_new_tokens=40 limit=50; do
+        usual "${REPLY%%=*}" "${REPLY#*=}"
+    done
+    setting PAIRS languages Swahili,German,Spanish,Russian,Chinese
+    PAIRS_LANGUAGES=$REPLY
+    setting EVALUATION languages English,Swahili,German,Spanish,Russian,Chinese
+    EVALUATION_LANGUAGES=$REPLY
 fi
 
 need() {
@@ -113,9 +130,6 @@ print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' "$at_once")}
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
 
-# Given to every stage by this script, so that no variable sets them for all.
-owned="bridge bridge_option stage_name lr seed max_steps epoch_num output_dir save_name init_checkpoint augmentation"
-owned+=" dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only"
 adapter_flags="adapter adapter_rank adapter_alpha adapter_dropout adapter_targets"
 own_variables=pairs_share # begins as the variables of the stages on pairs do
 control="LLM + adapter" # as the plan calls it
@@ -131,13 +145,22 @@ stage_flags() {
     if [[ $1 == english_task ]]; then also=languages; fi
     published+=(train_batch_size=128 micro_batch_tokens=4096 dev_size=3000)
     read_flags mindmerger.training.flags deepspeed task local_rank gpu
-    stages=(PAIRS TASK)
+    stages=(PAIRS TASK) closed="$owned $adapter_flags"
     refuse_misspelt run_training.py
     command_line=(--task "$trained_task")
     add_settings "$prefix" "${published[@]}"
     # Names with blanks between them are several words on purpose.
     # shellcheck disable=SC2086
     add_variables "$prefix" $owned $adapter_flags $also "${published[@]%%=*}"
+}
+
+# without_encoder: drops from `command_line` what the LLM alone has no use for.
+without_encoder() {
+    local word kept=()
+    for word in "${command_line[@]}"; do
+        if [[ $word != --cache_encoder_states ]]; then kept+=("$word"); fi
+    done
+    command_line=("${kept[@]}")
 }
 
 # finish SLUG LABEL MADE COMMAND...: runs it unless the very same command has finished before and left MADE.
@@ -191,6 +214,7 @@ train_bridge() {
         # shellcheck disable=SC2206
         command_line+=($words)
         if [[ $bridge == "$control" ]]; then
+            without_encoder
             command_line+=("${adapter_words[@]}")
             trained=$output_dir/$name/$trained_task/llm_adapter
         fi
@@ -235,7 +259,10 @@ choose_rate() {
 
 # evaluate_row LABEL SLUG ARGUMENT...
 evaluate_row() {
-    local label=$1 slug=$2 made command_line=() program=(python run_evaluation.py)
+    # Tasks may share their trainings.
+    local label=$1 slug=$task-$2 made command_line=() program=(python run_evaluation.py)
+    local given="results_dir save_name llm_path mt_path init_checkpoint bridge bridge_option augmentation llm_only"
+    given+=" probe_prefix parallel_input translations parallel_languages order translate_test adapter_path seed"
     shift 2
     # A folder of its own: beside generated answers the wrong one of two could be taken for this row.
     setting EVALUATION scoring
@@ -244,10 +271,11 @@ evaluate_row() {
     command_line=(--task "$task" --results_dir "$results_dir/evaluations" --save_name "$slug")
     read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
         train_micro_batch_size_per_gpu
-    stages=(EVALUATION)
+    stages=(EVALUATION) closed=$given
     refuse_misspelt run_evaluation.py
-    add_variables EVALUATION results_dir save_name llm_path mt_path init_checkpoint bridge bridge_option augmentation \
-        llm_only probe_prefix parallel_input translations parallel_languages order translate_test adapter_path seed
+    # Names with blanks between them are several words on purpose.
+    # shellcheck disable=SC2086
+    add_variables EVALUATION $given
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py --deepspeed)
     fi
@@ -315,7 +343,7 @@ printf '    %s\n' "${names[*]}"
 run_seed() {
     local slug given=()
     slug_of "$1"
-    slug=$REPLY-lr$rate-seed$2
+    slug=$save_name-$REPLY-lr$rate-seed$2
     if ! train_bridge "$1" "$rate" "$2" full; then
         missing "$1, seed $2" "$REPLY"
         return
@@ -326,7 +354,10 @@ run_seed() {
     fi
     given=(--llm_path "$llm" --mt_path "$encoder" --init_checkpoint "$trained")
     evaluate_row "$1" "$slug" "${given[@]}"
-    evaluate_row "$1 (shuffled prefix)" "$slug-shuffled" "${given[@]}" --probe_prefix shuffled
+    # Of other rows every row's partner is another: such an evaluation is never extended.
+    setting EVALUATION limit
+    last_argument limit "$REPLY" ${extra[@]+"${extra[@]}"}
+    evaluate_row "$1 (shuffled prefix)" "$slug-shuffled${REPLY:+-$REPLY}" "${given[@]}" --probe_prefix shuffled
 }
 
 evaluate_row "LLM alone" llm --llm_only --llm_path "$llm"

@@ -9,6 +9,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 stages=(mapping question augmentation adapter)
 
+use_environment deepspeed
+read_flags mindmerger.training.flags deepspeed task stage_name local_rank gpu
+read_config mindmerger.training.flags "" "$@"
 # The augmentation stage starts from the question stage's mapping here; by itself it would take the mapping stage's.
 setting "" output_dir outputs
 last_argument output_dir "$REPLY" "$@"

@@ -308,7 +308,7 @@ def test_the_script_trains_chooses_evaluates_and_continues_where_a_kill_left_it(
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("r/finished/*")}
-    assert [file.name for file in kept] == ["evaluation-llm"] and not (tmp_path / "r/bridges.csv").exists()
+    assert [file.name for file in kept] == ["evaluation-math_mgsm-llm"] and not (tmp_path / "r/bridges.csv").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     # The only rate's trainings in the search are the first seed's: three stages are not trained again either.
@@ -356,7 +356,7 @@ def test_the_control_of_the_script_is_an_adapter_on_the_llm_alone_with_as_many_t
 
 # Notes each training and evaluation down and leaves what they leave; FAKE_FAULTS names trainings that end otherwise.
 FAKE_PYTHON = """#!{python}
-import fnmatch, json, os, pathlib, sys, time
+import fnmatch, json, os, pathlib, shutil, sys, time
 sys.path.insert(0, "{tests}")
 arguments = sys.argv[1:]
 if arguments[0] not in ("run_training.py", "run_evaluation.py"):
@@ -367,7 +367,8 @@ name = "{{}} {{}} {{}} {{}}".format(*(flags.get(f"--{{one}}", "") for one in ("b
 with open("{record}", "a") as record:
     record.write((name if arguments[0] == "run_training.py" else flags["--save_name"]) + "\\n")
 if arguments[0] == "run_evaluation.py":
-    folder = pathlib.Path(flags["--results_dir"], flags["--save_name"], "math_mgsm")
+    folder = pathlib.Path(flags["--results_dir"], flags["--save_name"], flags["--task"])
+    shutil.rmtree(folder, ignore_errors=True)
     write_results(folder, {{"Swahili": "1100"}})
     if "--probe_prefix" in flags:
         results = json.loads((folder / "results.json").read_text())
@@ -406,6 +407,7 @@ def noted(script, tmp_path):
         done = subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=300)
         return done, record.read_text().splitlines()
 
+    run.environment = environment
     return run
 
 
@@ -418,14 +420,20 @@ def test_a_rate_that_diverges_is_out_and_a_bridge_that_no_rate_trains_is_missing
     seeds = [
         [
             *(f"mindmerger {stage} 1e-3 {seed}" for stage in stages if seed),
-            *(f"{name}{end}" for end in ("", "-shuffled")),
+            *(f"{name}{end}" for end in ("", "-shuffled-2")),
         ]
         for seed in range(3)
-        for name in [f"mindmerger-lr1e-3-seed{seed}"]
+        for name in [f"math_mgsm-bridges-mindmerger-lr1e-3-seed{seed}"]
     ]
     others = [f"langbridge task {rate} 0" for rate in ("1e-4", "1e-3", "1e-2")]
     # The first seed's trainings are those of the search; of the rate that diverges, the second stage is not tried.
-    assert calls == ["llm", *tried, "mindmerger mapping 1e-2 0", *(call for seed in seeds for call in seed), *others]
+    assert calls == [
+        "math_mgsm-llm",
+        *tried,
+        "mindmerger mapping 1e-2 0",
+        *(call for seed in seeds for call in seed),
+        *others,
+    ]
     rows = list(csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines()))
     assert {row["method"]: row["seeds"] for row in rows if not row["missing"]} == {
         "LLM alone": "1",
@@ -478,9 +486,9 @@ def test_a_variable_gives_one_bridge_options_and_its_row_names_them(noted, tmp_p
     options = {"LANGBRIDGE_OPTIONS": "mapper=latent latents=3", "JAVA_OPTIONS": "-Xmx1g", "LR": "1e-3", "SEEDS": "0"}
     done, calls = noted({}, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    slug = "langbridge-mapper-latent-latents-3-lr1e-3-seed0"
-    assert calls[-3:] == ["langbridge task 1e-3 0", slug, f"{slug}-shuffled"]
-    ran = (tmp_path / f"r/finished/bridges-{slug}-task").read_text()
+    slug = "bridges-langbridge-mapper-latent-latents-3-lr1e-3-seed0"
+    assert calls[-3:] == ["langbridge task 1e-3 0", f"math_mgsm-{slug}", f"math_mgsm-{slug}-shuffled-2"]
+    ran = (tmp_path / f"r/finished/{slug}-task").read_text()
     assert " --bridge langbridge --bridge_option mapper=latent --bridge_option latents=3 --stage_name task " in ran
     label = "langbridge (mapper latent, latents 3)"
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines())}
@@ -492,11 +500,62 @@ def test_a_variable_gives_one_bridge_options_and_its_row_names_them(noted, tmp_p
 
 
 @pytest.mark.slow
+def test_tasks_names_and_numbers_of_rows_have_evaluations_of_their_own(noted, tmp_path):
+    """Tasks may share their trainings, and in one folder the first one's numbers stood in the second one's table."""
+    few = {"BRIDGES": "mindmerger", "LEARNING_RATE": "1e-3", "SEEDS": "0"}
+    trained = [f"mindmerger {stage} 1e-3 0" for stage in ("mapping", "augmentation")]
+    made = ["llm", "bridges-mindmerger-lr1e-3-seed0", "bridges-mindmerger-lr1e-3-seed0-shuffled-2"]
+    done, calls = noted({}, **few)
+    assert done.returncode == 0 and sorted(calls) == sorted([*trained, *(f"math_mgsm-{name}" for name in made)])
+    done, calls = noted({}, **few, TASK="math_msvamp")
+    assert calls == [f"math_msvamp-{name}" for name in made]
+    done, calls = noted({}, **few, EVALUATION_LIMIT="3")
+    assert calls == [f"math_mgsm-{name}".replace("-2", "-3") for name in made]
+    done, calls = noted({}, **few, EVALUATION_LIMIT="3", SAVE_NAME="mine")
+    mine = [f"math_mgsm-{name}".replace("bridges", "mine").replace("-2", "-3") for name in made[1:]]
+    assert sorted(calls) == sorted([*trained, *mine])
+
+
+@pytest.mark.slow
+def test_the_control_has_no_states_of_an_encoder_to_keep(noted, tmp_path):
+    done, calls = noted({}, BRIDGES="langbridge", LR="1e-3", SEEDS="0", ADAPTER="lora", CACHE_ENCODER_STATES="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ran = {path.name: path.read_text() for path in (tmp_path / "r/finished").iterdir()}
+    assert "--cache_encoder_states" in ran["bridges-langbridge-lr1e-3-seed0-task"]
+    assert "--cache_encoder_states" not in ran["bridges-adapter-lr1e-3-seed0-adapter"]
+
+
+@pytest.mark.slow
+def test_variables_of_any_spelling_win_over_what_the_small_world_has(noted, tmp_path):
+    world = tmp_path / "world"
+    world.mkdir()
+    environment = {
+        "LLM_PATH": "",
+        "MT_PATH": "",
+        "QUICKSTART_DIR": str(world),
+        "LANGUAGES": "sw",
+        "LIMIT": "",
+        "LRS": "",
+    }
+    for name, model in (("llm", "LLM_PATH"), ("mt5", "MT_PATH")):
+        (world / name).symlink_to(noted.environment[model])
+    (world / "datas").symlink_to(noted.environment["DATA_ROOT"])
+    small = {"BRIDGES": "mindmerger", "limit": "7", "LEARNING_RATE": "1e-3", "SEEDS": "0", "JOBS": "1"}
+    done, calls = noted({}, **environment, **small, per_device_train_batch_size="1", TRAIN_MICRO_BATCH_SIZE_PER_GPU="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ran = {path.name: f"{path.read_text()} " for path in (tmp_path / "r/finished").iterdir()}
+    mapping = ran["bridges-mindmerger-lr1e-3-seed0-mapping"]
+    assert " --languages sw " in mapping and " --train_micro_batch_size_per_gpu 1 " in mapping
+    assert " --max_seq_len 200 " in mapping
+    assert " --limit 7 " in ran["evaluation-math_mgsm-llm"] and " --languages sw " in ran["evaluation-math_mgsm-llm"]
+
+
+@pytest.mark.slow
 def test_a_translator_or_its_translations_give_the_row_of_translate_test(noted, tmp_path):
     few = {"BRIDGES": "mindmerger", "LR": "1e-3", "SEEDS": "0"}
     done, calls = noted({}, **few, TRANSLATE_TEST="made.jsonl")
-    assert done.returncode == 0 and calls[-1] == "translate-test", done.stderr[-3000:]
-    ran = (tmp_path / "r/finished/evaluation-translate-test").read_text()
+    assert done.returncode == 0 and calls[-1] == "math_mgsm-translate-test", done.stderr[-3000:]
+    ran = (tmp_path / "r/finished/evaluation-math_mgsm-translate-test").read_text()
     assert " --llm_only --llm_path " in ran and ran.endswith(" --translate_test made.jsonl")
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "r/bridges.csv").read_text().splitlines())}
     assert rows["translate-test (machine)"]["missing"] == ""
@@ -508,7 +567,11 @@ def test_a_translator_or_its_translations_give_the_row_of_translate_test(noted, 
 @pytest.mark.slow
 def test_a_crash_ends_the_script_with_its_exit_code_and_no_table(noted, tmp_path):
     done, calls = noted({"mindmerger augmentation *": 70}, LR="1e-3")
-    assert done.returncode == 70 and calls == ["llm", "mindmerger mapping 1e-3 0", "mindmerger augmentation 1e-3 0"]
+    assert done.returncode == 70 and calls == [
+        "math_mgsm-llm",
+        "mindmerger mapping 1e-3 0",
+        "mindmerger augmentation 1e-3 0",
+    ]
     assert "ended with exit code 70; its messages are in" in done.stderr and not (tmp_path / "r/bridges.md").exists()
 
 
@@ -526,6 +589,22 @@ def test_the_script_refuses_half_a_pair_of_models_an_unknown_bridge_and_a_misspe
         ({"JOBS": "2", "NUM_GPUS": "2"}, "error: JOBS is 2: under the launcher one training runs at a time"),
         ({"BRIDGES": "layaling"}, "error: unknown bridge 'layaling': choose one of "),
         ({"PAIRS_TRAIN_NUMBER": "5"}, "error: PAIRS_TRAIN_NUMBER is in the environment, but no flag --train_number"),
+        ({"TASK_LR": "9e-9"}, "error: TASK_LR is in the environment, but no flag --lr of run_training.py is open"),
+        (
+            {"TASK_LEARNING_RATE": "9e-9"},
+            "error: TASK_LEARNING_RATE is in the environment, but no flag --learning_rate",
+        ),
+        (
+            {"EVALUATION_ADAPTER_PATH": "a"},
+            "error: EVALUATION_ADAPTER_PATH is in the environment, but no flag --adapter",
+        ),
+        (
+            {"SEED": "5"},
+            "error: a variable sets --seed to '5', which has no part in this comparison: unset it, SEEDS is",
+        ),
+        ({"dry_run": "1"}, "error: a variable sets --dry_run to '1', which has no part in this comparison: unset it"),
+        ({"DRY_RUN": "0", "CONFIG": "a.yaml"}, "error: CONFIG is 'a.yaml', and this script reads no such file: say"),
+        ({"PAIRS_CONFIG": "a.yaml"}, "error: CONFIG is 'a.yaml', and this script reads no such file: say its settings"),
     ):
         done = subprocess.run(command, env=environment | change, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(message), done.stderr

@@ -239,7 +239,7 @@ def test_the_script_of_a_bridge_runs_its_stages_in_order_with_its_published_sett
     assert list(own) == list(BRIDGES[bridge].stages)
 
 
-def test_the_merlin_style_script_runs_its_four_stages_in_order_with_their_settings(run_script):
+def test_the_merlin_style_script_runs_its_four_stages_in_order_with_their_settings(run_script, tmp_path):
     common = "--deepspeed --llm_path meta-math/MetaMath-7B-V1.0 --mt_path google/mt5-xl --task math --save_name MERLIN "
     common += "--micro_batch_tokens 4096 --train_batch_size 128 --lr 2e-5 --epoch_num 3 --dev_size 3000 --stage_name "
     rank_16 = (
@@ -260,6 +260,11 @@ def test_the_merlin_style_script_runs_its_four_stages_in_order_with_their_settin
     )
     starts = [flags_of(call)["init_checkpoint"] for call in calls]
     assert starts == ["m.bin", None, "there/other/math/question", None]
+    # From another run's mapping it would start as readily.
+    (tmp_path / "mine.yaml").write_text("save_name: Mine\n")
+    calls, _ = run_script("training_merlin_style.sh", CONFIG=str(tmp_path / "mine.yaml"))
+    assert flags_of(calls[2])["init_checkpoint"] == "outputs/Mine/math/question"
+    assert {flags_of(call)["save_name"] for call in calls} == {"Mine"}
     calls, _ = run_script("training_merlin_style.sh", STAGE_NAME="augmentation", INIT_CHECKPOINT="m.bin")
     assert [flags_of(call)["init_checkpoint"] for call in calls] == ["m.bin"]
     # The stage's name begins the names of the adapter's own flags: they are no misspelt ones of that stage.

@@ -517,6 +517,29 @@ def test_mindmerger_rows_name_their_llm_where_it_is_not_the_others(tmp_path, giv
     assert sum("--llm_path expert " in f"{line} " for line in evaluations) == (4 if not given else 3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (
+            ["--scoring", "likelihood"],
+            {},
+            "--scoring among the arguments would be for all rows, which differ in it: see",
+        ),
+        (["--limit", "3", "--probe_prefix=zero"], {}, "--probe_prefix among the arguments would be for all rows"),
+        ([], {"ADAPTER_PATH": "a"}, "a variable sets --adapter_path to 'a', which has no part in this comparison"),
+        ([], {"CONFIG": "a.yaml"}, "CONFIG is 'a.yaml', and this script reads no such file"),
+    ],
+)
+def test_comparison_refuses_what_would_be_for_all_rows(tmp_path, arguments, variables, message):
+    """The table looked for a row's results where they were not any more, or found older ones there."""
+    fake_command(tmp_path / "bin" / "python", fake_python(tmp_path / "calls"))
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "RESULTS_DIR": str(tmp_path / "r")}
+    command = ["bash", str(ROOT / "scripts" / "compare_all.sh"), *arguments]
+    done = subprocess.run(command, env=environment | variables, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "calls").exists()
+
+
 def test_the_row_of_a_probe_stands_behind_soft_when_it_is_asked_for(tmp_path):
     fake_command(tmp_path / "bin" / "python", fake_python(tmp_path / "calls"))
     environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "MT_PATH": "mt5"}
@@ -532,5 +555,5 @@ def test_the_row_of_a_probe_stands_behind_soft_when_it_is_asked_for(tmp_path):
     assert "--probe_prefix" not in plain and probe.endswith("--augmentation True --probe_prefix shuffled")
     folders = f"{tmp_path}/r/compare/mindmerger-soft"
     expected = f"--row MindMerger-Soft={folders}/math_mgsm --row MindMerger-Soft, shuffled prefix={folders}-shuffled"
-    assert f"{expected}/math_mgsm-prefix_shuffled --against" in table
+    assert f"{expected}-7/math_mgsm-prefix_shuffled --against" in table
     assert "shuffled prefix" not in table.split("--row MindMerger-Soft=")[0]
