@@ -112,6 +112,28 @@ print(*others)
     switches=${found%%$'\n'*} other_names=${found#*$'\n'}
 }
 
+# refuse_owned WHERE NAME...: stops at a flag that is the caller's own, of `row_flags`: NAME=WHAT TO DO INSTEAD each.
+refuse_owned() {
+    local where=$1 name entry
+    shift
+    for name in "$@"; do
+        for entry in "${row_flags[@]}"; do
+            [[ ${entry%%=*} != "$name" ]] || fail "$name $where is the script's own: ${entry#*=}"
+        done
+    done
+}
+
+# refuse_owned_arguments ARGUMENT...: the same for arguments, in both spellings.
+refuse_owned_arguments() {
+    local word
+    for word in "$@"; do
+        if [[ $word == --* ]]; then
+            word=${word#--}
+            refuse_owned "among the arguments" "${word%%=*}"
+        fi
+    done
+}
+
 # read_config MODULE PREFIX ARGUMENT...: puts what the file that CONFIG names sets into `configured`, a NAME=VALUE a line.
 # The program is not told of the file: on its command line the published values would win over it.
 read_config() {
@@ -341,7 +363,7 @@ attempt() {
 # PREFIX or without, or an argument in `extra` says what that is. Puts the folder of the translations into REPLY; false,
 # with the reason there, where that is refused.
 translate_questions() {
-    local label=$2 name folder=$results_dir/translations
+    local label=$2 name folder=$results_dir/translations/$task
     local command_line=(--task "$task" --translator "$translator" --output_dir "$folder")
     for name in data_root languages languages_file limit precision; do
         setting "$1" "$name"

@@ -25,27 +25,38 @@
 #   TRANSLATOR_ARGS                               more arguments of the translation
 #   LAYER_SWAP_ARGS, MAET_ARGS                    more arguments of those merges
 #   TASK (math_mgsm), AGAINST (task LLM alone), RESULTS_DIR (results), MERGED_DIR (<RESULTS_DIR>/merged)
-#   any other flag of run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, EVAL_MAX_TOKENS, PRECISION, ...; no CONFIG
+#   any other flag of run_evaluation.py: DATA_ROOT, LANGUAGES, LIMIT, EVAL_MAX_TOKENS, PRECISION, ..., also in the file
+#   that CONFIG names; what the rows differ in is refused there and among the arguments
 # With NUM_GPUS, HOSTFILE or DEEPSPEED_ARGS set, evaluations run under the deepspeed launcher.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-use_environment python
 
-# The rows differ in these, so no variable may set them for all, and no argument may.
-of_rows="task results_dir save_name llm_path mt_path init_checkpoint augmentation llm_only adapter_path parallel_input"
-of_rows+=" translations parallel_languages order translate_test scoring probe_prefix"
-extra=("$@")
+# An argument, or a file for all rows, would undo these: rows would be called one thing and be another.
+row_flags=(
+    "task=say TASK=NAME before the script"
+    "scoring=say SCORING=likelihood, generate or both before the script"
+    "probe_prefix=say PROBE_PREFIX=shuffled or zero before the script, for one more row"
+    "adapter_path=merge it into its LLM (python -m mindmerger.baselines.merge_adapter) and give that as LLM_PATH"
+    "save_name=leave it out, every row has a name; RESULTS_DIR=FOLDER before the script keeps both"
+    "results_dir=say RESULTS_DIR=FOLDER before the script"
+    "llm_only=leave it out, the rows of an LLM alone have it"
+    "llm_path=say LLM_PATH=FOLDER, or MINDMERGER_LLM=FOLDER for the mappings, before the script"
+    "mt_path=say MT_PATH=FOLDER before the script"
+    "init_checkpoint=say HARD_CHECKPOINT=FOLDER or SOFT_CHECKPOINT=FOLDER before the script"
+    "augmentation=leave it out: HARD_CHECKPOINT is evaluated without the prompt, SOFT_CHECKPOINT with it"
+    "parallel_input=leave it out, PMI-3 and PMI-6 have it"
+    "translations=say TRANSLATIONS=FILE before the script"
+    "parallel_languages=say PARALLEL_LANGUAGES=NAMES before the script"
+    "order=say ORDER=ORDER before the script"
+    "translate_test=say TRANSLATE_TEST=FILE before the script"
+)
+refuse_owned_arguments "$@"
+use_environment python
 read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size train_micro_batch_size_per_gpu
-by_first_names ${extra[@]+"${extra[@]}"}
-for REPLY in ${arguments[@]+"${arguments[@]}"}; do
-    REPLY=${REPLY%%=*}
-    if [[ $REPLY == --* && " $of_rows " == *" ${REPLY#--} "* ]]; then
-        fail "$REPLY among the arguments would be for all rows, which differ in it: see the variables in $0"
-    fi
-done
-refuse_variable adapter_path
-refuse_config
+refuse_variable adapter_path "an adapter merged into its LLM"
+read_config mindmerger.evaluation.flags "" "$@"
+while IFS= read -r entry; do refuse_owned "in the file that CONFIG names" "${entry%%=*}"; done <<<"$configured"
 
 need() {
     setting "" "$1" "${2-}"
@@ -85,20 +96,28 @@ evaluate_row() {
 
 # evaluate_scored SCORING LABEL SLUG FORM ARGUMENT...: SCORING is empty for answers that are generated.
 evaluate_scored() {
-    local scoring=$1 label=$2 slug=$3 form=$4 command_line=() program=(python run_evaluation.py)
+    local scoring=$1 label=$2 slug=$3 form=$4 command_line=() program=(python run_evaluation.py) made adapted
     shift 4
-    if [[ -n $scoring ]]; then label+=", $scoring" form+=-$scoring; fi
+    adapted=${form%%-prefix_*}-adapter${form#"${form%%-prefix_*}"}
+    if [[ -n $scoring ]]; then label+=", $scoring" form+=-$scoring adapted+=-$scoring; fi
+    made=$results_dir/compare/$slug/$folder$form adapted=$results_dir/compare/$slug/$folder$adapted
     command_line=(--task "$task" --results_dir "$results_dir/compare" --save_name "$slug")
-    # Names with blanks between them are several words on purpose.
-    # shellcheck disable=SC2086
-    add_variables "" $of_rows
+    add_variables "" "${row_flags[@]%%=*}"
     if [[ -n $scoring ]]; then command_line+=(--scoring "$scoring"); fi
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py)
         command_line+=(--deepspeed)
     fi
     if attempt "$label" "$results_dir/logs/$slug${scoring:+-$scoring}.log" "${program[@]}" "${command_line[@]}" "$@" ${extra[@]+"${extra[@]}"}; then
-        table+=(--row "$label=$results_dir/compare/$slug/$folder$form")
+        # An adapter beside the mapping is in the name. The LLM alone has none.
+        if [[ " $* " == *" --init_checkpoint "* && -f $adapted/results.json ]]; then
+            if [[ -f $made/results.json ]]; then
+                missing "$label" "$made and $adapted are both there: remove the one of another checkpoint"
+                return 0
+            fi
+            made=$adapted
+        fi
+        table+=(--row "$label=$made")
     else
         missing "$label" "$REPLY"
     fi
@@ -131,6 +150,7 @@ merge_row() {
     evaluate_row "$label" "$slug" -llm_only --llm_only --llm_path "$output"
 }
 
+extra=("$@")
 folder=$(python -c 'import sys; from mindmerger.tasks import find_task; print(find_task(sys.argv[1]).name)' "$task" 2>/dev/null) ||
     fail "TASK is '$task', which is not a task with an evaluation set: see python run_evaluation.py --help"
 
@@ -202,19 +222,22 @@ for form in Hard Soft; do
     label=MindMerger-$form
     # Another LLM than the other rows': no table may leave that out.
     if [[ ${mindmerger_llm%/} != "${llm%/}" ]]; then label+=" (with $(basename "$mindmerger_llm"))"; fi
-    # Of other rows every row's partner is another: such an evaluation is never extended.
-    setting "" limit
-    last_argument limit "$REPLY" ${extra[@]+"${extra[@]}"}
-    rows=${REPLY:+-$REPLY} prefixes=("") # an empty prefix: its own
+    prefixes=("")  # empty: its own
     if [[ $form == Soft && -n $probe ]]; then prefixes+=("$probe"); fi
     for prefix in "${prefixes[@]}"; do
-        row=$label${prefix:+, $prefix prefix}
+        row=$label${prefix:+, $prefix prefix} name=$slug${prefix:+-$prefix}
+        # Of other rows every row's partner is another: such an evaluation is never extended.
+        if [[ $prefix == shuffled ]]; then
+            setting "" limit
+            last_argument limit "$REPLY" ${extra[@]+"${extra[@]}"}
+            name+=${REPLY:+-limit$REPLY}
+        fi
         if [[ -z $checkpoint || -z $encoder ]]; then
             reason="${capitals}_CHECKPOINT is not given"
             if [[ -n $checkpoint ]]; then reason="MT_PATH is not given"; fi
             missing "$row" "$reason"
         else
-            evaluate_row "$row" "$slug${prefix:+-$prefix$rows}" "$suffix${prefix:+-prefix_$prefix}" --llm_path "$mindmerger_llm" \
+            evaluate_row "$row" "$name" "$suffix${prefix:+-prefix_$prefix}" --llm_path "$mindmerger_llm" \
                 --mt_path "$encoder" --init_checkpoint "$checkpoint" --augmentation "$augmentation" \
                 ${prefix:+--probe_prefix "$prefix"}
         fi

@@ -47,6 +47,15 @@ use_environment python
 # Given to every stage by this script, so that no variable sets them for all.
 owned="bridge bridge_option stage_name lr seed max_steps epoch_num output_dir save_name init_checkpoint augmentation"
 owned+=" dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only"
+given_to_rows="results_dir save_name llm_path mt_path init_checkpoint bridge bridge_option augmentation llm_only"
+given_to_rows+=" probe_prefix parallel_input translations parallel_languages order translate_test adapter_path seed"
+row_flags=()
+for REPLY in $given_to_rows task; do
+    row_flags+=("$REPLY=leave it out, the rows differ in it: see the variables in scripts/compare_bridges.sh")
+done
+refuse_owned_arguments "$@"
+read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size train_micro_batch_size_per_gpu
+for REPLY in probe_prefix parallel_input translations parallel_languages order adapter_path; do refuse_variable "$REPLY"; done
 read_flags mindmerger.training.flags deepspeed task local_rank gpu
 for REPLY in seed=SEEDS max_steps=TARGET_TOKENS bridge=BRIDGES "bridge_option=<BRIDGE>_OPTIONS" stage_name init_checkpoint \
     augmentation dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only; do
@@ -261,8 +270,6 @@ choose_rate() {
 evaluate_row() {
     # Tasks may share their trainings.
     local label=$1 slug=$task-$2 made command_line=() program=(python run_evaluation.py)
-    local given="results_dir save_name llm_path mt_path init_checkpoint bridge bridge_option augmentation llm_only"
-    given+=" probe_prefix parallel_input translations parallel_languages order translate_test adapter_path seed"
     shift 2
     # A folder of its own: beside generated answers the wrong one of two could be taken for this row.
     setting EVALUATION scoring
@@ -271,11 +278,11 @@ evaluate_row() {
     command_line=(--task "$task" --results_dir "$results_dir/evaluations" --save_name "$slug")
     read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size \
         train_micro_batch_size_per_gpu
-    stages=(EVALUATION) closed=$given
+    stages=(EVALUATION) closed=$given_to_rows
     refuse_misspelt run_evaluation.py
     # Names with blanks between them are several words on purpose.
     # shellcheck disable=SC2086
-    add_variables EVALUATION $given
+    add_variables EVALUATION $given_to_rows
     if [[ -n ${NUM_GPUS-}${HOSTFILE-}${DEEPSPEED_ARGS-} ]]; then
         program=(launch run_evaluation.py --deepspeed)
     fi

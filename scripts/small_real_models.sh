@@ -180,9 +180,13 @@ if [[ -n ${BRIDGES-} ]]; then
             rm -rf "$work/bridges" "$work/outputs/bridges-"*
         fi
     done
+    # LANGUAGES would leave English out of the task's rows, the others have no part in that comparison.
+    unset=()
+    for name in languages seed max_steps init_checkpoint augmentation bridge bridge_option stage_name llm_only config dry_run; do
+        unset+=(-u "$name" -u "$(printf '%s' "$name" | tr '[:lower:]' '[:upper:]')")
+    done
     # A fresh mapping for each, the same target tokens for all, and the pairs through the LLM as it was here too.
-    # LANGUAGES would leave English out of the task's rows.
-    env -u SEED -u seed -u LANGUAGES -u languages LLM_PATH="$work/llm" PAIRS_LLM_PATH="$llm" MT_PATH="$encoder" \
+    env "${unset[@]}" LLM_PATH="$work/llm" PAIRS_LLM_PATH="$llm" MT_PATH="$encoder" \
         DATA_ROOT="$work/datas" TASK=xnli BRIDGES="$BRIDGES" RESULTS_DIR="$work/bridges" OUTPUT_DIR="$work/outputs" \
         SEEDS="${SEEDS:-$seed}" LRS="${LRS:-1e-3}" PAIRS_SHARE=0.8 TARGET_TOKENS="${TARGET_TOKENS:-$tokens}" \
         TRAIN_BATCH_SIZE=32 MICRO_BATCH_TOKENS=2048 EVAL_BATCH_SIZE=32 DEV_SIZE="$dev_size" PRECISION="$precision" \

@@ -18,8 +18,10 @@ last_argument output_dir "$REPLY" "$@"
 folder=$REPLY
 setting "" save_name MERLIN
 last_argument save_name "$REPLY" "$@"
-if [[ -z ${STAGE_NAME-}${stage_name-} || -z ${INIT_CHECKPOINT-}${init_checkpoint-} ]]; then
-    : "${AUGMENTATION_INIT_CHECKPOINT:=$folder/$REPLY/math/question}"
+folder+=/$REPLY
+setting "" init_checkpoint
+if [[ -z ${STAGE_NAME-}${stage_name-} || -z $REPLY ]]; then
+    : "${AUGMENTATION_INIT_CHECKPOINT:=$folder/math/question}"
 fi
 
 train math mapping llm_path=meta-math/MetaMath-7B-V1.0 mt_path=google/mt5-xl save_name=MERLIN train_num=100000 \

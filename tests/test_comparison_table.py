@@ -254,7 +254,7 @@ def test_the_script_fills_the_rows_it_can_and_lists_the_others(datas, tmp_path, 
         "translate-test (machine)",
     }
     assert {row["translations"] for row in rows if row["method"] == "translate-test (machine)"} == {"machine"}
-    assert len((tmp_path / "r/translations/translations.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "r/translations/math_mgsm/translations.jsonl").read_text().splitlines()) == 2
     assert {row["method"]: row["missing"] for row in rows if row["missing"]} == {
         "language expert alone": "LANGUAGE_EXPERT is not given",
         "soup": "LANGUAGE_EXPERT is not given",

@@ -517,29 +517,6 @@ def test_mindmerger_rows_name_their_llm_where_it_is_not_the_others(tmp_path, giv
     assert sum("--llm_path expert " in f"{line} " for line in evaluations) == (4 if not given else 3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "variables", "message"),
-    [
-        (
-            ["--scoring", "likelihood"],
-            {},
-            "--scoring among the arguments would be for all rows, which differ in it: see",
-        ),
-        (["--limit", "3", "--probe_prefix=zero"], {}, "--probe_prefix among the arguments would be for all rows"),
-        ([], {"ADAPTER_PATH": "a"}, "a variable sets --adapter_path to 'a', which has no part in this comparison"),
-        ([], {"CONFIG": "a.yaml"}, "CONFIG is 'a.yaml', and this script reads no such file"),
-    ],
-)
-def test_comparison_refuses_what_would_be_for_all_rows(tmp_path, arguments, variables, message):
-    """The table looked for a row's results where they were not any more, or found older ones there."""
-    fake_command(tmp_path / "bin" / "python", fake_python(tmp_path / "calls"))
-    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "RESULTS_DIR": str(tmp_path / "r")}
-    command = ["bash", str(ROOT / "scripts" / "compare_all.sh"), *arguments]
-    done = subprocess.run(command, env=environment | variables, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "calls").exists()
-
-
 def test_the_row_of_a_probe_stands_behind_soft_when_it_is_asked_for(tmp_path):
     fake_command(tmp_path / "bin" / "python", fake_python(tmp_path / "calls"))
     environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "MT_PATH": "mt5"}
@@ -555,5 +532,100 @@ def test_the_row_of_a_probe_stands_behind_soft_when_it_is_asked_for(tmp_path):
     assert "--probe_prefix" not in plain and probe.endswith("--augmentation True --probe_prefix shuffled")
     folders = f"{tmp_path}/r/compare/mindmerger-soft"
     expected = f"--row MindMerger-Soft={folders}/math_mgsm --row MindMerger-Soft, shuffled prefix={folders}-shuffled"
-    assert f"{expected}-7/math_mgsm-prefix_shuffled --against" in table
+    assert f"{expected}-limit7/math_mgsm-prefix_shuffled --against" in table
     assert "shuffled prefix" not in table.split("--row MindMerger-Soft=")[0]
+
+
+def compare_all(tmp_path: Path, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Runs the comparison with the real flags and programs that are only noted down."""
+    real = f'[[ $1 == -c || $* == *config_file* ]] && exec "{sys.executable}" "$@"'
+    fake_command(tmp_path / "bin" / "python", f'{real}; echo "$*" >>{tmp_path}/calls')
+    (tmp_path / "calls").unlink(missing_ok=True)
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LLM_PATH": "expert", "MT_PATH": "mt5"}
+    environment |= {"SOFT_CHECKPOINT": "soft", "RESULTS_DIR": str(tmp_path / "r"), **variables}
+    command = ["bash", str(ROOT / "scripts" / "compare_all.sh"), *arguments]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    return done, calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        (["--scoring", "likelihood"], "say SCORING=likelihood, generate or both before the script"),
+        (["--limit", "3", "--scoring=likelihood"], "say SCORING=likelihood, generate or both before the script"),
+        (["--adapter_path", "a"], "merge it into its LLM"),
+        (["--probe_prefix=shuffled"], "say PROBE_PREFIX=shuffled or zero before the script"),
+        (["--save_name", "mine"], "leave it out, every row has a name"),
+        (["--results_dir=there"], "say RESULTS_DIR=FOLDER before the script"),
+        (["--task", "xnli"], "say TASK=NAME before the script"),
+        (["--llm_only"], "leave it out"),
+        (["--llm_path=other"], "say LLM_PATH=FOLDER"),
+        (["--mt_path", "other"], "say MT_PATH=FOLDER before the script"),
+        (["--init_checkpoint=soft"], "say HARD_CHECKPOINT=FOLDER or SOFT_CHECKPOINT=FOLDER before the script"),
+        (["--augmentation", "False"], "HARD_CHECKPOINT is evaluated without the prompt"),
+    ],
+)
+def test_the_comparison_refuses_an_argument_in_which_its_rows_differ(tmp_path, arguments, instead):
+    """With --scoring likelihood it read the folders of generated answers, old ones without a word."""
+    done, calls = compare_all(tmp_path, *arguments)
+    flag = next(word for word in arguments[-2:] if word.startswith("--") and word != "--limit").split("=")[0][2:]
+    assert done.returncode == 2 and not calls and not (tmp_path / "r").exists()
+    assert done.stderr.startswith(f"error: {flag} among the arguments is the script's own: ")
+    assert instead in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_adapter_that_a_variable_names_would_be_for_all_rows_of_the_comparison(tmp_path):
+    """It reached all rows, whose results then lay in other folders than the table was told."""
+    done, calls = compare_all(tmp_path, ADAPTER_PATH="a")
+    said = "error: a variable sets --adapter_path to 'a', which has no part in this comparison: unset it, an adapter"
+    assert done.returncode == 2 and done.stderr.startswith(said) and not calls
+
+
+def test_a_file_of_settings_reaches_every_row_of_the_comparison_but_may_not_say_what_they_differ_in(tmp_path):
+    """CONFIG was ignored, which the script's head says it takes."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("limit: 7\nper_device_eval_batch_size: 4\n")
+    done, calls = compare_all(tmp_path, CONFIG=str(file), PROBE_PREFIX="shuffled")
+    assert done.returncode == 0, done.stderr
+    *evaluations, table = calls
+    assert len(evaluations) == 5 and all("--limit 7 --eval_batch_size 4" in call for call in evaluations)
+    assert "/compare/mindmerger-soft-shuffled-limit7/math_mgsm-prefix_shuffled" in table
+    done, calls = compare_all(tmp_path, CONFIG=str(file), LIMIT="3")
+    assert all("--limit 3 --eval_batch_size 4" in call for call in calls[:-1])
+    file.write_text("limit: 7\nscoring: likelihood\n")
+    done, calls = compare_all(tmp_path, CONFIG=str(file))
+    assert done.returncode == 2 and not calls
+    expected = (
+        "error: scoring in the file that CONFIG names is the script's own: say SCORING=likelihood, generate or both"
+    )
+    assert done.stderr == f"{expected} before the script\n"
+
+
+def test_the_comparison_finds_the_results_of_a_mapping_that_has_an_adapter(tmp_path):
+    """Their folder ends in -adapter: the table was told of one that nobody had written."""
+    soft = tmp_path / "r/compare/mindmerger-soft"
+    for folder in (soft / "math_mgsm-adapter", tmp_path / "r/compare/task-llm/math_mgsm-llm_only-adapter"):
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{}")
+    _, calls = compare_all(tmp_path)
+    assert f"--row MindMerger-Soft={soft}/math_mgsm-adapter --against" in calls[-1]
+    assert f"--row task LLM alone={tmp_path}/r/compare/task-llm/math_mgsm-llm_only --missing" in calls[-1]
+    (soft / "math_mgsm").mkdir()
+    (soft / "math_mgsm/results.json").write_text("{}")
+    done, calls = compare_all(tmp_path)
+    reason = f"{soft}/math_mgsm and {soft}/math_mgsm-adapter are both there: remove the one of another checkpoint"
+    assert done.returncode == 0 and f"--missing MindMerger-Soft={reason} --against" in calls[-1]
+
+
+def test_a_larger_limit_keeps_the_row_of_another_question_s_prefix(tmp_path):
+    """Of more rows every row's partner is another, so that the evaluation refuses to extend what is there."""
+    for arguments, variables, name in (
+        ([], {}, "shuffled"),
+        (["--limit=9"], {"LIMIT": "3"}, "shuffled-limit9"),
+        ([], {"LIMIT": "3"}, "shuffled-limit3"),
+        (["--limit", "9"], {"PROBE_PREFIX": "zero"}, "zero"),
+    ):
+        _, calls = compare_all(tmp_path, *arguments, **{"PROBE_PREFIX": "shuffled", **variables})
+        assert f"--save_name mindmerger-soft-{name} " in calls[-2]
+        assert f"/compare/mindmerger-soft-{name}/math_mgsm-prefix_{name.split('-')[0]} --against" in calls[-1]

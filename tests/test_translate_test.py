@@ -644,9 +644,10 @@ def test_the_comparison_translates_what_it_evaluates(tmp_path):
         TRANSLATOR_ARGS="--num_beams 4",
         arguments=["--limit", "5"],
     )
-    expected = f"-m mindmerger.baselines.translate_test --task math_mgsm --translator nllb --output_dir {tmp_path}/r"
-    assert made[0] == f"{expected}/translations --data_root d --languages sw,th --limit 5 --num_beams 4"
-    assert made[1].endswith(f"--llm_only --llm_path expert --translate_test {tmp_path}/r/translations --limit 5")
+    folder = f"{tmp_path}/r/translations/math_mgsm"
+    expected = f"-m mindmerger.baselines.translate_test --task math_mgsm --translator nllb --output_dir {folder}"
+    assert made[0] == f"{expected} --data_root d --languages sw,th --limit 5 --num_beams 4"
+    assert made[1].endswith(f"--llm_only --llm_path expert --translate_test {folder} --limit 5")
     assert len(made) == 2 and row in table
     # Translations that are there already, as such or as those of parallel input.
     made, table = compare(tmp_path, TRANSLATE_TEST="made", TRANSLATOR="nllb")
