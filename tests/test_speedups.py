@@ -229,6 +229,7 @@ def test_liger_puts_no_cross_entropy_into_the_llm_and_takes_the_loss_on_target_p
     assert stand_in[1:] == [(19, model.llm.config.hidden_size)]
     # The head is as it was, and rows without a target have no loss rather than an error.
     assert model.llm(ids).logits.shape == (2, 12, model.llm.config.vocab_size)
+    assert "forward" not in vars(model.llm.get_output_embeddings())
     assert model(**{**batch, "target_mask": torch.zeros_like(mask)}).loss_sum.item() == 0
 
 

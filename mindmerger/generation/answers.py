@@ -201,7 +201,8 @@ def shared_positions(model, columns: dict) -> int:
         return 0
     # Of lists too: what the first and the last of them in order begin with, all do.
     alike = len(os.path.commonprefix(columns["prompt_ids"]))
-    return (model.bos_token_id is not None) + min(alike, min(len(ids) for ids in columns["prompt_ids"]) - 1)
+    shortest = min(len(ids) for ids in columns["prompt_ids"])
+    return (model.bos_token_id is not None) + max(0, min(alike, shortest - 1))
 
 
 def generate_in_places(

@@ -70,12 +70,15 @@ def next_token_loss(
         return losses[0]
 
     # Within the head's own call, where ZeRO 3 gathers its weight.
-    usual, head.forward = head.forward, loss_of
+    own = vars(head).get("forward")
+    head.forward = loss_of
     try:
         with head_on_positions(head, predictor_M):
             logits = llm(**inputs, use_cache=False).logits
     finally:
-        head.forward = usual
+        del head.forward
+        if own is not None:
+            head.forward = own
     # ZeRO 3 hands on the same memory as another tensor.
     if logits.data_ptr() != losses[0].data_ptr() or losses[0]._version:
         raise RuntimeError(f"{type(llm).__name__} changes its logits: its loss cannot be taken before they are made")
