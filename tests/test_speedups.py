@@ -5,7 +5,6 @@ Liger's loss runs on a CPU too, in triton's interpreter; the other kernels do no
     pip install liger-kernel triton && TRITON_INTERPRET=1 python -m pytest tests/test_speedups.py -k ligers_loss
 """
 
-import gc
 import inspect
 import json
 import os
@@ -25,6 +24,7 @@ from transformers.models.llama import modeling_llama
 from mindmerger.model.adapters import adapter_values, add_adapter
 from mindmerger.model.loss import next_token_loss
 from mindmerger.model.mindmerger import MindMerger
+from mindmerger.runtime import command
 from mindmerger.runtime.errors import UserError
 from mindmerger.training import speedups
 
@@ -336,7 +336,7 @@ def test_a_loss_in_the_heads_place_trains_alike_at_zero_3(tmp_path, flags):
     assert [one["code"] for one in outcomes] == [0] * 3, [one["printed"][-800:] for one in outcomes]
     vocabulary = LlamaConfig.from_pretrained(flags[2]).vocab_size
     # Python's garbage collector, which hardly looks at anything while libraries load.
-    assert all(one["thresholds"] == [*gc.get_threshold()] for one in outcomes)
+    assert all(one["thresholds"] == [*command.USUAL_THRESHOLDS] for one in outcomes)
     whole = f"linear loss of ({vocabulary}, 32)"
     assert [whole in one["printed"] for one in outcomes] == [False, True, True]
     losses = [read_log(tmp_path / "outputs" / name / "math/mapping") for name in ways]
