@@ -207,14 +207,21 @@ refuse_misspelt() {
     done
 }
 
-# refuse_variable NAME [=INSTEAD]: stops where a variable sets a flag that has no part in what a script does.
+# refuse_variable NAME[=INSTEAD]: stops where a variable sets a flag that has no part in what a script does.
 refuse_variable() {
-    local instead=${2-}
-    instead=${instead#=}
-    setting "" "$1"
-    if [[ -z $REPLY || " $switches " == *" $1 "* && $REPLY == [0FfNn]* ]]; then return; fi
-    fail "a variable sets --$1 to '$REPLY', which has no part in this comparison: unset it${instead:+, $instead is for that}"
+    local name=${1%%=*} instead=""
+    if [[ $1 == *=* ]]; then instead=", ${1#*=} is for that"; fi
+    setting "" "$name"
+    if [[ -z $REPLY ]]; then return; fi
+    if [[ " $switches " == *" $name "* ]] && ! is_on "$name" "$REPLY"; then return; fi
+    fail "a variable sets --$name to '$REPLY', which has no part in this comparison: unset it$instead"
 }
+
+# Flags without a part in the comparison of bridges: compare_bridges.sh refuses variables of their names, who calls it
+# from another script has to unset them.
+not_compared=(seed=SEEDS max_steps=TARGET_TOKENS bridge=BRIDGES "bridge_option=<BRIDGE>_OPTIONS" stage_name
+    init_checkpoint augmentation dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only probe_prefix
+    parallel_input translations parallel_languages order adapter_path)
 
 # refuse_config PREFIX...: stops where CONFIG names a file, or <PREFIX>_CONFIG.
 refuse_config() {

@@ -54,7 +54,7 @@ row_flags=(
 refuse_owned_arguments "$@"
 use_environment python
 read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size train_micro_batch_size_per_gpu
-refuse_variable adapter_path "an adapter merged into its LLM"
+refuse_variable "adapter_path=an adapter merged into its LLM"
 read_config mindmerger.evaluation.flags "" "$@"
 while IFS= read -r entry; do refuse_owned "in the file that CONFIG names" "${entry%%=*}"; done <<<"$configured"
 

@@ -50,17 +50,12 @@ owned+=" dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_o
 given_to_rows="results_dir save_name llm_path mt_path init_checkpoint bridge bridge_option augmentation llm_only"
 given_to_rows+=" probe_prefix parallel_input translations parallel_languages order translate_test adapter_path seed"
 row_flags=()
-for REPLY in $given_to_rows task; do
+for REPLY in $given_to_rows task config; do
     row_flags+=("$REPLY=leave it out, the rows differ in it: see the variables in scripts/compare_bridges.sh")
 done
 refuse_owned_arguments "$@"
-read_flags mindmerger.evaluation.flags deepspeed task local_rank gpu train_batch_size train_micro_batch_size_per_gpu
-for REPLY in probe_prefix parallel_input translations parallel_languages order adapter_path; do refuse_variable "$REPLY"; done
 read_flags mindmerger.training.flags deepspeed task local_rank gpu
-for REPLY in seed=SEEDS max_steps=TARGET_TOKENS bridge=BRIDGES "bridge_option=<BRIDGE>_OPTIONS" stage_name init_checkpoint \
-    augmentation dry_run overwrite_output_dir resume_from_checkpoint allow_changed llm_only; do
-    refuse_variable "${REPLY%%=*}" "${REPLY#"${REPLY%%=*}"}"
-done
+for flag in "${not_compared[@]}"; do refuse_variable "$flag"; done
 refuse_config PAIRS TASK EVALUATION
 
 # usual NAME VALUE: what a flag is in the small world, unless a variable of any of its names says otherwise.

@@ -180,9 +180,9 @@ if [[ -n ${BRIDGES-} ]]; then
             rm -rf "$work/bridges" "$work/outputs/bridges-"*
         fi
     done
-    # LANGUAGES would leave English out of the task's rows, the others have no part in that comparison.
+    # LANGUAGES would leave English out of the task's rows, and trainings of another SAVE_NAME would outlive their data.
     unset=()
-    for name in languages seed max_steps init_checkpoint augmentation bridge bridge_option stage_name llm_only config dry_run; do
+    for name in languages save_name config "${not_compared[@]%%=*}"; do
         unset+=(-u "$name" -u "$(printf '%s' "$name" | tr '[:lower:]' '[:upper:]')")
     done
     # A fresh mapping for each, the same target tokens for all, and the pairs through the LLM as it was here too.

@@ -11,12 +11,12 @@ stages=(mapping question augmentation adapter)
 
 use_environment deepspeed
 read_flags mindmerger.training.flags deepspeed task stage_name local_rank gpu
-read_config mindmerger.training.flags "" "$@"
+read_config mindmerger.training.flags QUESTION "$@"
 # The augmentation stage starts from the question stage's mapping here; by itself it would take the mapping stage's.
-setting "" output_dir outputs
+setting QUESTION output_dir outputs
 last_argument output_dir "$REPLY" "$@"
 folder=$REPLY
-setting "" save_name MERLIN
+setting QUESTION save_name MERLIN
 last_argument save_name "$REPLY" "$@"
 folder+=/$REPLY
 setting "" init_checkpoint

@@ -603,9 +603,15 @@ def test_the_script_refuses_half_a_pair_of_models_an_unknown_bridge_and_a_misspe
             "error: a variable sets --seed to '5', which has no part in this comparison: unset it, SEEDS is",
         ),
         ({"dry_run": "1"}, "error: a variable sets --dry_run to '1', which has no part in this comparison: unset it"),
+        ({"DRY_RUN": "now"}, "error: dry_run is 'now' in the environment: --dry_run takes no value, so say 1 or 0"),
+        ({"ORDER": "file"}, "error: a variable sets --order to 'file', which has no part in this comparison: unset it"),
         ({"DRY_RUN": "0", "CONFIG": "a.yaml"}, "error: CONFIG is 'a.yaml', and this script reads no such file: say"),
         ({"PAIRS_CONFIG": "a.yaml"}, "error: CONFIG is 'a.yaml', and this script reads no such file: say its settings"),
     ):
         done = subprocess.run(command, env=environment | change, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(message), done.stderr
         assert not list(tmp_path.glob("r/finished/*")) and not (tmp_path / "o").exists()
+    for word in ("--config=a.yaml", "--save_name"):
+        done = subprocess.run([*command, word], env=environment, capture_output=True, text=True, timeout=60)
+        said = f"error: {word.split('=')[0][2:]} among the arguments is the script's own: leave it out"
+        assert done.returncode == 2 and done.stderr.startswith(said)

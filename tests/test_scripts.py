@@ -265,6 +265,8 @@ def test_the_merlin_style_script_runs_its_four_stages_in_order_with_their_settin
     calls, _ = run_script("training_merlin_style.sh", CONFIG=str(tmp_path / "mine.yaml"))
     assert flags_of(calls[2])["init_checkpoint"] == "outputs/Mine/math/question"
     assert {flags_of(call)["save_name"] for call in calls} == {"Mine"}
+    calls, _ = run_script("training_merlin_style.sh", QUESTION_SAVE_NAME="asked", QUESTION_OUTPUT_DIR="there")
+    assert flags_of(calls[2])["init_checkpoint"] == "there/asked/math/question"
     calls, _ = run_script("training_merlin_style.sh", STAGE_NAME="augmentation", INIT_CHECKPOINT="m.bin")
     assert [flags_of(call)["init_checkpoint"] for call in calls] == ["m.bin"]
     # The stage's name begins the names of the adapter's own flags: they are no misspelt ones of that stage.

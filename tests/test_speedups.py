@@ -18,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, make_tiny_llm, read_log, run_many
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GraniteConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -34,6 +35,24 @@ LIGERS_LOSS = pytest.mark.skipif(
     find_spec("liger_kernel") is None or (DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"),
     reason="needs Liger, and a GPU or TRITON_INTERPRET=1",
 )
+
+
+def batch_of(ids, mask=None):
+    """Rows whose source and target are the same ids."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    return {"encoder_input_ids": ids, "encoder_attention_mask": mask, "target_ids": ids, "target_mask": mask}
+
+
+class Looks(TorchDispatchMode):
+    """Counts what a GPU would be waited for: numbers read off tensors, and tensors compared as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.number += operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal)
+        return operation(*args, **(kwargs or {}))
 
 
 def options(**given):
@@ -58,11 +77,7 @@ def test_compiled_layers_have_the_same_losses_and_gradients(tiny_llm, tiny_encod
             speedups.compile_layers(model)
         found = []
         for rows, length in ((3, 9), (1, 5), (2, 17), (1, 30)):
-            ids, mask = (
-                torch.arange(rows * length).view(rows, length) % 200 + 5,
-                torch.ones(rows, length, dtype=torch.long),
-            )
-            batch = {"encoder_input_ids": ids, "encoder_attention_mask": mask, "target_ids": ids, "target_mask": mask}
+            batch = batch_of(torch.arange(rows * length).view(rows, length) % 200 + 5)
             with torch.no_grad():
                 found.append(model(**batch).loss.item())
             model.zero_grad()
@@ -220,7 +235,7 @@ def test_liger_puts_no_cross_entropy_into_the_llm_and_takes_the_loss_on_target_p
         ids = torch.arange(24).view(2, 12) + 5
         mask = torch.ones(2, 12, dtype=torch.long)
         mask[1, 7:] = 0
-        batch = {"encoder_input_ids": ids, "encoder_attention_mask": mask, "target_ids": ids, "target_mask": mask}
+        batch = batch_of(ids, mask)
         output = model(**batch)
         output.loss.backward()
         found.append((output.loss.item(), model.mapping.mlp.linear1.weight.grad.norm().item()))
@@ -285,8 +300,7 @@ def test_liger_finds_the_layers_that_it_replaces_under_an_adapter_and_calls_what
             assert type(layer.input_layernorm) is modeling_llama.LlamaRMSNorm
             layer.mlp.__dict__["forward"] = swiglu.__get__(layer.mlp)
 
-    ids, mask = torch.arange(24).view(2, 12) + 5, torch.ones(2, 12, dtype=torch.long)
-    batch = {"encoder_input_ids": ids, "encoder_attention_mask": mask, "target_ids": ids, "target_mask": mask}
+    batch = batch_of(torch.arange(24).view(2, 12) + 5)
     found = []
     for with_liger in (False, True):
         model = with_adapter(tiny_encoder, tiny_llm, "lora", targets)
@@ -383,15 +397,18 @@ def test_ligers_loss_and_its_gradient_are_those_of_the_logits(tiny_llm, dtype):
     embeds = torch.randn(4, 30, llm.config.hidden_size, generator=generator).to(DEVICE, dtype)
     predictor = torch.randperm(120, generator=generator)[:101].to(DEVICE)
     labels = ids.flatten()[predictor]
-    found = []
+    found, numbers = [], []
     for linear_loss in (None, speedups.liger_loss):
         inputs = embeds.clone().requires_grad_()
-        loss = next_token_loss(llm, predictor, labels, linear_loss, inputs_embeds=inputs)
-        (loss / 7).backward()
+        with Looks() as looks:
+            loss = next_token_loss(llm, predictor, labels, linear_loss, inputs_embeds=inputs)
+            (loss / 7).backward()
+        numbers.append(looks.number)
         with torch.no_grad():
             alone = next_token_loss(llm, predictor, labels, linear_loss, inputs_embeds=inputs)
         assert alone.item() == pytest.approx(loss.item(), rel=1e-6) and loss.dtype == torch.float32
         found.append((loss.item(), inputs.grad.float()))
+    assert numbers[1] == numbers[0] + 2  # transformers looks at a mask that it has to make itself
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5 if dtype == torch.float32 else 1e-2)
     close = 1e-5 if dtype == torch.float32 else 3e-2
     assert (found[1][1] - found[0][1]).norm() < close * found[0][1].norm()

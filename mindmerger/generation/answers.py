@@ -206,7 +206,14 @@ def shared_positions(model, columns: dict) -> int:
 
 
 def generate_in_places(
-    model, tokenizers, columns: dict, batch: list[int], lengths: list[int], places, max_new_tokens: int, advance=None
+    model,
+    tokenizers,
+    columns: dict,
+    batch: list[int],
+    lengths: list[int],
+    places,
+    max_new_tokens: int,
+    advance=lambda ended: None,
 ) -> list[Generation]:
     """Returns greedy answers to the examples numbered `batch`, longest input first, in that order, by continuous
     batching.
@@ -222,9 +229,9 @@ def generate_in_places(
     read = partial(batch_inputs, model, tokenizers, columns)
     sizes = {"input": lengths[batch[0]], "answer": max_new_tokens}
     rows = max(1, min(len(batch), places(lengths[batch[0]])))
-    more = {"shared": shared_positions(model, columns)} | ({} if advance is None else {"advance": advance})
+    shared = shared_positions(model, columns)
     with explain_out_of_memory(f"on {rows} examples at once", sizes, MEMORY_FLAGS):
-        ids = generate_rows(model, batch, lengths, read, places, max_new_tokens, **more)
+        ids = generate_rows(model, batch, lengths, read, places, max_new_tokens, advance, shared)
     return [to_generation(model, tokenizers, ids[i]) for i in batch]
 
 

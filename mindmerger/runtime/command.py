@@ -205,8 +205,8 @@ def spin_briefly() -> None:
 
 
 def collect_rarely() -> None:
-    """Keeps Python's garbage collector from going through everything while libraries load: they make a million objects
-    and no garbage, and looking for it took a sixth of the imports' time."""
+    """Keeps Python's garbage collector from going through everything while libraries load: they make hundreds of
+    thousands of objects and hardly any garbage, and looking for it took a sixth of the imports' time."""
     gc.set_threshold(*USUAL_THRESHOLDS[:2], 1000)
 
 

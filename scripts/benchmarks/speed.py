@@ -184,6 +184,7 @@ def run(args, folder: Path, device) -> dict:
     model = make_model(folder, args.precision, device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    command.collect_as_usual()  # as in a training
     # In this very run: other work on the machine slows both sides of a utilisation alike.
     rate = matmul_rate(args.precision, device)
     report["matmul_gflops"] = rate / 1e9
